@@ -1,0 +1,380 @@
+"""The command line: each verb is a few lines that call a function.
+
+    muonlm train [RECIPE] …    prep SOURCE… --to DIR    generate RUN …    eval RUN… --tasks bpb    info RECIPE|RUN    doctor
+
+Any key of the config is a flag of train and info: --section.key VALUE. `--json` prints one JSON document on stdout, progress on stderr.
+Exit codes: 0 done, 1 the run or a check failed, 2 bad input (the message says what to change), 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from . import __version__
+from .config import UserError, keys, load_recipe, nearest
+
+VERBS = ("train", "prep", "generate", "eval", "info", "doctor")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug, json_mode = "--debug" in argv, "--json" in argv
+    try:
+        return run(argv)
+    except UserError as error:
+        return fail(error, 2, debug, json_mode)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `muonlm info … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        known = {"RunFailed": "{}", "OutOfMemoryError": "out of memory: {} Halve --train.micro_batch (losses stay the same), or shrink the model."}
+        name = type(error).__name__
+        if name not in known:
+            raise  # a bug of ours: the traceback is the report
+        return fail(known[name].format(error), 1, debug, json_mode)
+
+
+def fail(error, code: int, debug: bool, json_mode: bool) -> int:
+    if debug:
+        import traceback
+        traceback.print_exc()
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"muonlm: {error}", file=sys.stderr)
+        if json_mode:
+            print(json.dumps({"error": str(error), "exit_code": code}))
+    return code
+
+
+def run(argv: list[str]) -> int:
+    verb = argv[0] if argv else "--help"
+    if verb in VERBS:
+        return globals()[verb](argv[1:])
+    if verb in ("-h", "--help", "help"):
+        print(__doc__)
+        print(f"muonlm {__version__} · `muonlm VERB --help` for one verb · `muonlm info --keys` for every config key")
+        return 0
+    if verb in ("-V", "--version"):
+        print(__version__)
+        return 0
+    raise UserError(f"unknown verb {verb!r}.{nearest(verb, VERBS) or ' Verbs: ' + ', '.join(VERBS) + '.'}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are UserErrors that name the nearest flag."""
+
+    def __init__(self, verb: str, description: str, **kwargs):
+        super().__init__(prog=f"muonlm {verb}", description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.add_argument("--json", action="store_true", help="print one JSON document on stdout; progress goes to stderr")
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str):
+        raise UserError(f"{self.prog}: {message}. `{self.prog} --help` lists its flags.")
+
+    def parse(self, argv: list[str], also: tuple[str, ...] = ()) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            hint = nearest(unknown[0], [*flags, *also]) if unknown[0].startswith("-") else ""
+            raise UserError(f"{self.prog}: unexpected argument {unknown[0]!r}.{hint or f' `{self.prog} --help` lists its flags.'}")
+        return args
+
+
+def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Split off --section.key VALUE (or =VALUE); `--data X` is data.source. A boolean key may stand alone. The last one wins."""
+    kinds, rest, flags = keys(), [], {}
+    words = iter(range(len(argv)))
+    for i in words:
+        name, equals, value = argv[i].partition("=")
+        key = {"--data": "data.source", "--seed": "seed", "--track": "track"}.get(name, name.removeprefix("--").replace("-", "_"))
+        if not name.startswith("--") or ("." not in key and key not in kinds) or key == "recipe":
+            rest.append(argv[i])
+            continue
+        if key not in kinds:
+            raise UserError(f"unknown key {name!r}.{nearest(key, kinds) or ' `muonlm info --keys` lists all keys.'}")
+        if not equals:
+            following = argv[i + 1] if i + 1 < len(argv) else "--"
+            if following.startswith("--"):
+                if kinds[key] is not bool:
+                    raise UserError(f"{name} needs a value, as in {name} {_example(kinds[key])}")
+                value = "true"
+            else:
+                value = argv[next(words)]
+        flags[key] = value
+    return rest, flags
+
+
+def _example(kind) -> str:
+    return {int: "100", float: "0.01", str: "NAME"}.get(kind, "a,b")
+
+
+# --- verbs --------------------------------------------------------------------------------------------------------------------
+
+
+def train(argv: list[str]) -> int:
+    argv, flags = take_overrides(argv)
+    parser = Parser("train", "Train a recipe (quickstart if none is named) on a CPU or GPU; with torchrun, on many.",
+                    epilog="any config key is a flag: --optim.lr 0.01 --train.steps 500 --data my.txt --seed 7   (all: muonlm info --keys)")
+    parser.add_argument("recipe", nargs="?", help="name of a recipe (muonlm info lists them) or path of a .toml file")
+    parser.add_argument("--out", help="run directory; default runs/RECIPE, numbered if taken. {seed} is replaced")
+    parser.add_argument("--preset", default="", help="a [preset.NAME] of the recipe")
+    parser.add_argument("--resume", nargs="?", const=True, help="continue a run: --resume RUN, or RECIPE --out RUN --resume")
+    parser.add_argument("--init-from", default="", help="start at step 0 from the weights of a run or checkpoint")
+    parser.add_argument("--seeds", help="several runs, one per seed: 1,2,3")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, a CPU, under a minute: does it work at all?")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    args = parser.parse(argv, also=tuple("--" + key for key in keys()))
+
+    resumed = args.resume if isinstance(args.resume, str) else (args.out if args.resume else None)
+    if args.resume and not resumed:
+        raise UserError("--resume needs to know the run: muonlm train --resume RUN (or RECIPE --out RUN --resume).")
+    if args.resume and args.init_from:
+        raise UserError("--resume continues a run with everything it had; --init-from starts a new one. Choose one.")
+    if resumed and args.out and resumed != args.out:
+        raise UserError(f"--resume {resumed} and --out {args.out} name different directories; a resumed run stays where it is.")
+    cfg = resume_config(resumed, args, flags) if resumed else load_recipe(
+        args.recipe or "quickstart", flags, preset=args.preset, smoke=args.smoke)
+    if args.dry_run:
+        print(json.dumps(cfg.to_dict()) if args.json else cfg.to_toml(), end="\n" if args.json else "")
+        return 0
+    seeds = [None]
+    if args.seeds:
+        if resumed:
+            raise UserError("--seeds starts several runs; resume them one by one.")
+        try:
+            seeds = [int(seed) for seed in args.seeds.split(",")]
+        except ValueError:
+            raise UserError(f"--seeds {args.seeds!r} should be whole numbers separated by commas, as in 1,2,3") from None
+
+    from dataclasses import replace
+
+    from .experiments import report as pictures
+    from .train import train as train_run
+
+    reports = []
+    for seed in seeds:
+        out = resumed or args.out
+        if seed is not None:
+            out = (out or f"runs/{cfg.recipe}-seed{{seed}}")
+            out = out.replace("{seed}", str(seed)) if "{seed}" in out else f"{out}-seed{seed}"
+            cfg = replace(cfg, seed=seed)
+        report = train_run(cfg, out, resume=bool(resumed), init_from=args.init_from, json_mode=args.json)
+        if report is None:  # not rank 0
+            continue
+        if not report["interrupted"]:
+            say = (lambda text: print(text, file=sys.stderr)) if args.json else print
+            report = pictures.write(report["run"], say)
+            next_steps(report, say)
+        reports.append(report)
+        if report["interrupted"]:
+            break
+    if args.json and reports:
+        print(json.dumps(reports[0] if seeds == [None] else reports))
+    return 130 if reports and reports[-1]["interrupted"] else 0
+
+
+def resume_config(run: str, args, flags: dict):
+    """The run's own config with flags on top; what would make it another run is refused."""
+    from pathlib import Path
+
+    from .checkpoint import read_config
+    from .config import Config
+
+    if not (Path(run) / "config.json").exists():
+        if args.recipe and (not Path(run).exists() or Path(run).is_dir() and not any(p for p in Path(run).iterdir() if p.name[0] != ".")):
+            return load_recipe(args.recipe, flags, preset=args.preset, smoke=args.smoke)  # killed before it began: begin
+        raise UserError(f"--resume {run}: there is no run to continue (no config.json).{nearest(run, map(str, Path('runs').glob('*')))}")
+    stored = read_config(Path(run))
+    if args.recipe and args.recipe != stored.recipe:
+        raise UserError(f"run {run} was made by recipe {stored.recipe!r}, not {args.recipe!r}; leave the recipe out.")
+    fixed = ("model.", "data.", "seed", "train.global_batch", "train.accum", "train.dtype", "optim.name")
+    if not args.smoke and args.preset:
+        raise UserError("--preset cannot change a run that has begun; leave it out, or start another with --out.")
+    from .config import flatten
+    tree = flatten(stored.to_dict())
+    merged = flatten(Config.from_dict(_nest(tree | flags), "command line").to_dict())
+    for key in flags:
+        if merged[key] != tree[key] and key.startswith(fixed):
+            raise UserError(f"{key} = {tree[key]!r} in run {run} and cannot become {merged[key]!r} in the middle; "
+                            f"start a new run from its weights with --init-from {run}, or leave the flag out.")
+    return Config.from_dict(_nest(merged), "command line")
+
+
+def _nest(flat: dict) -> dict:
+    tree: dict = {}
+    for key, value in flat.items():
+        section, dot, leaf = key.partition(".")
+        if dot:
+            tree.setdefault(section, {})[leaf] = value
+        else:
+            tree[key] = value
+    return tree
+
+
+def next_steps(report: dict, say) -> None:
+    run = report["run"]
+    say("\nnext:")
+    if "val_bpb" in report:
+        say(f'  muonlm generate {run} --prompt "The people of"     continue a text')
+        say(f"  muonlm eval {run} --tasks bpb                      held-out bits per byte beside a byte trigram model")
+        say("  muonlm train quickstart --data YOUR.txt             the same on your own text (.txt, .jsonl, .parquet, folders)")
+    else:
+        say(f"  muonlm train {report['recipe']} --optim.name {'adamw' if report.get('optimizer') == 'muon' else 'muon'} --out {run}-other     another optimizer")
+        say(f"  muonlm train {report['recipe']} --data.op x+y --data.prime 97     another task")
+
+
+def prep(argv: list[str]) -> int:
+    parser = Parser("prep", "Turn text into a sealed folder of tokens: muonlm prep my.txt more/ 'x/*.jsonl' --to data/mine")
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=".txt .jsonl .parquet files (also .gz), folders, globs, - for stdin, or sotu")
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--tokenizer", default="bpe:4096", help="byte, char, bpe:N, gpt2:MERGES_FILE or a tokenizer.json (default bpe:4096)")
+    parser.add_argument("--train-tokenizer", type=int, metavar="N", help="short for --tokenizer bpe:N")
+    parser.add_argument("--columns", default="text", help="columns of .jsonl and .parquet that hold the text, separated by commas")
+    parser.add_argument("--val", default="hash:0.01", help="held-out part: hash:F, tail:F or a path (default hash:0.01)")
+    parser.add_argument("--num-tokens", default=None, help="stop after so many training tokens; 1e8 is accepted")
+    parser.add_argument("--as", dest="layout", default="packed", choices=("packed", "bin"), help="packed, or nanoGPT's train.bin and val.bin")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    args = parser.parse(argv)
+    try:
+        limit = None if args.num_tokens is None else int(float(args.num_tokens))
+    except ValueError:
+        raise UserError(f"--num-tokens {args.num_tokens!r} should be a number such as 1e8.") from None
+    from .data.prepare import prepare
+
+    index = prepare(args.sources, args.to, tokenizer=f"bpe:{args.train_tokenizer}" if args.train_tokenizer else args.tokenizer,
+                    columns=args.columns.split(","), val=args.val, num_tokens=limit, overwrite=args.overwrite, progress=_progress(),
+                    layout=args.layout)
+    if args.json:
+        print(json.dumps(index))
+        return 0
+    for name, split in index["splits"].items():
+        print(f"{name}: {split['tokens']:,} tokens, {split['bytes']:,} bytes, {split['documents']:,} documents")
+    print(f"made {args.to}; train on it with: muonlm train quickstart --data {args.to}")
+    return 0
+
+
+def _progress():
+    """A line on stderr that is rewritten, where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        return None
+    return lambda stage, done, total: print(f"\r{stage}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB ", end="" if done < total else "\n", file=sys.stderr)
+
+
+def generate(argv: list[str]) -> int:
+    parser = Parser("generate", "Continue a prompt with a trained model: muonlm generate runs/quickstart --prompt 'We the'")
+    parser.add_argument("run", metavar="RUN", help="run or checkpoint directory")
+    parser.add_argument("--prompt", default="", help="text to continue; - reads standard input")
+    parser.add_argument("--samples", type=int, default=1, help="continuations, from one prefill (default 1)")
+    parser.add_argument("--max-tokens", type=int, default=200, help="tokens per continuation (default 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token (default 0.8)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample among the K likeliest tokens; 0 = all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest tokens that hold P of the probability")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default 0)")
+    parser.add_argument("--stop", action="append", default=[], help="end a continuation at this text (one token); may be repeated")
+    parser.add_argument("--checkpoint", default="best", help="best, latest or step-N (default best)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    args = parser.parse(argv)
+    from .generate import check_sampling
+
+    check_sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, samples=args.samples, max_tokens=args.max_tokens)
+    from .checkpoint import load
+    from .generate import generate as continue_text
+    from .parallel import pick_device
+
+    model, tokenizer = load(args.run, pick_device(args.device), args.checkpoint)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+
+    def show(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    live = not args.json
+    if live:
+        show(prompt)
+    texts = continue_text(model, tokenizer, prompt, samples=args.samples, max_tokens=args.max_tokens, temperature=args.temperature,
+                          top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=args.stop, on_text=show if live else None)
+    if live:
+        print()
+        for text in texts[1:]:
+            print(f"\n--- next sample ---\n{prompt}{text}")
+    else:
+        print(json.dumps({"prompt": prompt, "samples": texts}))
+    return 0
+
+
+def eval(argv: list[str]) -> int:
+    parser = Parser("eval", "Measure trained models on held-out text.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run or checkpoint directories")
+    parser.add_argument("--tasks", default="bpb", help="bpb: held-out loss in nats per token and bits per byte")
+    parser.add_argument("--data", default="", help="evaluate on the held-out part of this text instead of the run's own")
+    parser.add_argument("--limit", type=int, default=0, help="batches; 0 = the whole split")
+    parser.add_argument("--checkpoint", default="best", help="best, latest or step-N (default best)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    args = parser.parse(argv)
+    for task in args.tasks.split(","):
+        if task != "bpb":
+            raise UserError(f"unknown task {task!r}.{nearest(task, ['bpb']) or ' Known: bpb.'}")
+    if args.limit < 0:
+        raise UserError(f"--limit {args.limit} must be 0 (everything) or more.")
+    from .checkpoint import write_atomically
+    from .evals.perplexity import bits_per_byte
+
+    results = []
+    for run in args.runs:
+        result = bits_per_byte(run, data=args.data, limit=args.limit, which=args.checkpoint, device=args.device)
+        results.append(result)
+        from pathlib import Path
+        target = Path(result["run"]) / "evals" / "bpb.json"
+        target.parent.mkdir(exist_ok=True)
+        write_atomically(target, json.dumps(result, indent=1))
+        if not args.json:
+            numbers = "  ".join(f"{key} {value:.4f}" for key, value in result.items() if isinstance(value, float))
+            print(f"{result['run']} ({result['checkpoint']}): {numbers}")
+    if args.json:
+        print(json.dumps(results[0] if len(results) == 1 else results))
+    return 0
+
+
+def info(argv: list[str]) -> int:
+    argv, flags = take_overrides(argv)
+    parser = Parser("info", "What a recipe or run is, without training it; without a name, the recipes.")
+    parser.add_argument("what", nargs="?", metavar="RECIPE|RUN")
+    parser.add_argument("--preset", default="", help="a [preset.NAME] of the recipe")
+    parser.add_argument("--smoke", action="store_true", help="as it is with --smoke")
+    parser.add_argument("--toml", action="store_true", help="print the resolved recipe, to copy and edit")
+    parser.add_argument("--keys", action="store_true", help="every config key with its default and meaning")
+    args = parser.parse(argv, also=tuple("--" + key for key in keys()))
+    from . import info as inform
+
+    if args.keys:
+        table = inform.describe_keys()
+        print(json.dumps(table) if args.json else "\n".join(f"--{k['key']}  ({k['default']})\n      {k['help']}" for k in table))
+        return 0
+    if not args.what:
+        table = inform.describe_recipes()
+        print(json.dumps(table) if args.json else "\n".join(f"{r['recipe']:28} {r['about']}" for r in table))
+        return 0
+    cfg = inform.find(args.what, flags, preset=args.preset, smoke=args.smoke)
+    if args.toml:
+        print(cfg.to_toml(), end="")
+        return 0
+    facts = inform.describe(cfg)
+    print(json.dumps(facts) if args.json else inform.as_text(facts))
+    return 0
+
+
+def doctor(argv: list[str]) -> int:
+    args = Parser("doctor", "Check this machine: versions, device, data, a step of training, a checkpoint.").parse(argv)
+    from .doctor import checks
+
+    results = []
+    for name, outcome, passed in checks():
+        results.append({"check": name, "result": outcome, "pass": passed})
+        if not args.json:
+            print(f"{'PASS' if passed else 'FAIL'}  {name:12} {outcome}", flush=True)
+    if args.json:
+        print(json.dumps(results))
+    return 0 if all(r["pass"] for r in results) else 1

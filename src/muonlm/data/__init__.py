@@ -1,0 +1,1 @@
+"""Data: the batch of step n is a pure function of (seed, step). Knows no model."""

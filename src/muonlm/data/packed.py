@@ -1,0 +1,239 @@
+"""Packed data: the batch of step n is a pure function of (seed, step), read from sealed shards by memory map.
+
+A split is one stream of N tokens x_0 … x_{N−1} (its shards, end to end). Position p, 0 ≤ p < R = N − 1, has the input x_p and
+the target x_{p+1}; the R positions form a ring. With T = block_size an epoch e has n = ceil(R / T) samples:
+
+    sample i covers the positions (φ_e + i·T + t) mod R,  t = 0 … T − 1,   φ_0 = 0, φ_e keyed by (seed, e)          (1)
+    where i·T + t ≥ R (surplus of the last sample) the target is IGNORE: each epoch trains each target exactly once (2)
+    sample k of the run = step·rows + row;  e = k div n,  i = π_e(k mod n),  π_e a keyed bijection of [0, n)        (3)
+
+π_e is a Feistel network on Z_a × Z_b, a = ceil(√n), b = ceil(n / a): alternately l ← l + F(r) mod a and r ← r + G(l) mod b, each
+invertible; since a·b < n + a, walking the cycle back into [0, n) is rarely needed. No table of size n is ever built.
+
+Shapes   inputs, targets (B, T) int64
+Cost     O(B·T) per batch, whatever the corpus; resident memory is what the system caches of the mapped shards
+Raises   UserError for a folder that is no packed data, is altered, or lacks the split; each names the file and the command to run
+Source   M. Luby, C. Rackoff, "How to construct pseudorandom permutations", SIAM J. Comput. 17 (1988); cycle walking: J. Black,
+         P. Rogaway, "Ciphers with arbitrary finite domains" (2002). The mixing constants are those of splitmix64 (S. Vigna).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from muonlm.config import UserError
+from muonlm.data.tokenizer import Tokenizer
+
+IGNORE = -100  # torch's cross_entropy default: a target that is not trained
+FORMAT_VERSION = 1
+INDEX_NAMES = ("index.json", "meta.json")  # layout "packed" and layout "bin" (nanoGPT's names)
+ROUNDS = 6  # of the Feistel network; 4 suffice in theory for wide halves, ours are narrow (a, b ~ √n)
+
+
+@dataclass
+class Batch:
+    inputs: Tensor  # (B, T) int64 token ids
+    targets: Tensor  # (B, T) int64, IGNORE where nothing is trained
+    count: int  # number of trained targets
+
+    def split(self, rows: int) -> list["Batch"]:
+        """Micro-batches of at most `rows` rows, none lost. An empty batch (a rank without rows) gives itself, once."""
+        assert rows >= 1, rows
+        if len(self.inputs) <= rows:
+            return [self]
+        full = self.count == self.targets.numel()
+        parts = zip(self.inputs.split(rows), self.targets.split(rows), strict=True)
+        return [Batch(x, y, y.numel() if full else int((y != IGNORE).sum())) for x, y in parts]
+
+    def to(self, device) -> "Batch":
+        return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), self.count)
+
+
+def _keys(*what: int) -> np.ndarray:
+    """Eight 64-bit keys from integers of any size."""
+    return np.frombuffer(hashlib.blake2b(repr(what).encode(), digest_size=64).digest(), dtype="<u8")
+
+
+class KeyedPermutation:
+    """A bijection of [0, n) fixed by (seed, epoch); call it with an integer array of any shape."""
+
+    def __init__(self, n: int, seed: int, epoch: int = 0):
+        assert 1 <= n < 2**62, n
+        self.n = n
+        side = int(np.ceil(np.sqrt(n)))
+        self._a, self._b = np.uint64(side), np.uint64(-(-n // side))
+        self._keys = _keys(seed, epoch)
+
+    def __call__(self, index) -> np.ndarray:
+        index = np.asarray(index)
+        assert index.size == 0 or (index.min() >= 0 and index.max() < self.n), (index, self.n)
+        out = self._network(index.astype(np.uint64))
+        outside = out >= self.n
+        while outside.any():  # a point of [0, a·b) whose cycle leaves [0, n) walks on until it is back inside
+            out[outside] = self._network(out[outside])
+            outside = out >= self.n
+        return out.astype(np.int64)
+
+    def _network(self, x: np.ndarray) -> np.ndarray:
+        left, right = x // self._b, x % self._b
+        for i in range(0, ROUNDS, 2):
+            left = (left + _mix(right ^ self._keys[i]) % self._a) % self._a
+            right = (right + _mix(left ^ self._keys[i + 1]) % self._b) % self._b
+        return left * self._b + right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Spread 64 bits over the upper 32; wraps modulo 2^64 as meant."""
+    x = x * np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(31)
+    x *= np.uint64(0x94D049BB133111EB)
+    return x >> np.uint64(32)
+
+
+class PackedData:
+    """One split of a prepared folder. `rows` is the number of rows of the global step, over all ranks and micro-batches."""
+
+    def __init__(self, path, split: str = "train", *, block_size: int, rows: int, seed: int):
+        if block_size < 1 or rows < 1:
+            raise UserError(f"block_size={block_size}, rows={rows}: both must be at least 1")
+        self.path = Path(path)
+        self.index = read_index(self.path)
+        if split not in self.index["splits"]:
+            raise UserError(f"{self.path} has no split {split!r}; it has {', '.join(self.index['splits'])}")
+        self.tokenizer = Tokenizer.load(self.path)
+        if self.tokenizer.fingerprint != self.index["tokenizer"]["fingerprint"]:
+            raise UserError(f"{self.path / 'tokenizer.json'} is not the tokenizer this data was packed with; {remake(self.path)}")
+        self.split, self.block_size, self.rows, self.seed = split, block_size, rows, seed
+        self.vocab_size: int = self.tokenizer.vocab_size
+        self.fingerprint: str = self.index["fingerprint"]
+        info = self.index["splits"][split]
+        self.num_tokens: int = info["tokens"]
+        self.num_bytes: int = info["bytes"]
+        dtype = np.dtype(self.index["dtype"]).newbyteorder("<")
+        # np.asarray: the same map without memmap's slower indexing
+        self._shards = [np.asarray(np.memmap(self.path / s["file"], dtype, mode="r")) for s in info["shards"]]
+        self._ends = np.cumsum([len(s) for s in self._shards])
+        self._ring = self.num_tokens - 1  # R of (1)
+        self._samples = -(-self._ring // block_size)
+        # Row p of a shard's window table is x_p … x_{p+T}: a view, no memory. None where the shard is shorter than T + 1.
+        windows = np.lib.stride_tricks.sliding_window_view
+        self._windows = [windows(s, block_size + 1) if len(s) > block_size else None for s in self._shards]
+        self._epoch: tuple[int, KeyedPermutation, int] | None = None  # (epoch, π, φ) last used
+
+    def __len__(self) -> int:
+        """Samples in one epoch."""
+        return self._samples
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """This rank's contiguous share of the rows of global step `step`; together the ranks hold the world=1 batch."""
+        assert step >= 0 and 0 <= rank < world, (step, rank, world)
+        first, last = self.rows * rank // world, self.rows * (rank + 1) // world
+        run = np.arange(step * self.rows + first, step * self.rows + last, dtype=np.int64)
+        n = self._samples
+        sample, phase = np.empty_like(run), np.zeros_like(run)
+        at = 0
+        while at < len(run):  # one turn per epoch that the step touches: nearly always one
+            epoch = int(run[at]) // n
+            end = min(len(run), at + (epoch + 1) * n - int(run[at]))
+            permutation, phase[at:end] = self._order(epoch)
+            sample[at:end] = permutation(run[at:end] - epoch * n)
+            at = end
+        return self._assemble(sample, phase)
+
+    def sequential(self, rows: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """The whole split once, in order, φ = 0; every token but the first is a target exactly once over all ranks.
+
+        Rank r gets the samples [n·r/world, n·(r+1)/world), `rows` at a time: ranks may differ by one in the number of batches.
+        """
+        first, last = self._samples * rank // world, self._samples * (rank + 1) // world
+        for at in range(first, last, rows):
+            sample = np.arange(at, min(at + rows, last), dtype=np.int64)
+            yield self._assemble(sample, np.zeros_like(sample))
+
+    def _order(self, epoch: int) -> tuple[KeyedPermutation, int]:
+        if self._epoch is None or self._epoch[0] != epoch:
+            phase = 0 if epoch == 0 else int(_keys(self.seed, epoch, "phase")[0]) % self._ring
+            self._epoch = (epoch, KeyedPermutation(self._samples, self.seed, epoch), phase)
+        return self._epoch[1:]
+
+    def _assemble(self, sample: np.ndarray, phase: np.ndarray) -> Batch:
+        """Samples of (1), each with its phase, as a batch."""
+        rows, width = len(sample), self.block_size
+        offset = sample * width
+        start = (phase + offset) % self._ring
+        if len(self._shards) == 1 and rows and int(start.max()) + width <= self._ring:  # the ordinary case: no row wraps
+            block = self._windows[0][start]
+            inputs, targets = block[:, :-1].astype(np.int64), block[:, 1:].astype(np.int64)
+        else:
+            inputs, targets = np.empty((rows, width), np.int64), np.empty((rows, width), np.int64)
+            shard = np.searchsorted(self._ends, start, side="right")
+            inside = start + width < self._ends[shard]  # x_start … x_{start+T} lie in one shard
+            for s in np.unique(shard[inside]):
+                here = inside & (shard == s)
+                block = self._windows[s][start[here] - (self._ends[s] - len(self._shards[s]))]
+                inputs[here], targets[here] = block[:, :-1], block[:, 1:]
+            for row in np.flatnonzero(~inside):
+                position = (start[row] + np.arange(width)) % self._ring
+                inputs[row], targets[row] = self._take(position), self._take(position + 1)
+        count = rows * width
+        for row in np.flatnonzero(offset > self._ring - width):  # only the last sample of an epoch: (2)
+            trained = int(self._ring - offset[row])
+            targets[row, trained:] = IGNORE
+            count -= width - trained
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), count)
+
+    def _take(self, position: np.ndarray) -> np.ndarray:
+        """Tokens at any positions of the stream."""
+        out = np.empty(len(position), np.int64)
+        shard = np.searchsorted(self._ends, position, side="right")
+        for s in np.unique(shard):
+            here = shard == s
+            out[here] = self._shards[s][position[here] - (self._ends[s] - len(self._shards[s]))]
+        return out
+
+
+def remake(path) -> str:
+    return f"make it again: muonlm prep SOURCE --to {path} --overwrite"
+
+
+def canonical(value) -> bytes:
+    """The bytes that hashes of JSON values are taken over: keys sorted, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def checksum(index: dict) -> str:
+    return hashlib.sha256(canonical({k: v for k, v in index.items() if k != "checksum"})).hexdigest()
+
+
+def read_index(path) -> dict:
+    """The index of a prepared folder after the cheap checks: it is ours, unaltered, and every shard has the recorded size."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; make it: muonlm prep SOURCE --to {path}")
+    file = next((path / name for name in INDEX_NAMES if (path / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{path} is not prepared data (no index.json in it); make it: muonlm prep {path} --to FOLDER")
+    try:
+        index = json.loads(file.read_text("utf-8"))
+        version = index["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not an index of muonlm ({error}); {remake(path)}") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{file} has format_version {version}, this muonlm reads {FORMAT_VERSION}; {remake(path)}")
+    if index.get("checksum") != checksum(index):
+        raise UserError(f"{file} was altered after it was sealed (its checksum differs); {remake(path)}")
+    for info in index["splits"].values():
+        for shard in info["shards"]:
+            want = shard["tokens"] * np.dtype(index["dtype"]).itemsize
+            found = (path / shard["file"]).stat().st_size if (path / shard["file"]).is_file() else None
+            if found is None:
+                raise UserError(f"{path / shard['file']} is missing; {remake(path)}")
+            if found != want:
+                raise UserError(f"{path / shard['file']} has {found} bytes, its index says {want}; {remake(path)}")
+    return index

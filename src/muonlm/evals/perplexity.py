@@ -1,0 +1,60 @@
+"""Held-out loss of a run, in nats per token and bits per byte, and what a counting model makes of the same bytes.
+
+    bits per byte = Σ nats over all predicted tokens / (ln 2 · UTF-8 bytes of the text)
+    trigram       p(c | ab) = (n(abc) + 1) / (n(ab) + 256), counted on the training bytes
+
+The trigram is the floor that any model worth training must beat; both see the same split.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from .. import checkpoint
+from ..config import UserError
+from ..data.packed import PackedData
+from ..objectives import OBJECTIVES
+from ..parallel import start
+from ..train import evaluate, open_data
+
+
+def bits_per_byte(source: str | Path, *, data: str = "", limit: int = 0, which: str = "best", device: str = "cpu") -> dict:
+    """Evaluate the checkpoint of a run on its own held-out split, or on the held-out split of other text (`data`), with its tokenizer."""
+    run, path = checkpoint.locate(source, which)
+    cfg = checkpoint.read_config(run)
+    cfg.eval.iters = limit
+    if data:
+        if not (run / "tokenizer.json").exists():
+            raise UserError(f"run {run} has no tokenizer, so --data {data} cannot be read with it.")
+        cfg.data.source, cfg.data.tokenizer = data, str(run / "tokenizer.json")
+    with start(device) as dist:
+        splits = open_data(cfg, dist)
+        model, _ = checkpoint.load(path, dist.device)
+        result = evaluate(model, OBJECTIVES[cfg.train.objective], splits, cfg, dist)
+    result |= {"run": str(run), "checkpoint": path.name, "step": checkpoint.read_meta(path)["step"]}
+    if isinstance(splits.train, PackedData):
+        result["trigram_bpb"] = trigram_bpb(text_bytes(splits.train), text_bytes(splits.evaluated["val"]))
+    return result
+
+
+def text_bytes(split: PackedData, limit: int = 1 << 26) -> np.ndarray:
+    """The UTF-8 bytes of a split (of its first `limit` tokens), without end-of-text marks."""
+    ids = np.concatenate([batch.inputs.numpy().ravel() for batch in split.sequential(256)] if split.num_tokens <= limit else
+                         [batch.inputs.numpy().ravel() for batch, _ in zip(split.sequential(256), range(limit // (256 * split.block_size)))])
+    eot = split.tokenizer.eot_id
+    return np.frombuffer(split.tokenizer.decode([int(i) for i in ids if i != eot]).encode(), np.uint8)
+
+
+def trigram_bpb(train: np.ndarray, held_out: np.ndarray) -> float:
+    """Bits per byte of an add-one byte trigram model; the first two bytes are charged as uniform."""
+    if len(held_out) < 3:
+        return 8.0
+    code = train.astype(np.int64)
+    triples = np.bincount(code[:-2] * 65536 + code[1:-1] * 256 + code[2:], minlength=1 << 24) if len(code) > 2 else np.zeros(1 << 24, np.int64)
+    pairs = triples.reshape(-1, 256).sum(1)
+    h = held_out.astype(np.int64)
+    context = h[:-2] * 256 + h[1:-1]
+    probability = (triples[context * 256 + h[2:]] + 1) / (pairs[context] + 256)
+    return float((-np.log2(probability).sum() + 16) / len(h))
+
+

@@ -1,0 +1,110 @@
+"""Language model: embedding, residual stream through blocks, final norm, output head.
+
+    h₀ = E[tokens] (+ P[position])    h_l = block_l(h_{l−1})    logits = c(norm(h_L) Wᵀ),  c(z) = z or s·tanh(z/s)
+
+Shapes   tokens, targets (B,T) int64 · logits (B,T,V) · state: list of the mixers' states, plus the position count when learned
+Loss     with `targets`, forward returns Σ −log p(target) over targets ≥ 0, in fp32 nats, instead of logits: one call holds the whole
+         differentiable path, which data-parallel wrappers need. Logits are made and thrown away in chunks of rows, so memory is
+         O(chunk·V), not O(B·T·V).
+Init     gpt2: every matrix N(0, .02), those that write to the stream / √(2L) (Radford 2019).
+         zero_out: matrices N(0, 1/fan_in), E from N(0, 1), those that write to the stream and the head 0 (muP-like; 2203.03466 §D).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..config import ModelConfig
+from .block import Block
+from .norm import at_least_fp32, make_norm
+
+LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of fp32 logits at a time
+
+
+class LM(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        assert cfg.vocab_size > 0, "vocab_size is derived from the tokenizer before the model is built"
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.positions = nn.Parameter(torch.empty(cfg.block_size, cfg.d_model)) if cfg.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(cfg, cfg.pattern[i % len(cfg.pattern)]) for i in range(cfg.n_layer))
+        self.norm = make_norm(cfg)
+        self.head = None if cfg.tie else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, state: list | None = None, mask: Tensor | None = None):
+        """Summed loss if `targets` are given, else (logits, state). `mask` (B,T): False tokens are treated as absent."""
+        x = self.embed(tokens)
+        layers, count = (None, None) if state is None else (state[:-1], state[-1])
+        if self.positions is not None:
+            x = x + self._positions(tokens, count, mask)
+        if self.cfg.dropout:
+            x = F.dropout(x, self.cfg.dropout, self.training)
+        states = []
+        for i, block in enumerate(self.blocks):
+            x, layer = block(x, None if layers is None else layers[i], mask)
+            if targets is None:
+                states.append(layer)
+        x = self.norm(x)
+        if targets is not None:
+            return self._loss_sum(x, targets)
+        new = torch.full((len(tokens),), tokens.shape[1]) if mask is None else mask.sum(1).cpu()
+        return self._logits(x), [*states, new if count is None else count + new]
+
+    def init_state(self, batch: int, device=None, dtype=None) -> list:
+        """One mixer state per block, then the number of tokens each row has seen (B,), on the CPU."""
+        return [block.mixer.init_state(batch, device, dtype) for block in self.blocks] + [torch.zeros(batch, dtype=torch.long)]
+
+    def _positions(self, tokens: Tensor, count: Tensor | None, mask: Tensor | None) -> Tensor:
+        real = torch.ones_like(tokens) if mask is None else mask.long()
+        index = (real.cumsum(1) - 1).clamp(min=0) + (0 if count is None else count[:, None].to(tokens.device))
+        assert int(index.max()) < self.cfg.block_size, "learned positions end at block_size; the engine cuts the context"
+        return self.positions[index] if mask is not None or count is not None else self.positions[: tokens.shape[1]]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = F.linear(x, self.embed.weight if self.head is None else self.head.weight)
+        cap = self.cfg.logit_softcap
+        return cap * torch.tanh(at_least_fp32(logits) / cap) if cap else logits
+
+    def _loss_sum(self, x: Tensor, targets: Tensor) -> Tensor:
+        x, targets = x.flatten(0, 1), targets.flatten()
+        rows = max(1, LOGITS_PER_CHUNK // self.cfg.vocab_size)
+        if len(x) <= rows:
+            return self._chunk_loss(x, targets)
+        chunks = zip(x.split(rows), targets.split(rows))
+        return sum(checkpoint(self._chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+
+    def _chunk_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(at_least_fp32(self._logits(x)), targets, ignore_index=-100, reduction="sum")
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fill every parameter once from torch's generator, and tag those that the optimizer's routing cannot read from their module."""
+        cfg = self.cfg
+        zero_out = cfg.init == "zero_out"
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(0, module.in_features**-0.5 if zero_out else 0.02)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_(0, 1.0 if zero_out and not cfg.tie else 0.02)
+            elif getattr(module, "weight", None) is not None:  # norms
+                module.weight.fill_(1.0)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
+            if hasattr(module, "tags"):
+                for parameter, tag in module.tags().items():
+                    parameter.muonlm = tag
+        for block in self.blocks:
+            for writer in (block.mixer.out, block.mlp.down):
+                writer.weight.mul_(0.0 if zero_out else (2 * cfg.n_layer) ** -0.5)
+        if self.head is not None and zero_out:
+            self.head.weight.zero_()
+        self.embed.weight.muonlm = {"role": "embed"}
+        if self.head is not None:
+            self.head.weight.muonlm = {"role": "head"}
+        if self.positions is not None:
+            self.positions.normal_(0, 0.02)
+            self.positions.muonlm = {"role": "scalar"}
