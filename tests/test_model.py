@@ -17,8 +17,15 @@ VARIANTS = {
     "softcap": {"attn_softcap": 3.0, "logit_softcap": 10.0, "n_kv_head": 2},
     "softcap window": {"attn_softcap": 3.0, "pattern": "W", "window": 3},
     "learned": {"positions": "learned", "norm": "layernorm", "bias": True, "tie": True, "mlp": "gelu", "qk_norm": False},
+    "embedding convolution": {"embed_conv": 4, "positions": "learned"},
     "partial rope": {"rotary_fraction": 0.5, "norm": "rmsnorm_plain", "mlp": "relu2", "res_scale": "both"},
 }
+
+
+@pytest.fixture(autouse=True, params=["explicit", "sdpa"])
+def attention_path(request, monkeypatch):
+    """Every test of this file runs through both ways of computing attention."""
+    monkeypatch.setattr(attention, "EXPLICIT_UP_TO", attention.EXPLICIT_UP_TO if request.param == "explicit" else {})
 
 
 def small(**overrides) -> lm.LM:

@@ -24,9 +24,14 @@ def sentencepiece_like() -> Tokenizer:
     """A Hugging Face tokenizer that is not byte-level: Metaspace with byte fallback, as Llama's."""
     hf = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     hf.pre_tokenizer = pre_tokenizers.Metaspace()
-    hf.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    hf.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
-    hf.train_from_iterator(["low lower lowest newer wider " * 20], trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False))
+    hf.train_from_iterator(
+        ["low lower lowest newer wider " * 20],
+        trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False),
+    )
     stored = json.loads(hf.to_str())
     stored["added_tokens"] = [a for a in stored["added_tokens"] if not a["content"].startswith("<0x")]
     return Tokenizer(stored)
@@ -50,7 +55,7 @@ def test_char_round_trips_its_own_corpus(text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("tokenizer", [BYTE, BPE, HF, resolve_tokenizer("char", CORPUS)], ids=["byte", "bpe", "hf", "char"])
+@pytest.mark.parametrize("tokenizer", [BYTE, BPE, resolve_tokenizer("char", CORPUS)], ids=["byte", "bpe", "char"])
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_decode_takes_any_ids_and_streaming_gives_the_same_text(tokenizer, data):
@@ -58,6 +63,16 @@ def test_decode_takes_any_ids_and_streaming_gives_the_same_text(tokenizer, data)
     stream = tokenizer.stream()
     pushed = [stream.push(i) for i in ids]
     assert "".join(pushed) + stream.flush() == tokenizer.decode(ids)
+
+
+@given(ids=st.lists(st.integers(0, HF.vocab_size + 7), max_size=30), text=st.text(alphabet="low er東🙂", max_size=20))
+@settings(max_examples=100, deadline=None)
+def test_other_hugging_face_tokenizers_decode_any_ids_and_stream_valid_text(ids, text):
+    assert isinstance(
+        HF.decode(ids), str
+    )  # streams may differ here: byte fallback rewrites a run when it turns out invalid
+    stream, encoded = HF.stream(), HF.encode(text)
+    assert "".join([stream.push(i) for i in encoded]) + stream.flush() == HF.decode(encoded)
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE, BPE, HF], ids=["byte", "bpe", "hf"])
@@ -100,19 +115,21 @@ def test_a_tokenizer_with_another_pre_tokenizer_is_not_cut():
     assert HF.encode(text) == HF._hf.encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize("tokenizer", [BYTE, BPE, HF, resolve_tokenizer("char", ["héé\n", "b"])], ids=["byte", "bpe", "hf", "char"])
+@pytest.mark.parametrize(
+    "tokenizer", [BYTE, BPE, HF, resolve_tokenizer("char", ["héé\n", "b"])], ids=["byte", "bpe", "hf", "char"]
+)
 def test_saved_and_loaded_is_the_same_tokenizer(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     for again in (Tokenizer.load(tmp_path), resolve_tokenizer(str(tmp_path / "tokenizer.json"))):
         same = ("kind", "vocab_size", "eot_id", "fingerprint")
         assert [getattr(again, a) for a in same] == [getattr(tokenizer, a) for a in same]
-        assert again.encode("bé") == tokenizer.encode("bé") if tokenizer.kind != "char" else again.encode("bé") == [1, 2]
+        assert again.encode("bé") == tokenizer.encode("bé")
 
 
 def test_training_bpe_twice_gives_the_same_tokenizer():
     assert resolve_tokenizer("bpe:400", CORPUS).fingerprint == BPE.fingerprint
-    assert resolve_tokenizer("bpe:380", CORPUS).fingerprint != BPE.fingerprint
+    assert resolve_tokenizer("bpe:300", CORPUS).fingerprint != BPE.fingerprint
 
 
 def test_encode_batch_gives_small_integer_arrays():

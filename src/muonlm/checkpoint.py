@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -39,8 +38,9 @@ def save(run: Path, step: int, model: dict[str, Tensor], state: dict[str, Tensor
     root = Path(run) / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     target = root / f"step-{step:08d}"
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=root))
+    work = root / f".{target.name}-{os.getpid()}"
     try:
+        work.mkdir(exist_ok=True)
         for name, tensors in (("model.safetensors", model), ("state.safetensors", state)):
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, work / name)
         files = {path.name: _digest(path) for path in sorted(work.iterdir())}
@@ -97,7 +97,7 @@ def read_meta(path: Path) -> dict:
             raise ValueError
     except OSError:
         raise UserError(f"checkpoint {path} is damaged: meta.json is missing.") from None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):  # no JSON, no object, no checksum, or another one
         raise UserError(f"checkpoint {path} is damaged: meta.json does not match its checksum.") from None
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(f"checkpoint {path} has format {meta['format_version']}; this muonlm reads {FORMAT_VERSION}.")

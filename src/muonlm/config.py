@@ -70,6 +70,8 @@ class ModelConfig:
     """Rows of the embedding. 0 = the tokenizer's; larger pads (50257 → 50304), smaller is refused."""
     block_size: int = 256
     """Context in tokens: the length of a training row."""
+    embed_conv: int = 0
+    """Taps of a causal depthwise convolution over the embeddings, ≥ 2; lets the first layer see n-grams. 0 = none."""
     tie: bool = False
     """Use the embedding matrix as the output head."""
     mlp: str = "swiglu"
@@ -109,7 +111,7 @@ class ModelConfig:
                 positions=(self.positions, ("rope", "learned")), res_scale=(self.res_scale, ("none", "attn", "both")))
         _at_least("model", 1, n_layer=self.n_layer, d_model=self.d_model, n_head=self.n_head, window=self.window)
         _at_least("model", 2, block_size=self.block_size)
-        _at_least("model", 0, n_kv_head=self.n_kv_head, d_ff=self.d_ff, vocab_size=self.vocab_size,
+        _at_least("model", 0, n_kv_head=self.n_kv_head, d_ff=self.d_ff, embed_conv=self.embed_conv, vocab_size=self.vocab_size,
                   attn_softcap=self.attn_softcap, logit_softcap=self.logit_softcap)
         unknown = sorted(set(self.pattern) - set("AW"))
         if unknown or not self.pattern:
@@ -207,6 +209,8 @@ class OptimConfig:
     """Newton–Schulz iterations, 1–99. More is closer to orthogonal and costs time."""
     coefficients: str = "polar_express"
     """Newton–Schulz polynomial: polar_express, keller, you, cans, … (optim/newton_schulz.py)."""
+    ns_dtype: str = "auto"
+    """Newton–Schulz in float32 or bfloat16. auto: float32 if train.dtype says float32, else on CPU what a timing probe prefers."""
     lr_mode: str = "original"
     """Shape multiplier: original √max(1, rows/cols), match_rms_adamw 0.2·√max(rows, cols), spectral √(rows/cols), none 1."""
     split_fused: bool = True
@@ -222,7 +226,7 @@ class OptimConfig:
 
     def __post_init__(self):
         _choice("optim", name=(self.name, ("muon", "adamw")), decay=(self.decay, ("2d", "all")),
-                clip_mode=(self.clip_mode, ("clip", "normalize_per_param", "off")),
+                ns_dtype=(self.ns_dtype, ("auto", "float32", "bfloat16")), clip_mode=(self.clip_mode, ("clip", "normalize_per_param", "off")),
                 lr_mode=(self.lr_mode, ("original", "match_rms_adamw", "spectral", "none")))
         for name in ("lr", "adamw_lr", "grad_clip", "eps"):
             if not 0 < getattr(self, name) < float("inf"):

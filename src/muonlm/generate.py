@@ -46,7 +46,7 @@ def map_state(fn, state):
     return fn(state) if isinstance(state, Tensor) else type(state)(map_state(fn, part) for part in state)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: tables cached here (RoPE) may be used by a training step later
 def stream(model, prompt: list[int], *, samples: int = 1, max_tokens: int = 200, temperature: float = 0.8, top_k: int = 0,
            top_p: float = 1.0, seed: int = 0, stop: frozenset[int] = frozenset()) -> Iterator[list[int | None]]:
     """Yield, step by step, the next token of each sample; None for one that has met a stop token."""

@@ -38,10 +38,17 @@ def default_directory(recipe: str) -> Path:
     return path
 
 
+class OurConsole(Console):
+    def on_broken_pipe(self) -> None:
+        """`muonlm train | head`: whoever read the lines has gone, the run goes on in silence (rich's own answer is to exit)."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Run:
     def __init__(self, path: Path, cfg: Config, *, steps: int, json_mode: bool = False):
         self.path, self.cfg, self.steps = Path(path), cfg, steps
-        self.console = Console(stderr=json_mode, highlight=False, soft_wrap=True)
+        self.console = OurConsole(stderr=json_mode, highlight=False, soft_wrap=True)
         self.progress = None
         self.trackers = []
         self.last_line = 0.0
@@ -56,24 +63,24 @@ class Run:
                             f"such as --out {free}")
 
     def create(self, device: torch.device) -> None:
+        """Make the directory, or complete one that a kill left half made. config.json comes first: with it, the run can be resumed."""
         try:
-            (self.path / "samples").mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "environment.json", json.dumps(environment(device), indent=1))
-            self.write_config()
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "config.json", json.dumps(self.cfg.to_dict(), indent=1))
+            (self.path / "samples").mkdir(exist_ok=True)
+            if not (self.path / "environment.json").exists():
+                write_atomically(self.path / "environment.json", json.dumps(environment(device), indent=1))
         except OSError as error:
-            raise UserError(f"--out {self.path} cannot be written: {error.strerror}.") from None
-
-    def write_config(self) -> None:
-        write_atomically(self.path / "config.json", json.dumps(self.cfg.to_dict(), indent=1))
+            raise UserError(f"--out {self.path} cannot be written: {error.strerror}. Choose another, such as --out /tmp/{self.path.name}") from None
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics of steps that are about to be repeated, and a last line that a kill cut short."""
+        """Drop metrics of steps that are about to be repeated, and a last line that a kill cut short. From step 0, all is repeated."""
         path = self.path / "metrics.jsonl"
         if path.exists():
             kept = []
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
-                    if json.loads(line)["step"] <= step:
+                    if step and json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
                 except (json.JSONDecodeError, KeyError):
                     continue

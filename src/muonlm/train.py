@@ -207,8 +207,9 @@ def resolve(cfg: Config, vocab_size: int, samples: int, world: int) -> Config:
     steps = t.steps or math.ceil(tokens / (rows * block)) or math.ceil(t.epochs * steps_per_epoch)
     if not steps:
         raise UserError("the length of the run is not set; use --train.steps N, --train.epochs E, --train.tokens T or --train.budget")
+    ns_dtype = "float32" if cfg.optim.ns_dtype == "auto" and t.dtype == "float32" else cfg.optim.ns_dtype  # float32 means all of it
     return dataclasses.replace(
-        cfg, model=dataclasses.replace(cfg.model, vocab_size=max(vocab_size, cfg.model.vocab_size)),
+        cfg, optim=dataclasses.replace(cfg.optim, ns_dtype=ns_dtype), model=dataclasses.replace(cfg.model, vocab_size=max(vocab_size, cfg.model.vocab_size)),
         train=dataclasses.replace(t, steps=steps, global_batch=rows * block, micro_batch=min(t.micro_batch or share, share),
                                   accum=0, epochs=0.0, tokens=0, budget=""))
 
@@ -238,7 +239,7 @@ def make_optimizer(cfg: Config, plan) -> torch.optim.Optimizer:
         plan, name=o.name, lr=o.lr, adamw_lr=o.adamw_lr, embed_lr=o.embed_lr or None, head_lr=o.head_lr or None,
         scalar_lr=o.scalar_lr or None, wd=o.wd, adamw_wd=o.adamw_wd, decay=o.decay, betas=o.betas, eps=o.eps, momentum=o.momentum,
         momentum_warmup=o.momentum_warmup or None, nesterov=o.nesterov, cautious=o.cautious, ns_steps=o.ns_steps,
-        coefficients=o.coefficients, lr_mode=o.lr_mode)
+        coefficients=o.coefficients, ns_dtype=o.ns_dtype, lr_mode=o.lr_mode)
 
 
 def choose_dtype(model, objective, data: Splits, cfg: Config, dist: Dist) -> tuple[str, str]:
@@ -252,11 +253,9 @@ def choose_dtype(model, objective, data: Splits, cfg: Config, dist: Dist) -> tup
 
 def begin_run(run: Run, cfg: Config, plan, optimizer, data: Splits, step: int, started: bool, dist: Dist, say) -> None:
     """Make or continue the run directory, and say what is about to happen."""
+    run.create(dist.device)
     if started:
-        run.write_config()
         run.forget_after(step)
-    else:
-        run.create(dist.device)
     if getattr(data.train, "tokenizer", None):
         data.train.tokenizer.save(run.path)
     run.start_tracker()
@@ -286,21 +285,19 @@ def evaluate(net, objective, data: Splits, cfg: Config, dist: Dist) -> dict[str,
     result = {}
     for name, split in data.evaluated.items():
         rows = cfg.eval.rows or max(1, (1 << 17 if name == "train" or cfg.data.source == "modular" else 1 << 14) // cfg.model.block_size)
-        batches = split.sequential(rows, dist.rank, dist.world)
-        sums, count = mean_sums(model, objective, batches, dist, cfg)
+        batches = split.sequential(rows, dist.rank, dist.world, limit=cfg.eval.iters * rows)
+        sums, count = total_sums(model, objective, batches, dist, cfg)
         result |= {f"{name}_{key}": value / count for key, value in sums.items()}
         if isinstance(split, PackedData):
             result[f"{name}_bpb"] = bpb(result[f"{name}_loss"], split.index["splits"][name])
     return result
 
 
-def mean_sums(model, objective, batches: Iterable, dist: Dist, cfg: Config) -> tuple[dict[str, float], float]:
+def total_sums(model, objective, batches: Iterable, dist: Dist, cfg: Config) -> tuple[dict[str, float], float]:
     """Sums of the objective and its metrics, and their count, over batches and ranks."""
     sums: dict[str, torch.Tensor] = {}
     count = 0
-    for i, batch in enumerate(batches):
-        if cfg.eval.iters and i >= cfg.eval.iters:
-            break
+    for batch in batches:
         with parallel.autocast(dist.device, cfg.train.dtype):
             loss_sum, number, metrics = objective(model, batch.to(dist.device))
         count += number

@@ -23,8 +23,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from muonlm.config import UserError
-from muonlm.data.packed import Batch, KeyedPermutation
+from ..config import UserError
+from ..data.packed import Batch, KeyedPermutation
 
 # name: (symbol in a row, answer before the reduction mod p). `inv` is b⁻¹ mod p, 0 where b = 0.
 # The powers are of numbers below MAX_PRIME, so int64 holds them exactly.
@@ -88,10 +88,11 @@ class ModularData:
         places = np.arange(start + size * rank // world, start + size * (rank + 1) // world)
         return self._take(torch.from_numpy(KeyedPermutation(len(self), self.seed, epoch)(places)))
 
-    def sequential(self, rows: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """The whole split once, in order, `rows` at a time; rank r has the rows n·r/world … n·(r+1)/world − 1."""
+    def sequential(self, rows: int, rank: int = 0, world: int = 1, *, limit: int = 0) -> Iterator[Batch]:
+        """The split (its first `limit` rows) once, in order, `rows` at a time; rank r has rows n·r/world … n·(r+1)/world − 1."""
         assert rows >= 1 and 0 <= rank < world, (rows, rank, world)
-        first, last = len(self) * rank // world, len(self) * (rank + 1) // world
+        n = min(limit or len(self), len(self))
+        first, last = n * rank // world, n * (rank + 1) // world
         for at in range(first, last, rows):
             yield self._take(slice(at, min(at + rows, last)))
 

@@ -1,20 +1,21 @@
 """Packed data: the batch of step n is a pure function of (seed, step), read from sealed shards by memory map.
 
-A split is one stream of N tokens x_0 … x_{N−1} (its shards, end to end). Position p, 0 ≤ p < R = N − 1, has the input x_p and
-the target x_{p+1}; the R positions form a ring. With T = block_size an epoch e has n = ceil(R / T) samples:
+A split is one stream of N tokens x_0 … x_{N−1} (its shards, end to end). Position p, 0 ≤ p < R = N − 1, has the input
+x_p and the target x_{p+1}; the R positions form a ring. With T = block_size an epoch e has n = ceil(R / T) samples:
 
     sample i covers the positions (φ_e + i·T + t) mod R,  t = 0 … T − 1,   φ_0 = 0, φ_e keyed by (seed, e)          (1)
     where i·T + t ≥ R (surplus of the last sample) the target is IGNORE: each epoch trains each target exactly once (2)
     sample k of the run = step·rows + row;  e = k div n,  i = π_e(k mod n),  π_e a keyed bijection of [0, n)        (3)
 
-π_e is a Feistel network on Z_a × Z_b, a = ceil(√n), b = ceil(n / a): alternately l ← l + F(r) mod a and r ← r + G(l) mod b, each
-invertible; since a·b < n + a, walking the cycle back into [0, n) is rarely needed. No table of size n is ever built.
+π_e is a Feistel network on Z_a × Z_b, a = ceil(√n), b = ceil(n / a): alternately l ← l + F(r) mod a and
+r ← r + G(l) mod b, each invertible; since a·b < n + a, walking the cycle back into [0, n) is rarely needed. No table of
+size n is ever built.
 
 Shapes   inputs, targets (B, T) int64
 Cost     O(B·T) per batch, whatever the corpus; resident memory is what the system caches of the mapped shards
-Raises   UserError for a folder that is no packed data, is altered, or lacks the split; each names the file and the command to run
-Source   M. Luby, C. Rackoff, "How to construct pseudorandom permutations", SIAM J. Comput. 17 (1988); cycle walking: J. Black,
-         P. Rogaway, "Ciphers with arbitrary finite domains" (2002). The mixing constants are those of splitmix64 (S. Vigna).
+Raises   UserError for a folder that is no packed data, is altered, or lacks the split: it names file and remedy
+Source   M. Luby, C. Rackoff, "How to construct pseudorandom permutations", SIAM J. Comput. 17 (1988); cycle walking:
+         J. Black, P. Rogaway, "Ciphers with arbitrary finite domains" (2002); mixing constants: splitmix64 (S. Vigna)
 """
 
 import hashlib
@@ -27,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from muonlm.config import UserError
-from muonlm.data.tokenizer import Tokenizer
+from ..config import UserError
+from ..data.tokenizer import Tokenizer
 
 IGNORE = -100  # torch's cross_entropy default: a target that is not trained
 FORMAT_VERSION = 1
@@ -97,7 +98,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class PackedData:
-    """One split of a prepared folder. `rows` is the number of rows of the global step, over all ranks and micro-batches."""
+    """One split of a prepared folder. `rows` is the number of rows of the global step, over all ranks and
+    micro-batches."""
 
     def __init__(self, path, split: str = "train", *, block_size: int, rows: int, seed: int):
         if block_size < 1 or rows < 1:
@@ -108,7 +110,9 @@ class PackedData:
             raise UserError(f"{self.path} has no split {split!r}; it has {', '.join(self.index['splits'])}")
         self.tokenizer = Tokenizer.load(self.path)
         if self.tokenizer.fingerprint != self.index["tokenizer"]["fingerprint"]:
-            raise UserError(f"{self.path / 'tokenizer.json'} is not the tokenizer this data was packed with; {remake(self.path)}")
+            raise UserError(
+                f"{self.path / 'tokenizer.json'} is not the tokenizer this data was packed with; {remake(self.path)}"
+            )
         self.split, self.block_size, self.rows, self.seed = split, block_size, rows, seed
         self.vocab_size: int = self.tokenizer.vocab_size
         self.fingerprint: str = self.index["fingerprint"]
@@ -121,7 +125,8 @@ class PackedData:
         self._ends = np.cumsum([len(s) for s in self._shards])
         self._ring = self.num_tokens - 1  # R of (1)
         self._samples = -(-self._ring // block_size)
-        # Row p of a shard's window table is x_p … x_{p+T}: a view, no memory. None where the shard is shorter than T + 1.
+        # Row p of a shard's window table is x_p … x_{p+T}: a view, no memory. None where the shard is shorter than T
+        # + 1.
         windows = np.lib.stride_tricks.sliding_window_view
         self._windows = [windows(s, block_size + 1) if len(s) > block_size else None for s in self._shards]
         self._epoch: tuple[int, KeyedPermutation, int] | None = None  # (epoch, π, φ) last used
@@ -146,12 +151,14 @@ class PackedData:
             at = end
         return self._assemble(sample, phase)
 
-    def sequential(self, rows: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """The whole split once, in order, φ = 0; every token but the first is a target exactly once over all ranks.
+    def sequential(self, rows: int, rank: int = 0, world: int = 1, *, limit: int = 0) -> Iterator[Batch]:
+        """The split once, in order, φ = 0; every token but the first is a target exactly once over all ranks.
 
-        Rank r gets the samples [n·r/world, n·(r+1)/world), `rows` at a time: ranks may differ by one in the number of batches.
+        Rank r gets the samples [n·r/world, n·(r+1)/world), `rows` at a time: ranks may differ by one in the number of
+        batches. n is len(self), or the first `limit` samples if that is less.
         """
-        first, last = self._samples * rank // world, self._samples * (rank + 1) // world
+        n = min(limit or self._samples, self._samples)
+        first, last = n * rank // world, n * (rank + 1) // world
         for at in range(first, last, rows):
             sample = np.arange(at, min(at + rows, last), dtype=np.int64)
             yield self._assemble(sample, np.zeros_like(sample))
@@ -167,7 +174,9 @@ class PackedData:
         rows, width = len(sample), self.block_size
         offset = sample * width
         start = (phase + offset) % self._ring
-        if len(self._shards) == 1 and rows and int(start.max()) + width <= self._ring:  # the ordinary case: no row wraps
+        if (
+            len(self._shards) == 1 and rows and int(start.max()) + width <= self._ring
+        ):  # the ordinary case: no row wraps
             block = self._windows[0][start]
             inputs, targets = block[:, :-1].astype(np.int64), block[:, 1:].astype(np.int64)
         else:
@@ -212,7 +221,8 @@ def checksum(index: dict) -> str:
 
 
 def read_index(path) -> dict:
-    """The index of a prepared folder after the cheap checks: it is ours, unaltered, and every shard has the recorded size."""
+    """The index of a prepared folder after the cheap checks: it is ours, unaltered, and every shard has the recorded
+    size."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; make it: muonlm prep SOURCE --to {path}")

@@ -1,19 +1,21 @@
 """Prepare: documents → tokens → a sealed folder that training maps into memory.
 
-    folder/  train-00000.bin … val-00000.bin …  tokenizer.json  index.json          layout "packed", shards of ≤ SHARD tokens
-             train.bin  val.bin                 tokenizer.json  meta.json           layout "bin" (nanoGPT's names), same content
+    layout "packed"  train-00000.bin … val-00000.bin …  tokenizer.json  index.json      shards of ≤ SHARD tokens
+    layout "bin"     train.bin  val.bin                 tokenizer.json  meta.json       nanoGPT's names, same content
 
-Shards are flat little-endian uint16, or uint32 where the vocabulary needs it. A document is EOT + its tokens: EOT comes first, so
-that a document's first token is predicted too. A tokenizer without EOT concatenates documents.
+Shards are flat little-endian uint16, or uint32 where the vocabulary needs it. A document is EOT + its tokens: EOT comes
+first, so that a document's first token is predicted too. A tokenizer without EOT concatenates documents.
 
-Held out  "hash:F"  a document whose keyed hash, as a number in [0, 1), is below F. The hash is of its first HASHED characters: it
-                    depends on neither file, order nor F, so equal documents share a side, and raising F only adds documents.
-                    Where a side would be empty (one long file) it falls back to tail:F, and the index says so.
-          "tail:F"  the last F of the characters of the whole stream: the first int((1 − F)·characters) train, as nanoGPT splits;
-                    at least two characters are held out. A document that is cut becomes two.
-          PATH      documents of their own; how many of the training documents equal one of them is recorded as "overlap".
-Units     tokens, bytes of UTF-8 text (EOT counts as a token of no bytes), documents. bits per byte: see `bpb`.
-Memory    two batches of BATCH characters and what `tokenizers` makes of them, whatever the corpus; BPE trains on ≤ SAMPLE characters
+Held out  "hash:F"  a document whose keyed hash, as a number in [0, 1), is below F. The hash is of its first HASHED
+                    characters: it depends on neither file, order nor F, so equal documents share a side, and raising F
+                    only adds documents. Where a side would be empty (one long file) it falls back to tail:F, and the
+                    index says so.
+          "tail:F"  the last F of the characters of the whole stream: the first int((1 − F)·characters) train, as
+                    nanoGPT splits; at least two are held out. A document that is cut becomes two.
+          PATH      documents of their own; the index counts the training documents that equal one ("overlap").
+Units     tokens, bytes of UTF-8 text (EOT counts as a token of no bytes), documents. Bits per byte: see `bpb`.
+Memory    two batches of BATCH characters and what `tokenizers` makes of them, whatever the corpus; BPE trains on
+          ≤ SAMPLE characters; under a PATH rule 8 bytes a held-out document
 Safety    all is written aside, synced, renamed at the end; any failure removes it and leaves an older target as it was
 Raises    UserError: bad sources, bad settings, existing target, full disk, splits of fewer than two tokens
 """
@@ -30,22 +32,24 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
 import muonlm
-from muonlm.config import UserError
-from muonlm.data import sources as sources_module
-from muonlm.data.packed import FORMAT_VERSION, INDEX_NAMES, canonical, checksum, read_index, remake
-from muonlm.data.sources import Document, Source, documents, expand
-from muonlm.data.tokenizer import Tokenizer, made_from_text, resolve_tokenizer
+from ..config import UserError
+from ..data import sources as sources_module
+from ..data.packed import FORMAT_VERSION, INDEX_NAMES, canonical, checksum, read_index, remake
+from ..data.sources import Document, Source, documents, expand
+from ..data.tokenizer import Tokenizer, made_from_text, resolve_tokenizer
 
 SHARD = 2**28  # tokens: 0.5 GB in uint16
 BATCH = 1 << 21  # characters tokenised at once: 128 parts keep all cores busy, and it is small beside torch
 SAMPLE = 1 << 25  # characters that BPE is trained on: merges of common words settle long before
-HASHED = 1 << 16  # characters of a document that choose its side; less than a piece, so known before anything is written
+HASHED = (
+    1 << 16
+)  # characters of a document that choose its side; less than a piece, so known before anything is written
 assert HASHED < sources_module.PIECE
 
 Progress = Callable[[str, int, int], None]  # (stage, bytes of text done, bytes of the source files)
@@ -92,7 +96,7 @@ class _Split:
     def _next_shard(self) -> None:
         self.close()
         name = f"{self.name}.bin" if self.layout == "bin" else f"{self.name}-{len(self.shards):05d}.bin"
-        self._file, self._hash = open(self.folder / name, "wb"), hashlib.blake2b()
+        self._file, self._hash = open(self.folder / name, "wb"), hashlib.blake2b()  # noqa: SIM115, closed by close()
         self.shards.append({"file": name, "tokens": 0})
 
     def close(self) -> None:
@@ -153,18 +157,28 @@ def prepare(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(to.parent).free
-            raise UserError(f"the disk is full: writing {to} stopped with {free} bytes free; choose another --to") from None
+            raise UserError(
+                f"the disk is full: writing {to} stopped with {free} bytes free; choose another --to"
+            ) from None
         raise
     finally:  # also on Ctrl-C; after success it is gone already
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def prepared(
-    source, *, tokenizer: str = "bpe:4096", columns=None, val: str = "hash:0.01", cache=None, progress: Progress | None = None
+    source,
+    *,
+    tokenizer: str = "bpe:4096",
+    columns=None,
+    val: str = "hash:0.01",
+    cache=None,
+    progress: Progress | None = None,
 ) -> Path:
-    """The prepared folder behind `--data`: `source` itself if it is one, else made once in the cache and found there again.
+    """The prepared folder behind `--data`: `source` itself if it is one, else made once in the cache and found there
+    again.
 
-    The cache key covers the content of all sources and every setting. Processes may race: each writes aside, one rename wins,
+    The cache key covers the content of all sources and every setting. Processes may race: each writes aside, one
+    rename wins,
     the others use its folder.
     """
     many = [source] if isinstance(source, (str, Path)) else list(source)
@@ -175,7 +189,9 @@ def prepared(
     held = _parse_val(val)
     files = expand(many)
     if any(s.name == "-" for s in files):
-        raise UserError("standard input can be read only once; save it first: muonlm prep - --to FOLDER, then --data FOLDER")
+        raise UserError(
+            "standard input can be read only once; save it first: muonlm prep - --to FOLDER, then --data FOLDER"
+        )
     key = {
         "format": FORMAT_VERSION,
         "sources": [[s.form, _hash_file(s.path)] for s in files],
@@ -201,16 +217,21 @@ def prepared(
 
 
 def verify(path) -> dict:
-    """Hash every shard of a prepared folder against its index, which is returned. A UserError names the first file that differs."""
+    """Hash every shard of a prepared folder against its index, which is returned. A UserError names the first file
+    that differs."""
     path, index = Path(path), read_index(path)
     for info in index["splits"].values():
         for shard in info["shards"]:
             with open(path / shard["file"], "rb") as file:
                 found = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
             if found != shard["blake2b"]:
-                raise UserError(f"{path / shard['file']} was altered: its content differs from the recorded hash; {remake(path)}")
+                raise UserError(
+                    f"{path / shard['file']} was altered: its content differs from the recorded hash; {remake(path)}"
+                )
     if Tokenizer.load(path).fingerprint != index["tokenizer"]["fingerprint"]:
-        raise UserError(f"{path / 'tokenizer.json'} was altered: its fingerprint differs from the index; {remake(path)}")
+        raise UserError(
+            f"{path / 'tokenizer.json'} was altered: its fingerprint differs from the index; {remake(path)}"
+        )
     return index
 
 
@@ -222,7 +243,8 @@ def bpb(nats_per_token: float, index_split: dict) -> float:
     return nats_per_token * (index_split["tokens"] - 1) / (math.log(2) * index_split["bytes"])
 
 
-# ------------------------------------------------------------------------------------------------------------------- the work
+# -------------------------------------------------------------------------------------------------------------------
+# the work
 
 
 def _build(files, val_files, aside, held, tokenizer, columns, num_tokens, layout, progress) -> dict:
@@ -234,7 +256,9 @@ def _build(files, val_files, aside, held, tokenizer, columns, num_tokens, layout
     try:
         if held.kind == "path":
             seen: set[bytes] = set()
-            val_stream = (("val", d, new) for _, d, new in _assign(documents(val_files, columns=columns), held, seen, None))
+            val_stream = (
+                ("val", d, new) for _, d, new in _assign(documents(val_files, columns=columns), held, seen, None)
+            )
             _encode(val_stream, splits, tok, None, report, total)
             overlap = [0]
             stream = _assign(documents(files, columns=columns), held, seen, overlap)
@@ -249,8 +273,10 @@ def _build(files, val_files, aside, held, tokenizer, columns, num_tokens, layout
     for name, split in splits.items():
         if split.tokens < 2:
             raise UserError(
-                f"the {'training' if name == 'train' else 'held-out'} split has {split.tokens} tokens, at least 2 are needed: the "
-                f"corpus is too short for --data.val {held.rule}; give more text, a larger fraction (tail:0.5), or a file: --data.val PATH"
+                f"the {'training' if name == 'train' else 'held-out'} split has {split.tokens} tokens, at least 2 are "
+                f"needed: the "
+                f"corpus is too short for --data.val {held.rule}; give more text, a larger fraction (tail:0.5), or a "
+                f"file: --data.val PATH"
             )
     val_record = {"rule": held.rule, "fallback": held.fallback}
     if held.kind != "tail":
@@ -258,11 +284,16 @@ def _build(files, val_files, aside, held, tokenizer, columns, num_tokens, layout
     tok.save(aside)
     index = {
         "format_version": FORMAT_VERSION,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "muonlm": muonlm.__version__,
         "layout": layout,
         "sources": [_source_record(s, "train") for s in files] + [_source_record(s, "val") for s in val_files],
-        "tokenizer": {"kind": tok.kind, "vocab_size": tok.vocab_size, "eot_id": tok.eot_id, "fingerprint": tok.fingerprint},
+        "tokenizer": {
+            "kind": tok.kind,
+            "vocab_size": tok.vocab_size,
+            "eot_id": tok.eot_id,
+            "fingerprint": tok.fingerprint,
+        },
         "vocab_size": tok.vocab_size,
         "dtype": tok.dtype.name,
         "splits": {name: split.record() for name, split in splits.items()},
@@ -315,7 +346,8 @@ def _sample(stream, total: int) -> Iterator[str]:
 def _assign(stream: Iterable[Document], held: _Held, seen, overlap) -> Iterator[tuple[str, Document, bool]]:
     """(split, piece, whether a document begins with it) for every piece; a piece across the tail's cut comes in two.
 
-    seen, overlap: path rule only. Without overlap, digests are gathered in seen; with it, training documents in seen are counted.
+    seen, overlap: path rule only. Without overlap, digests are gathered in seen; with it, training documents in seen
+    are counted.
     """
     begins, side, at = True, "train", 0
     for piece in stream:
@@ -342,7 +374,8 @@ def _assign(stream: Iterable[Document], held: _Held, seen, overlap) -> Iterator[
 
 
 def _encode(stream, splits: dict[str, _Split], tok: Tokenizer, num_tokens, report, total: int) -> None:
-    """Tokenise and write, in order. While `tokenizers` works on a batch (without the GIL), the one before is written and the next read."""
+    """Tokenise and write, in order. While `tokenizers` works on a batch (without the GIL), the one before is written
+    and the next read."""
     eot = np.array([] if tok.eot_id is None else [tok.eot_id], dtype=tok.dtype)
     done = 0
     with ThreadPoolExecutor(1) as worker:
@@ -405,7 +438,8 @@ def _batches(stream) -> Iterator[list]:
         yield batch
 
 
-# ---------------------------------------------------------------------------------------------------------------- small steps
+# ----------------------------------------------------------------------------------------------------------------
+# small steps
 
 
 def _parse_val(val: str) -> _Held:

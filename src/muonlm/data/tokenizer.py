@@ -1,18 +1,18 @@
 """Tokenizers: text to ids and back. Five kinds behind one class, all stored as JSON, never pickle.
 
-    byte   id = UTF-8 byte (0 … 255), EOT = 256                                            vocabulary 257
+    byte   id = UTF-8 byte (0 … 255), EOT = 256; vocabulary 257
     char   id = rank among the corpus's sorted distinct characters; EOT last, if the corpus has several documents
     bpe    byte-level BPE trained by `tokenizers`, GPT-2's pre-tokenizer; EOT `<|endoftext|>` = 0
     gpt2   GPT-2's vocabulary, rebuilt from its merges file: 256 bytes, 50,000 merges, EOT = 50256
     hf     any other Hugging Face tokenizer.json; EOT: its special token of a usual name (EOT_NAMES), or None
 
-`encode` is for plain text: a special token's name in the text is encoded as the characters it is made of, so that a document
-cannot forge an end of text. Whoever wants an EOT puts `eot_id` there. No kind adds tokens of its own (no BOS).
+`encode` is for plain text: a special token's name in the text is encoded as the characters it is made of, so that a
+document cannot forge an end of text. Whoever wants an EOT puts `eot_id` there. No kind adds tokens of its own (no BOS).
 `decode` takes any ids: bytes that are no UTF-8, and ids beyond the vocabulary, give U+FFFD; EOT gives its name.
 
 bpe, gpt2 and hf are stored as plain tokenizer.json of Hugging Face, byte and char as {"muonlm": kind, …}.
-Cost     byte and char: numpy, no Python loop over characters. BPE: `tokenizers`, which uses all cores in encode_batch.
-Raises   UserError: unknown spec, unreadable file, a character that a char vocabulary lacks (named, with its position)
+Cost     byte and char: numpy, no Python loop over characters. BPE: `tokenizers`, all cores in encode_batch
+Raises   UserError: unknown spec, unreadable file, a character that a char vocabulary lacks (with its position)
 Source   R. Sennrich et al., arXiv 1508.07909 (BPE); A. Radford et al. 2019 (byte-level, pre-tokenizer pattern)
 """
 
@@ -28,20 +28,33 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from muonlm.config import UserError
+from ..config import UserError
 
 EOT = "<|endoftext|>"
-EOT_NAMES = (EOT, "</s>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<eos>", "[EOS]", "[SEP]")  # first found is taken
+EOT_NAMES = (
+    EOT,
+    "</s>",
+    "<|im_end|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<eos>",
+    "[EOS]",
+    "[SEP]",
+)  # first found is taken
 SPECS = "byte, char, bpe:4096, gpt2:PATH/merges.txt, PATH/tokenizer.json"
 BAD = "\ufffd"
-# Where GPT-2's pre-tokenizer always ends a token: in front of a blank or newline that a non-space follows (the rest of a longer run
+# Where GPT-2's pre-tokenizer always ends a token: in front of a blank or newline that a non-space follows (the rest
+# of a longer run
 # of white space is a token before it). A text cut there gives the same tokens as the whole.
 SAFE_CUT = re.compile(r"(?=[ \n]\S)")
-PART = 1 << 12  # characters; `tokenizers` slows with length: 64 Ki characters take 1.5 times as long a character as 4 Ki
+PART = (
+    1 << 12
+)  # characters; `tokenizers` slows with length: 64 Ki characters take 1.5 times as long a character as 4 Ki
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes each byte as one printable character: itself where printable Latin-1, else from U+0100 on."""
+    """Byte-level BPE writes each byte as one printable character: itself where printable Latin-1, else from U+0100
+    on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
@@ -121,7 +134,7 @@ class Tokenizer:
             if not isinstance(stored, dict) or not ("muonlm" in stored or "model" in stored):
                 raise ValueError("no field 'model'")
             return cls(stored)
-        except Exception as error:  # `tokenizers` raises bare Exception for a JSON it does not understand
+        except Exception as error:  # noqa: BLE001, `tokenizers` raises bare Exception for a JSON it does not understand
             raise UserError(f"{file} is not a tokenizer.json ({error}); --data.tokenizer takes {SPECS}") from None
 
     def save(self, folder) -> None:
@@ -155,8 +168,10 @@ class Tokenizer:
             at = int(np.argmin(ids))
             line, column = text.count("\n", 0, at) + 1, at - (text.rfind("\n", 0, at) + 1) + 1
             raise UserError(
-                f"the character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} (line {line}, column {column}) is not in "
-                f"the vocabulary of this char tokenizer ({len(self._stored['chars'])} characters); take it out, or prepare the "
+                f"the character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} (line {line}, column {column}) "
+                f"is not in "
+                f"the vocabulary of this char tokenizer ({len(self._stored['chars'])} characters); take it out, or "
+                f"prepare the "
                 "data with --data.tokenizer byte"
             )
         return ids.astype(self.dtype)
@@ -184,7 +199,12 @@ class Tokenizer:
 
 
 class TextStream:
-    """push(id) gives the characters that id completes; the pushes and the last flush() join to decode() of all ids."""
+    """push(id) gives the characters that id completes; the pushes and the last flush() join to decode() of all ids.
+
+    One exception, hf with byte fallback: its decoder turns a whole run of bytes into U+FFFD when a later one makes
+    the run invalid;
+    characters already sent stay as they were.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -230,13 +250,16 @@ def made_from_text(spec: str) -> bool:
     if spec == "bpe" or spec.startswith("bpe:"):
         size = spec.removeprefix("bpe").removeprefix(":")
         if not re.fullmatch(r"[1-9][0-9]*", size) or int(size) < 257:
-            raise UserError(f"tokenizer {spec!r}: bpe needs a vocabulary size of at least 257 (256 bytes + EOT); try bpe:4096")
+            raise UserError(
+                f"tokenizer {spec!r}: bpe needs a vocabulary size of at least 257 (256 bytes + EOT); try bpe:4096"
+            )
         return True
     return spec == "char"
 
 
 def resolve_tokenizer(spec: str, texts: Iterable | None = None) -> Tokenizer:
-    """The tokenizer of a spec (SPECS). char and bpe:N are made from `texts`: strings, one a document, or sources.Documents."""
+    """The tokenizer of a spec (SPECS). char and bpe:N are made from `texts`: strings, one a document, or
+    sources.Documents."""
     if spec == "byte":
         return Tokenizer.byte()
     if spec == "char":
@@ -253,7 +276,9 @@ def resolve_tokenizer(spec: str, texts: Iterable | None = None) -> Tokenizer:
         return Tokenizer.load(spec)
     if spec == "gpt2":
         raise UserError("tokenizer 'gpt2' needs its merges file: gpt2:PATH/merges.txt")
-    near = difflib.get_close_matches(spec.lower(), ["byte", "char", "bpe:4096", "bytes", "gpt2:PATH/merges.txt"], 1, 0.4)
+    near = difflib.get_close_matches(
+        spec.lower(), ["byte", "char", "bpe:4096", "bytes", "gpt2:PATH/merges.txt"], 1, 0.4
+    )
     hint = f"did you mean {near[0].replace('bytes', 'byte')}? " if near else ""
     raise UserError(f"unknown tokenizer {spec!r}: no such kind or file; {hint}It is one of {SPECS}")
 
@@ -281,7 +306,8 @@ def train_bpe(texts: Iterable, vocab_size: int) -> Tokenizer:
 
 
 def gpt2_tokenizer(merges_file: Path) -> Tokenizer:
-    """Vocabulary by construction: the 256 byte characters in the order of _byte_alphabet, each merge in turn, then EOT."""
+    """Vocabulary by construction: the 256 byte characters in the order of _byte_alphabet, each merge in turn, then
+    EOT."""
     if not merges_file.is_file():
         raise UserError(f"no merges file at {merges_file}; --data.tokenizer gpt2:PATH wants GPT-2's merges.txt")
     merges = []
@@ -293,14 +319,16 @@ def gpt2_tokenizer(merges_file: Path) -> Tokenizer:
         if line.strip() and not (number == 1 and line.startswith("#version")):
             pair = tuple(line.split(" "))
             if len(pair) != 2:
-                raise UserError(f"{merges_file}:{number}: a merge is two tokens with a space between, found {line[:60]!r}")
+                raise UserError(
+                    f"{merges_file}:{number}: a merge is two tokens with a space between, found {line[:60]!r}"
+                )
             merges.append(pair)
     vocab = {c: i for i, c in enumerate(_byte_alphabet())}
     for left, right in merges:
         vocab.setdefault(left + right, len(vocab))
     try:
         hf = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    except Exception as error:  # a merge of tokens that no earlier line makes
+    except Exception as error:  # noqa: BLE001, a merge of tokens that no earlier line makes
         raise UserError(f"{merges_file} is not a merges file ({error}); gpt2:PATH wants GPT-2's merges.txt") from None
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     hf.decoder = decoders.ByteLevel()

@@ -25,6 +25,9 @@ from .norm import RMSNorm, at_least_fp32
 
 State = tuple[Tensor, Tensor, Tensor]
 
+# Keys up to which written-out products beat SDPA on a CPU, forward and backward (LOG 2026-11-22: 2-4x at 64, equal at these lengths).
+EXPLICIT_UP_TO = {torch.float32: 128, torch.bfloat16: 256, torch.float64: 128}
+
 
 @lru_cache(maxsize=16)
 def rope_table(length: int, width: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -41,6 +44,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     turned = [a * cos - b * sin, b * cos + a * sin]
     return torch.cat(turned if rest.shape[-1] == 0 else [*turned, rest], -1)
+
+
+def _as_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible, −∞ elsewhere. Every query sees something, or its output is zeroed later."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+@lru_cache(maxsize=4)
+def causal_bias(T: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _as_bias(torch.ones(T, T, dtype=torch.bool, device=device).tril(), dtype)
 
 
 class Attention(nn.Module):
@@ -95,21 +108,21 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         """q (B,H,T,K), k and v (B,G,S,K) -> (B,H,T,K). visible: bool, broadcastable to (B,1,T,S); None = causal with S = T."""
         dropout = self.cfg.dropout if self.training else 0.0
-        if not self.cfg.attn_softcap:
+        cap = self.cfg.attn_softcap
+        if not cap and not (q.device.type == "cpu" and k.shape[2] <= EXPLICIT_UP_TO.get(q.dtype, 0)):
             return F.scaled_dot_product_attention(
                 q, k, v, visible, dropout, is_causal=visible is None, enable_gqa=self.heads != self.kv_heads)
-        k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
-        if visible is None:
-            visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) if self.heads != self.kv_heads else t for t in (k, v))
+        bias = causal_bias(q.shape[2], q.device, q.dtype) if visible is None else _as_bias(visible, q.dtype)
         chunks = []
-        for start in range(0, q.shape[2], 512):  # bounds the (T, S) logits
-            rows = slice(start, start + 512)
-            logits = at_least_fp32(q[:, :, rows] @ k.transpose(-1, -2)) * self.width**-0.5
-            logits = self.cfg.attn_softcap * torch.tanh(logits / self.cfg.attn_softcap)
-            seen = visible[..., rows, :]
-            weights = logits.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0.0)
+        for rows in (slice(start, start + 512) for start in range(0, q.shape[2], 512)):  # bounds the (T, S) logits
+            logits = (q[:, :, rows] * self.width**-0.5) @ k.transpose(-1, -2)
+            if cap:
+                logits = cap * torch.tanh(at_least_fp32(logits) / cap)
+            logits = logits + bias[..., rows, :]
+            weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
             chunks.append(F.dropout(weights, dropout).to(v.dtype) @ v)
-        return torch.cat(chunks, 2)
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks, 2)
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
         """Attend from new tokens to cached and new keys, by position; append the new keys."""

@@ -1,8 +1,8 @@
 """Language model: embedding, residual stream through blocks, final norm, output head.
 
-    h₀ = E[tokens] (+ P[position])    h_l = block_l(h_{l−1})    logits = c(norm(h_L) Wᵀ),  c(z) = z or s·tanh(z/s)
+    h₀ = E[tokens] (+ P[position]), or norm(conv(E[tokens])) with a short causal convolution    h_l = block_l(h_{l−1})    logits = c(norm(h_L) Wᵀ),  c(z) = z or s·tanh(z/s)
 
-Shapes   tokens, targets (B,T) int64 · logits (B,T,V) · state: list of the mixers' states, plus the position count when learned
+Shapes   tokens, targets (B,T) int64 · logits (B,T,V) · state: the mixers' states, the convolution's, tokens seen (B,)
 Loss     with `targets`, forward returns Σ −log p(target) over targets ≥ 0, in fp32 nats, instead of logits: one call holds the whole
          differentiable path, which data-parallel wrappers need. Logits are made and thrown away in chunks of rows, so memory is
          O(chunk·V), not O(B·T·V).
@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from .block import Block
-from .norm import at_least_fp32, make_norm
+from .conv import ShortConv
+from .norm import RMSNorm, at_least_fp32, make_norm
 
 LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of fp32 logits at a time
 
@@ -28,6 +29,8 @@ class LM(nn.Module):
         assert cfg.vocab_size > 0, "vocab_size is derived from the tokenizer before the model is built"
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.conv = ShortConv(cfg.d_model, cfg.embed_conv) if cfg.embed_conv else None
+        self.conv_norm = RMSNorm(cfg.d_model, eps=cfg.norm_eps, gain=False) if cfg.embed_conv else None
         self.positions = nn.Parameter(torch.empty(cfg.block_size, cfg.d_model)) if cfg.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(cfg, cfg.pattern[i % len(cfg.pattern)]) for i in range(cfg.n_layer))
         self.norm = make_norm(cfg)
@@ -36,25 +39,30 @@ class LM(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None, state: list | None = None, mask: Tensor | None = None):
         """Summed loss if `targets` are given, else (logits, state). `mask` (B,T): False tokens are treated as absent."""
         x = self.embed(tokens)
-        layers, count = (None, None) if state is None else (state[:-1], state[-1])
+        *layers, conv_state, count = [None] * (len(self.blocks) + 2) if state is None else state
+        if self.conv is not None:
+            x, conv_state = self.conv(x, conv_state, mask)
+            x = self.conv_norm(x)
         if self.positions is not None:
             x = x + self._positions(tokens, count, mask)
         if self.cfg.dropout:
             x = F.dropout(x, self.cfg.dropout, self.training)
         states = []
         for i, block in enumerate(self.blocks):
-            x, layer = block(x, None if layers is None else layers[i], mask)
+            x, layer = block(x, layers[i], mask)
             if targets is None:
                 states.append(layer)
         x = self.norm(x)
         if targets is not None:
             return self._loss_sum(x, targets)
         new = torch.full((len(tokens),), tokens.shape[1]) if mask is None else mask.sum(1).cpu()
-        return self._logits(x), [*states, new if count is None else count + new]
+        conv_state = x.new_zeros(len(x), 0) if conv_state is None else conv_state  # a state is tensors only
+        return self._logits(x), [*states, conv_state, new if count is None else count + new]
 
     def init_state(self, batch: int, device=None, dtype=None) -> list:
-        """One mixer state per block, then the number of tokens each row has seen (B,), on the CPU."""
-        return [block.mixer.init_state(batch, device, dtype) for block in self.blocks] + [torch.zeros(batch, dtype=torch.long)]
+        """One mixer state per block, the convolution's (empty without one), and the tokens each row has seen (B,), on the CPU."""
+        conv = self.conv.init_state(batch, device, dtype) if self.conv is not None else torch.zeros(batch, 0, device=device, dtype=dtype)
+        return [*(block.mixer.init_state(batch, device, dtype) for block in self.blocks), conv, torch.zeros(batch, dtype=torch.long)]
 
     def _positions(self, tokens: Tensor, count: Tensor | None, mask: Tensor | None) -> Tensor:
         real = torch.ones_like(tokens) if mask is None else mask.long()
@@ -90,6 +98,9 @@ class LM(nn.Module):
                     module.bias.zero_()
             elif isinstance(module, nn.Embedding):
                 module.weight.normal_(0, 1.0 if zero_out and not cfg.tie else 0.02)
+            elif isinstance(module, ShortConv):  # nearly the identity: tap W−1 is the current token
+                module.weight.normal_(0, 0.3)
+                module.weight[..., -1] += 1
             elif getattr(module, "weight", None) is not None:  # norms
                 module.weight.fill_(1.0)
                 if getattr(module, "bias", None) is not None:

@@ -8,10 +8,26 @@ Shapes   x (B,T,D) · W_up (F,D) · W_down (D,F), F = cfg.ff_width
 Source   Shazeer 2020 (2002.05202); So 2021 (2109.08668)
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+
+
+class SquaredReLU(torch.autograd.Function):
+    """y = max(0, x)², dy/dx = 2·max(0, x). Autograd's own form keeps two tensors and takes three passes more on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        r = F.relu(x)
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (r,) = ctx.saved_tensors
+        return (grad * r).mul_(2)
 
 
 class MLP(nn.Module):
@@ -32,7 +48,7 @@ class MLP(nn.Module):
             gate, x = x.chunk(2, -1)
             x = F.silu(gate) * x
         elif self.kind == "relu2":
-            x = F.relu(x).square()
+            x = SquaredReLU.apply(x)
         else:
             x = F.gelu(x)
         return self.down(x)

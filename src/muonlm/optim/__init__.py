@@ -11,7 +11,7 @@ and a JSON-able `meta`; `load_named_state` puts it back bit for bit, whatever th
 import torch
 from torch import Tensor, nn
 
-from muonlm.config import UserError
+from ..config import UserError
 
 from .muon import Muon
 from .newton_schulz import newton_schulz
@@ -53,6 +53,7 @@ def build_optimizer(
     cautious: bool = False,
     ns_steps: int = 5,
     coefficients: str = "polar_express",
+    ns_dtype: str = "auto",
     lr_mode: str = "original",
     decay: str = "2d",
 ) -> torch.optim.Optimizer:
@@ -67,7 +68,7 @@ def build_optimizer(
                                  adamw_wd=adamw_wd, betas=betas, eps=eps)  # fmt: skip
             schedule = parse_momentum_warmup(momentum_warmup) if momentum_warmup else None
             return Muon(groups, lr=lr, momentum=momentum, nesterov=nesterov, momentum_schedule=schedule, cautious=cautious,
-                        ns_steps=ns_steps, coefficients=coefficients, lr_mode=lr_mode)  # fmt: skip
+                        ns_steps=ns_steps, coefficients=coefficients, ns_dtype=ns_dtype, lr_mode=lr_mode)  # fmt: skip
         if name == "adamw":
             return torch.optim.AdamW(_adamw_groups(plan, lr, wd, decay), lr=lr, betas=tuple(betas), eps=eps, fused=True)
     except UserError:

@@ -158,7 +158,8 @@ class Muon(torch.optim.Optimizer):
                              f"which only {other} groups take; remove it or change use_muon")  # fmt: skip
         if not group["use_muon"] and "lr" not in group:
             raise ValueError(f"AdamW group {group['name']!r} has no lr; set one, e.g. lr=3e-4: a Muon lr is no AdamW lr")
-        for key, value in self.defaults[own].items():
+        shared = {key: self.defaults[key] for key in ("lr", "weight_decay")}
+        for key, value in (shared | self.defaults[own]).items():
             group.setdefault(key, dict(value) if isinstance(value, dict) else value)
         _check_group(group)
         if group["use_muon"]:
@@ -386,8 +387,7 @@ def _check_group(group: dict) -> None:
             raise ValueError(f"{key}={group[key]!r} in group {group['name']!r} is not allowed; use {fix}")
 
     for key in ("lr", "weight_decay"):
-        if key in group:
-            need(math.isfinite(group[key]) and group[key] >= 0.0, key, "a finite number >= 0")
+        need(math.isfinite(group[key]) and group[key] >= 0.0, key, "a finite number >= 0")
     if not group["use_muon"]:
         need(len(group["betas"]) == 2 and all(0.0 <= b < 1.0 for b in group["betas"]), "betas", "two numbers in [0, 1)")
         need(math.isfinite(group["eps"]) and group["eps"] >= 0.0, "eps", "a finite number >= 0")

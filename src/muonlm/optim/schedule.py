@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 
-from muonlm.config import UserError
+from ..config import UserError
 
 KINDS = ("wsd", "cosine", "linear", "constant")
 

@@ -1,0 +1,319 @@
+"""Prepare: nothing is lost, the split is as stated, folders are sealed whole or not at all."""
+
+import errno
+import io
+import json
+import math
+import sys
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from muonlm.config import UserError
+from muonlm.data import prepare as module
+from muonlm.data import sources as sources_module
+from muonlm.data.packed import PackedData
+from muonlm.data.prepare import bpb, prepare, prepared, verify
+from muonlm.data.tokenizer import Tokenizer
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is absent: it holds the third-party texts")
+
+
+def tokens(folder, split) -> list[int]:
+    index = module.read_index(folder)
+    dtype = np.dtype(index["dtype"])
+    return [int(t) for s in index["splits"][split]["shards"] for t in np.fromfile(Path(folder) / s["file"], dtype)]
+
+
+def texts(folder, split) -> list[str]:
+    """The documents of a split, cut at EOT."""
+    tokenizer, ids = Tokenizer.load(folder), tokens(folder, split)
+    assert ids[0] == tokenizer.eot_id
+    starts = [i for i, t in enumerate(ids) if t == tokenizer.eot_id] + [len(ids)]
+    return [tokenizer.decode(ids[a + 1 : b]) for a, b in pairwise(starts)]
+
+
+def jsonl(path, documents):
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in documents), "utf-8")
+    return path
+
+
+MANY = [f"document {i}: {'é' * (i % 7)} ends\n" for i in range(400)]
+
+
+@given(
+    documents=st.lists(st.text(min_size=1, max_size=30), min_size=4, max_size=30, unique=True), shard=st.integers(3, 60)
+)
+@settings(max_examples=40, deadline=None)
+def test_the_packer_loses_no_token_and_keeps_the_order(tmp_path_factory, documents, shard):
+    base = tmp_path_factory.mktemp("pack")
+    old = module.SHARD, module.BATCH
+    module.SHARD, module.BATCH = shard, 20
+    try:
+        index = prepare(jsonl(base / "a.jsonl", documents), base / "out", tokenizer="byte", val="hash:0.3")
+    finally:
+        module.SHARD, module.BATCH = old
+    train, val = texts(base / "out", "train"), texts(base / "out", "val")
+    if index["val"]["fallback"]:
+        assert "".join(train + val) == "".join(documents)
+    else:
+        held = set(val)
+        assert train == [d for d in documents if d not in held] and val == [d for d in documents if d in held]
+    for name, found in (("train", train), ("val", val)):
+        split = index["splits"][name]
+        assert split["bytes"] == len("".join(found).encode()) and split["documents"] == len(found)
+        assert split["tokens"] == len(tokens(base / "out", name))
+        assert all(s["tokens"] == shard for s in split["shards"][:-1])
+
+
+def test_held_out_documents_depend_on_content_alone_and_grow_with_the_fraction(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", MANY)
+    other = jsonl(tmp_path / "b.jsonl", [*reversed(MANY), MANY[3], MANY[3]])
+    small = prepare(source, tmp_path / "s", tokenizer="byte", val="hash:0.05")
+    prepare(source, tmp_path / "l", tokenizer="byte", val="hash:0.3")
+    prepare(other, tmp_path / "o", tokenizer="byte", val="hash:0.3")
+    s, large, o = (set(texts(tmp_path / n, "val")) for n in "slo")
+    assert s < large == o
+    assert not large & set(texts(tmp_path / "o", "train"))  # equal documents share a side
+    assert 85 < len(large) < 155  # binomial(400, 0.3): mean 120, sd 9.2; 3.8 sigma
+    assert small["val"] == {"rule": "hash:0.05", "fallback": False, "overlap": 0}
+
+
+def test_one_file_of_one_line_works_end_to_end(tmp_path):
+    (tmp_path / "one.txt").write_text("hello world")
+    for spec in ("byte", "char", "bpe:4096"):
+        index = prepare(tmp_path / "one.txt", tmp_path / spec[:3], tokenizer=spec)
+        assert index["val"] == {"rule": "hash:0.01", "fallback": True}
+        for split in ("train", "val"):
+            data = PackedData(tmp_path / spec[:3], split, block_size=64, rows=4, seed=1)
+            assert len(data) == 1 and data.batch(3).count == 4 * (data.num_tokens - 1)
+
+
+@pytest.mark.parametrize("text", ["a", "ab", "abc"])
+def test_a_corpus_too_short_for_two_splits_is_refused_and_leaves_nothing(text, tmp_path):
+    (tmp_path / "s.txt").write_text(text)
+    with pytest.raises(UserError, match=r"split has \d tokens, at least 2 are needed: .*--data.val PATH"):
+        prepare(tmp_path / "s.txt", tmp_path / "out", tokenizer="char")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.txt"]
+
+
+@pytest.mark.parametrize("piece", [7, 1 << 20])
+@pytest.mark.parametrize("count", [1, 3])
+def test_tail_holds_out_the_last_characters_of_the_stream(piece, count, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources_module, "PIECE", piece)
+    parts = [f"line one\nand two {i}\n" * 5 for i in range(count)]
+    for i, part in enumerate(parts):
+        (tmp_path / f"{i}.txt").write_text(part)
+    index = prepare([tmp_path / f"{i}.txt" for i in range(count)], tmp_path / "out", tokenizer="byte", val="tail:0.25")
+    whole = "".join(parts)
+    cut = int(0.75 * len(whole))
+    assert "".join(texts(tmp_path / "out", "train")) == whole[:cut]
+    assert "".join(texts(tmp_path / "out", "val")) == whole[cut:]
+    assert index["splits"]["train"]["documents"] + index["splits"]["val"]["documents"] == count + 1
+    assert index["splits"]["train"]["bytes"] == cut
+
+
+@needs_data
+def test_tiny_shakespeare_splits_as_nanogpt_does(tmp_path):
+    text = (DATA / "tinyshakespeare.txt").read_text("utf-8")
+    for layout, name in (("packed", "-00000"), ("bin", "")):
+        index = prepare(
+            DATA / "tinyshakespeare.txt", tmp_path / layout, tokenizer="char", val="tail:0.1", layout=layout
+        )
+        rank = {c: i for i, c in enumerate(sorted(set(text)))}
+        cut = int(0.9 * len(text))
+        for split, part in (("train", text[:cut]), ("val", text[cut:])):
+            found = np.fromfile(tmp_path / layout / f"{split}{name}.bin", "<u2")
+            assert found.tolist() == [rank[c] for c in part]
+        assert index["vocab_size"] == 65
+    names = sorted(p.name for p in (tmp_path / "bin").iterdir())
+    assert names == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+    assert PackedData(tmp_path / "bin", "val", block_size=64, rows=2, seed=0).num_tokens == len(text) - cut
+
+
+def test_separate_validation_text_is_used_whole_and_its_overlap_counted(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", MANY[:20])
+    held = jsonl(tmp_path / "v.jsonl", [MANY[4], "quite new"])
+    index = prepare(source, tmp_path / "out", tokenizer="byte", val=str(held))
+    assert texts(tmp_path / "out", "train") == MANY[:20] and texts(tmp_path / "out", "val") == [MANY[4], "quite new"]
+    assert index["val"]["overlap"] == 1
+    assert [s["split"] for s in index["sources"]] == ["train", "val"]
+
+
+def test_bpe_never_sees_held_out_text(tmp_path):
+    text = "aaaa bbbb " * 50
+    (tmp_path / "t.txt").write_text(text + "zqzqzqzq " * 40)
+    prepare(tmp_path / "t.txt", tmp_path / "out", tokenizer="bpe:400", val=f"tail:{360 / 860}")
+    pieces = [
+        Tokenizer.load(tmp_path / "out").decode([i]) for i in range(257, Tokenizer.load(tmp_path / "out").vocab_size)
+    ]
+    assert any("aa" in p for p in pieces) and not any("zq" in p for p in pieces)
+
+
+def test_a_long_text_in_pieces_gives_the_tokens_of_the_whole(tmp_path, monkeypatch):
+    text = "".join(f"the line number {i} of this text\n\n" if i % 3 else f"and {i}\n" for i in range(800))
+    (tmp_path / "t.txt").write_text(text)
+    monkeypatch.setattr(sources_module, "PIECE", 500)
+    prepare(tmp_path / "t.txt", tmp_path / "out", tokenizer="bpe:300", val="tail:0.1")
+    tokenizer, cut = Tokenizer.load(tmp_path / "out"), int(0.9 * len(text))
+    assert tokens(tmp_path / "out", "train") == [0, *tokenizer._hf.encode(text[:cut], add_special_tokens=False).ids]
+    assert tokens(tmp_path / "out", "val") == [0, *tokenizer._hf.encode(text[cut:], add_special_tokens=False).ids]
+
+
+def test_num_tokens_stops_at_the_document_that_reaches_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 50)
+    source = jsonl(tmp_path / "a.jsonl", MANY)
+    index = prepare(source, tmp_path / "out", tokenizer="byte", val="hash:0.3", num_tokens=300)
+    train = texts(tmp_path / "out", "train")
+    held = set(texts(tmp_path / "out", "val"))
+    assert train == [d for d in MANY if d in set(train)] and not held & set(train)
+    assert 300 <= index["splits"]["train"]["tokens"] < 300 + max(len(d.encode()) + 1 for d in MANY)
+
+
+def test_the_index_records_sources_and_the_fingerprint_is_of_content_alone(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", MANY)
+    copy = jsonl(tmp_path / "copy.jsonl", MANY)
+    one = prepare(source, tmp_path / "1", tokenizer="byte")
+    two = prepare(copy, tmp_path / "2", tokenizer="byte")
+    three = prepare(jsonl(tmp_path / "c.jsonl", MANY[:-1] + ["other"]), tmp_path / "3", tokenizer="byte")
+    assert one["fingerprint"] == two["fingerprint"] != three["fingerprint"]
+    assert one["sources"][0]["sha256"] == two["sources"][0]["sha256"] and one["sources"][0]["path"] == str(source)
+    assert verify(tmp_path / "1") == one
+    assert PackedData(tmp_path / "1", block_size=8, rows=1, seed=0).fingerprint == one["fingerprint"]
+
+
+def test_standard_input_is_prepared_and_its_copy_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"some piped text\n" * 9)))
+    index = prepare("-", tmp_path / "out", tokenizer="bpe:300")
+    assert "".join(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")) == "some piped text\n" * 9
+    assert index["sources"][0]["path"] == "-" and index["sources"][0]["bytes"] == 144
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "index.json",
+        "tokenizer.json",
+        "train-00000.bin",
+        "val-00000.bin",
+    ]
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), RuntimeError("a bug"), OSError(errno.ENOSPC, "no space")], ids=type
+)
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_failure_leaves_no_trace_and_an_older_target_untouched(error, exists, tmp_path, monkeypatch):
+    source = jsonl(tmp_path / "a.jsonl", MANY)
+    if exists:
+        prepare(source, tmp_path / "out", tokenizer="byte")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    write = module._Split.write
+
+    def fail(self, ids):
+        write(self, ids[:10])
+        raise error
+
+    monkeypatch.setattr(module._Split, "write", fail)
+    expected = UserError if isinstance(error, OSError) else type(error)
+    with pytest.raises(
+        expected, match=r"disk is full: writing .*out stopped with \d+ bytes free" if expected is UserError else None
+    ):
+        prepare(source, tmp_path / "out", tokenizer="char", overwrite=True)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert len(list(tmp_path.iterdir())) == 1 + exists
+
+
+def test_an_existing_target_is_refused_without_overwrite_and_replaced_with_it(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", MANY)
+    prepare(source, tmp_path / "out", tokenizer="byte")
+    with pytest.raises(UserError, match="out exists already; add --overwrite"):
+        prepare(source, tmp_path / "out", tokenizer="char")
+    assert prepare(source, tmp_path / "out", tokenizer="char", overwrite=True)["tokenizer"]["kind"] == "char"
+    assert verify(tmp_path / "out")["tokenizer"]["kind"] == "char"
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="is not prepared data, so --overwrite would delete something else"):
+        prepare(source, tmp_path / "precious", tokenizer="char", overwrite=True)
+    assert (tmp_path / "precious" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"val": "hash:2"}, "fraction must lie between 0 and 1, like hash:0.1"),
+        ({"val": "tail:x"}, "like tail:0.1"),
+        ({"val": "0.1"}, "write hash:0.01, tail:0.1 or the path"),
+        ({"val": "held.txt"}, "held.txt does not exist"),
+        ({"tokenizer": "bytes"}, "did you mean byte"),
+        ({"tokenizer": "bpe:9"}, "try bpe:4096"),
+        ({"layout": "shards"}, "it is packed or bin"),
+        ({"num_tokens": 1}, "at least 2"),
+    ],
+)
+def test_a_bad_setting_is_refused_before_any_work(settings, message, tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", MANY)
+    with pytest.raises(UserError, match=message):
+        prepare(source, tmp_path / "deep" / "out", **settings)
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_char_tokenizer_that_lacks_a_character_names_the_file(tmp_path):
+    prepare(jsonl(tmp_path / "a.jsonl", MANY), tmp_path / "out", tokenizer="char")
+    other = jsonl(tmp_path / "b.jsonl", ["end", "send", "Zen"] * 3)
+    with pytest.raises(UserError, match=r"b.jsonl:3: the character 'Z' .*at position 0.*--data.tokenizer byte"):
+        prepare(other, tmp_path / "new", tokenizer=str(tmp_path / "out"), val="tail:0.2")
+
+
+def test_prepared_takes_a_prepared_folder_and_caches_everything_else_by_content(tmp_path):
+    source, cache = jsonl(tmp_path / "a.jsonl", MANY), tmp_path / "cache"
+    first = prepared(source, tokenizer="byte", cache=cache)
+    assert prepared(first) == first
+    stamp = (first / "index.json").stat().st_mtime_ns
+    assert prepared([jsonl(tmp_path / "same.jsonl", MANY)], tokenizer="byte", cache=cache) == first
+    assert (first / "index.json").stat().st_mtime_ns == stamp  # found, not made
+    others = {
+        prepared(source, tokenizer="char", cache=cache),
+        prepared(source, tokenizer="byte", val="hash:0.2", cache=cache),
+        prepared(jsonl(tmp_path / "b.jsonl", MANY[1:]), tokenizer="byte", cache=cache),
+    }
+    assert len(others | {first}) == 4
+    (first / "train-00000.bin").write_bytes(b"")
+    assert prepared(source, tokenizer="byte", cache=cache) == first and verify(first)
+    (first / "train-00000.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="train-00000.bin has 0 bytes"):
+        prepared(first)  # named by the user: not ours to repair
+
+
+def test_processes_that_prepare_the_same_data_at_once_share_one_result(tmp_path):
+    source, found = jsonl(tmp_path / "a.jsonl", MANY), []
+    gate = threading.Barrier(4)
+
+    def work():
+        gate.wait()
+        found.append(prepared(source, tokenizer="byte", cache=tmp_path / "cache"))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert len(found) == 4 and len(set(found)) == 1 and verify(found[0])
+    assert len(list((tmp_path / "cache" / "data").iterdir())) == 1  # no folder left aside
+
+
+def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight(tmp_path):
+    (tmp_path / "t.txt").write_text("abcdefgh" * 8)
+    split = prepare(tmp_path / "t.txt", tmp_path / "out", tokenizer="byte", val="tail:0.5")["splits"]["val"]
+    assert split["tokens"] == split["bytes"] + 1  # EOT first: as many targets as bytes
+    assert bpb(math.log(256), split) == pytest.approx(8, rel=1e-12)  # float rounding only
+
+
+def test_progress_reports_the_bytes_of_text_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 2000)
+    calls = []
+    index = prepare(
+        jsonl(tmp_path / "a.jsonl", MANY), tmp_path / "out", tokenizer="byte", progress=lambda *a: calls.append(a)
+    )
+    done = [d for stage, d, _ in calls if stage == "tokenise"]
+    assert len(done) > 2 and done == sorted(done)
+    assert done[-1] == sum(s["bytes"] for s in index["splits"].values()) <= calls[-1][2]
