@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+import muonlm.optim.muon as muon_module
 from muonlm.optim import Muon, newton_schulz
 from muonlm.optim.newton_schulz import COEFFICIENTS, WHOLE, triples
 
@@ -408,3 +409,17 @@ def test_loading_a_state_keeps_the_splits_of_the_model_at_hand():
     heads.load_state_dict(whole.state_dict())
     drive(heads, b, 1)
     assert heads.ns_calls == 4
+
+
+def test_dtype_choices_made_ahead_are_those_of_the_first_step(monkeypatch):
+    probed = []
+    monkeypatch.setattr(muon_module, "probe_dtype", lambda rows, columns, count: probed.append((rows, columns, count)) or "bfloat16")
+    weights = [torch.nn.Parameter(torch.randn(s)) for s in ((16, 32), (32, 16), (48, 16))]
+    weights[2].muonlm = {"split": (0, [16, 16, 16])}
+    optimizer = Muon(weights)
+    assert optimizer.choose_ns_dtypes() == [{"16x32": "bfloat16", "16x16": "bfloat16"}]
+    assert sorted(probed) == [(16, 16, 3), (16, 32, 2)]
+    for w in weights:
+        w.grad = torch.randn_like(w)
+    optimizer.step()
+    assert len(probed) == 2, "the step found every choice made"

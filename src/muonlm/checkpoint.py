@@ -52,12 +52,9 @@ def save(run: Path, step: int, model: dict[str, Tensor], state: dict[str, Tensor
         if target.exists():  # an interrupted run that was resumed before this step writes the same step again
             shutil.rmtree(target)
         os.replace(work, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
         free = shutil.disk_usage(root).free / 2**20
-        raise UserError(f"checkpoint {target} could not be written: {error.strerror or error} ({free:.0f} MiB free). "
-                        f"Free some space, then go on with: muonlm train --resume {run}") from None
-    except SafetensorError as error:
-        raise UserError(f"checkpoint {target} could not be written: {error}. Is the disk full? "
+        raise UserError(f"checkpoint {target} could not be written: {getattr(error, 'strerror', None) or error} ({free:.0f} MiB free). "
                         f"Free some space, then go on with: muonlm train --resume {run}") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -161,14 +158,15 @@ def read_config(run: Path) -> Config:
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     """Copy `tensors` into the model; UserError names what is missing, extra, or of another shape."""
     own = dict(model.named_parameters())
-    for name in own.keys() ^ tensors.keys():
+    for name in sorted(own.keys() ^ tensors.keys()):
         side = "lacks" if name in own else "has an unexpected"
         raise UserError(f"the weights in {where} do not fit this model: the file {side} {name!r}.")
+    for name, parameter in own.items():
+        if parameter.shape != tensors[name].shape:
+            raise UserError(f"the weights in {where} do not fit this model: {name} is {tuple(tensors[name].shape)} in the file, "
+                            f"{tuple(parameter.shape)} in the model.")
     with torch.no_grad():
         for name, parameter in own.items():
-            if parameter.shape != tensors[name].shape:
-                raise UserError(f"the weights in {where} do not fit this model: {name} is {tuple(tensors[name].shape)} in the file, "
-                                f"{tuple(parameter.shape)} in the model.")
             parameter.copy_(tensors[name])
 
 

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 the run or a check failed, 2 bad input (the message says w
 """
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -15,21 +16,28 @@ from . import __version__
 from .config import UserError, keys, load_recipe, nearest
 
 VERBS = ("train", "prep", "generate", "eval", "info", "doctor")
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # of the machine, not of our code
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug, json_mode = "--debug" in argv, "--json" in argv
     try:
-        return run(argv)
+        code = run(argv)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         return fail(error, 2, debug, json_mode)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return fail("interrupted", 130, debug, json_mode)
     except BrokenPipeError:  # `muonlm info … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        return fail(f"{error.filename or 'a file'} cannot be written or read: {error.strerror}. Make room or choose another place; "
+                    "a run that was stopped goes on with: muonlm train --resume RUN", 2, debug, json_mode)
     except Exception as error:
         known = {"RunFailed": "{}", "OutOfMemoryError": "out of memory: {} Halve --train.micro_batch (losses stay the same), or shrink the model."}
         name = type(error).__name__
@@ -141,27 +149,15 @@ def train(argv: list[str]) -> int:
     if args.dry_run:
         print(json.dumps(cfg.to_dict()) if args.json else cfg.to_toml(), end="\n" if args.json else "")
         return 0
-    seeds = [None]
-    if args.seeds:
-        if resumed:
-            raise UserError("--seeds starts several runs; resume them one by one.")
-        try:
-            seeds = [int(seed) for seed in args.seeds.split(",")]
-        except ValueError:
-            raise UserError(f"--seeds {args.seeds!r} should be whole numbers separated by commas, as in 1,2,3") from None
-
-    from dataclasses import replace
+    if args.seeds and resumed:
+        raise UserError("--seeds starts several runs; resume them one by one.")
+    runs = seeded_runs(cfg, args.seeds, args.out) if args.seeds else [(cfg, resumed or args.out and args.out.replace("{seed}", str(cfg.seed)))]
 
     from .experiments import report as pictures
     from .train import train as train_run
 
     reports = []
-    for seed in seeds:
-        out = resumed or args.out
-        if seed is not None:
-            out = (out or f"runs/{cfg.recipe}-seed{{seed}}")
-            out = out.replace("{seed}", str(seed)) if "{seed}" in out else f"{out}-seed{seed}"
-            cfg = replace(cfg, seed=seed)
+    for cfg, out in runs:
         report = train_run(cfg, out, resume=bool(resumed), init_from=args.init_from, json_mode=args.json)
         if report is None:  # not rank 0
             continue
@@ -173,8 +169,29 @@ def train(argv: list[str]) -> int:
         if report["interrupted"]:
             break
     if args.json and reports:
-        print(json.dumps(reports[0] if seeds == [None] else reports))
+        print(json.dumps(reports if args.seeds else reports[0]))
     return 130 if reports and reports[-1]["interrupted"] else 0
+
+
+def seeded_runs(cfg, seeds: str, out: str | None) -> list[tuple]:
+    """(config, directory) for each seed of '1,2,3'; all directories are known to be free before the first run begins."""
+    from dataclasses import replace
+    from pathlib import Path
+
+    from .run import Run, default_directory
+
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise UserError(f"--seeds {seeds!r} should be different whole numbers separated by commas, as in 1,2,3")
+    pattern = out or f"{default_directory(cfg.recipe)}-seed{{seed}}"
+    pattern = pattern if "{seed}" in pattern else pattern + "-seed{seed}"
+    runs = [(replace(cfg, seed=number), pattern.replace("{seed}", str(number))) for number in numbers]
+    for _, path in runs:
+        Run.refuse_used(Path(path))
+    return runs
 
 
 def resume_config(run: str, args, flags: dict):

@@ -27,14 +27,17 @@ class UserError(ValueError):
 
 
 def nearest(word: str, valid) -> str:
-    """' Did you mean …?' with the closest valid word, else the empty string. A full key also matches by its last part."""
+    """' Did you mean …?' with the closest valid word, else the empty string. The last part of a dotted key decides first."""
     valid = list(valid)
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
-    if not close:
-        leaf = word.rpartition(".")[2]
-        leaves = difflib.get_close_matches(leaf, [v.rpartition(".")[2] for v in valid], n=1, cutoff=0.75)
-        close = [v for v in valid if leaves and v.rpartition(".")[2] == leaves[0]][:1]
+    leaf, leaves = _leaf(word), {_leaf(v) for v in valid}
+    near = [leaf] if leaf in leaves else difflib.get_close_matches(leaf, leaves, n=3, cutoff=0.6)
+    same = [v for v in valid if _leaf(v) in near]
+    close = difflib.get_close_matches(word, same, n=1, cutoff=0.35)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _leaf(key: str) -> str:
+    return key.lstrip("-").rpartition(".")[2]
 
 
 def _choice(section: str, **fields) -> None:
@@ -486,7 +489,7 @@ SMOKE = {  # every recipe with --smoke: tiny, on a CPU, under a minute, all arte
     "model.window": 32, "model.vocab_size": 0, "train.steps": 30, "train.epochs": 0, "train.tokens": 0, "train.budget": "",
     "train.global_batch": 512, "train.micro_batch": 0, "train.accum": 0, "train.save_every": 10, "train.dtype": "float32",
     "train.device": "cpu", "eval.every": 10, "eval.iters": 4, "eval.sample": 40, "log.every": 5, "data.tokenizer": "byte",
-    "sched.warmup": 3, "optim.momentum_warmup": "0.85:0.95:10", "eval.target": 0,
+    "sched.warmup": 1, "optim.momentum_warmup": "0.85:0.95:10", "eval.target": 0,
 }
 
 

@@ -87,7 +87,7 @@ def generate(model, tokenizer, prompt: str = "", *, samples: int = 1, max_tokens
     ids = tokenizer.encode(prompt)
     if tokenizer.eot_id is not None and (not ids or ids[0] != tokenizer.eot_id):
         ids = [tokenizer.eot_id, *ids]  # training rows see documents begin with it
-    ids = ids or tokenizer.encode("\n")
+    ids = ids or [0]  # no text and no end-of-text to begin with: any token will do
     stops = set() if tokenizer.eot_id is None else {tokenizer.eot_id}
     for text in stop:
         encoded = tokenizer.encode(text)

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 from . import config
-from .checkpoint import read_config
 from .config import Config, UserError, load_recipe, nearest, recipe_names
 
 
@@ -46,6 +45,8 @@ def find(what: str, flags: dict, *, preset: str = "", smoke: bool = False) -> Co
     if Path(what).is_dir():
         if flags or preset or smoke:
             raise UserError(f"{what} is a run, whose settings are what they were; name a recipe to try others.")
+        from .checkpoint import read_config  # brings torch, which the list of recipes need not wait for
+
         return read_config(Path(what))
     try:
         return load_recipe(what, flags, preset=preset, smoke=smoke)

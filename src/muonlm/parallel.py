@@ -38,6 +38,13 @@ class Dist:
             dist.all_reduce(values)
         return values
 
+    def broadcast(self, value):
+        """Rank 0's value (anything picklable; it comes from our own processes, not from a file)."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, 0)
+        return box[0]
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

@@ -113,7 +113,7 @@ class Run:
     # --- console ----------------------------------------------------------------------------------------------------------
 
     def __enter__(self):
-        if self.console.is_terminal:
+        if self.console.is_terminal and os.environ.get("RANK", "0") == "0":
             self.progress = Progress(BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.console, transient=True)
             self.task = self.progress.add_task("starting", total=self.steps)
             self.progress.start()

@@ -80,6 +80,10 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, i
             checkpoint.load_weights(model, tensors, str(path))
             load_named_state(optimizer, model, state, meta["optimizer"])
             step, counters = meta["step"], meta["counters"]
+        if cfg.optim.name == "muon":
+            own = optimizer.choose_ns_dtypes()
+            for mine, chosen in zip(own, dist.broadcast(own)):
+                mine.update(chosen)
         if cfg.train.dtype == "auto":
             dtype, why = choose_dtype(model, objective, data, cfg, dist)
             cfg = run.cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, dtype=dtype))
@@ -97,14 +101,14 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, i
 
         with run, Signals() as signals:
             while True:
-                last, stopping = step == cfg.train.steps, signals.caught
+                last, stopping = step == cfg.train.steps or reached_target(cfg, counters), signals.caught
                 best = False
                 if (last or (cfg.eval.every and step % cfg.eval.every == 0)) and step != resumed_at:
                     result = evaluate(net, objective, data, cfg, dist)
                     best = result["val_loss"] < counters["best_loss"]
                     if best:
                         counters |= {"best_loss": result["val_loss"], "best_step": step}
-                    last |= result["val_loss"] <= cfg.eval.target
+                    last |= reached_target(cfg, counters)
                     if dist.main:
                         run.log({"step": step, "train_seconds": counters["train_seconds"], **result})
                         say(f"eval step {step:,}: " + "  ".join(f"{k} {v:.4f}" for k, v in result.items()))
@@ -207,6 +211,7 @@ def resolve(cfg: Config, vocab_size: int, samples: int, world: int) -> Config:
     steps = t.steps or math.ceil(tokens / (rows * block)) or math.ceil(t.epochs * steps_per_epoch)
     if not steps:
         raise UserError("the length of the run is not set; use --train.steps N, --train.epochs E, --train.tokens T or --train.budget")
+    lr_scale(0, steps=steps, **dataclasses.asdict(cfg.sched))  # a schedule that does not fit is refused here, not in the loop
     ns_dtype = "float32" if cfg.optim.ns_dtype == "auto" and t.dtype == "float32" else cfg.optim.ns_dtype  # float32 means all of it
     return dataclasses.replace(
         cfg, optim=dataclasses.replace(cfg.optim, ns_dtype=ns_dtype), model=dataclasses.replace(cfg.model, vocab_size=max(vocab_size, cfg.model.vocab_size)),
@@ -245,10 +250,9 @@ def make_optimizer(cfg: Config, plan) -> torch.optim.Optimizer:
 def choose_dtype(model, objective, data: Splits, cfg: Config, dist: Dist) -> tuple[str, str]:
     """Rank 0 decides for all, by timing at most 4,096 tokens of the first batch."""
     part = data.train.batch(0, dist.rank, dist.world).split(min(cfg.train.micro_batch, max(1, 4096 // cfg.model.block_size)))[0].to(dist.device)
-    dtype, why = parallel.choose_dtype(lambda: objective(model, part)[0], dist.device)
+    choice = parallel.choose_dtype(lambda: objective(model, part)[0], dist.device)
     model.zero_grad()
-    vote = dist.sum(torch.tensor(float(dist.main and dtype == "bfloat16")))
-    return "bfloat16" if vote else "float32", why
+    return dist.broadcast(choice)
 
 
 def begin_run(run: Run, cfg: Config, plan, optimizer, data: Splits, step: int, started: bool, dist: Dist, say) -> None:
@@ -305,6 +309,10 @@ def total_sums(model, objective, batches: Iterable, dist: Dist, cfg: Config) -> 
             sums[name] = sums.get(name, 0) + value.double()
     totals = dist.sum(torch.stack([*sums.values(), torch.tensor(float(count), device=dist.device)])).tolist()
     return dict(zip(sums, totals)), totals[-1]
+
+
+def reached_target(cfg: Config, counters: dict) -> bool:
+    return bool(cfg.eval.target) and counters["best_loss"] <= cfg.eval.target
 
 
 def current_rates(optimizer) -> dict[str, float]:
@@ -372,14 +380,17 @@ def finish(run: Run, cfg: Config, model, data: Splits, step: int, counters: dict
     if stopped:
         say(f"stopped at step {step:,} of {cfg.train.steps:,}. Go on with: muonlm train --resume {path}" if step else "stopped before the first step.")
         return report
+    checkpoint.write_atomically(path / "report.json", json.dumps(report, indent=1))
     tokenizer = getattr(data.train, "tokenizer", None)
     if cfg.eval.sample and tokenizer:
         model.eval()
-        text = cfg.eval.prompt + generate(model, tokenizer, cfg.eval.prompt, max_tokens=cfg.eval.sample, seed=cfg.seed)[0]
+        try:
+            text = cfg.eval.prompt + generate(model, tokenizer, cfg.eval.prompt, max_tokens=cfg.eval.sample, seed=cfg.seed)[0]
+        except UserError as error:  # a prompt that the new tokenizer cannot express is no reason to fail a finished run
+            text = f"no sample of --eval.prompt {cfg.eval.prompt!r}: {error}"
         checkpoint.write_atomically(path / "samples" / f"step-{step:08d}.txt", text)
         width = min(100, shutil.get_terminal_size().columns)
         say(f"\n{' sample ':-^{width}}\n{text}\n{'-' * width}")
-    checkpoint.write_atomically(path / "report.json", json.dumps(report, indent=1))
     bits = f" = {report['val_bpb']:.4f} bits per byte" if "val_bpb" in report else ""
     say(f"done: {step:,} steps in {duration(counters['train_seconds'])} of training, held-out loss {report['val_loss']:.4f} nats per token{bits}")
     return report

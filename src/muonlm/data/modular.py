@@ -93,7 +93,7 @@ class ModularData:
         assert rows >= 1 and 0 <= rank < world, (rows, rank, world)
         n = min(limit or len(self), len(self))
         first, last = n * rank // world, n * (rank + 1) // world
-        for at in range(first, last, rows):
+        for at in range(first, max(last, first + 1), rows):  # a rank without rows takes part with an empty batch
             yield self._take(slice(at, min(at + rows, last)))
 
     def rows_as_dicts(self) -> list[dict]:

@@ -159,7 +159,7 @@ class PackedData:
         """
         n = min(limit or self._samples, self._samples)
         first, last = n * rank // world, n * (rank + 1) // world
-        for at in range(first, last, rows):
+        for at in range(first, max(last, first + 1), rows):  # a rank without samples takes part with an empty batch
             sample = np.arange(at, min(at + rows, last), dtype=np.int64)
             yield self._assemble(sample, np.zeros_like(sample))
 

@@ -197,6 +197,23 @@ class Muon(torch.optim.Optimizer):
                 self._adamw_step(group)
         return loss
 
+    def choose_ns_dtypes(self) -> list[dict[str, str]]:
+        """Decide every "auto" now instead of at the first step; returns the groups' own dicts of choices.
+
+        Ranks that hold the same parameters must take rank 0's choices, or their weights drift apart: broadcast and update.
+        """
+        choices = []
+        for group in (g for g in self.param_groups if g["use_muon"] and g["ns_dtype"] == "auto" and not g["compat"]):
+            counts = defaultdict(int)
+            for p, split in zip(group["params"], group["splits"], strict=True):
+                dtype = p.dtype if p.dtype == torch.float64 else torch.float32
+                for A, B in (block.shape for block in blocks(p, split)):
+                    counts[min(A, B), max(A, B), dtype, p.device] += 1
+            for (rows, columns, dtype, device), count in counts.items():
+                _ns_dtype(group, rows, columns, count, dtype, device)
+            choices.append(group["ns_dtype_chosen"])
+        return choices
+
     def _muon_step(self, group: dict) -> None:
         if group["momentum_schedule"] is not None:
             group["momentum"] = momentum_at(group["momentum_schedule"], group["step"])

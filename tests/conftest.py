@@ -1,0 +1,44 @@
+"""What the tests of whole verbs share: a cache of their own, a little text, and the command line called in this process."""
+
+import json
+import random
+
+import pytest
+
+from muonlm.cli import main
+
+WORDS = "the of and people union states government law peace war nation great united congress power shall every year".split()
+TINY = ["--train.steps", "6", "--eval.every", "3", "--eval.iters", "2", "--train.save_every", "3", "--log.every", "1", "--eval.sample", "8"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Prepared text goes into a directory of this session, not into the user's cache; subprocesses inherit it."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MUONLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """60 documents of made-up sentences, one a line of JSON: 40 kB, no package needed."""
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "made-up.jsonl"
+    path.write_text("\n".join(json.dumps({"text": " ".join(draw.choices(WORDS, k=110)) + "."}) for _ in range(60)), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smoke(text):
+    """smoke(out, *flags) -> argv of a six-step run of the smoke recipe on `text`."""
+    return lambda out, *flags: ["train", "quickstart", "--smoke", "--data", str(text), "--data.val", "tail:0.1", "--out", str(out), *TINY, *flags]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, smoke):
+    """A run that has ended, to read from; tests that damage it work on a copy."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert main(smoke(out)) == 0
+    return out
