@@ -56,8 +56,7 @@ def textbook(loss_of, parameters, data: PackedData, steps: int) -> float:
 
 def ours(flags: dict, optimizer: str, data: Path, steps: int, folder: Path) -> tuple[float, str]:
     """(median seconds of a step of `muonlm train`, dtype it chose)."""
-    extra = {"optim.lr": 0.02, "optim.adamw_lr": 0.003} if optimizer == "muon" else {}
-    cfg = load_recipe("keller/nanogpt-char", flags | extra | {"optim.name": optimizer, "data.source": str(data), "train.steps": steps + 1,
+    cfg = load_recipe("keller/nanogpt-char", flags | {"optim.name": optimizer, "data.source": str(data), "train.steps": steps + 1,
                       "log.every": 1, "eval.sample": 0, "eval.every": 0, "eval.iters": 1})
     out = Path(tempfile.mkdtemp(dir=folder)) / "run"
     train(cfg, out, json_mode=True)

@@ -80,7 +80,7 @@ def test_importing_changes_nothing_for_others():
     code = """
 import importlib, json, logging, os, random, signal, sys, warnings
 import numpy, torch
-import torch._dynamo, torch.distributed  # their own imports may change things; that is theirs
+import rich.console, torch._dynamo, torch.distributed  # what these change (rich draws random numbers) is theirs
 def state():
     return [torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist(), random.getstate(), torch.get_num_threads(), str(torch.get_default_dtype()),
             torch.get_float32_matmul_precision(), torch.is_grad_enabled(), torch.backends.cudnn.benchmark, str(signal.getsignal(signal.SIGINT)),

@@ -78,6 +78,7 @@ MISTAKES = [
     (f"train {SMALL} --train.global_batch 500", "not a multiple of model.block_size = 64", "--train.global_batch 512"),
     (f"train {SMALL} --train.steps 5 --sched.warmup 10", "--sched.warmup 10 does not fit into 5 steps", "from 0 to 5"),
     (f"train {SMALL} --out used", "--out used is already in use", "--out used-2"),
+    (f"train {SMALL} --out runs/done", "--out runs/done is already in use", "muonlm train --resume runs/done"),
     (f"train {SMALL} --out good.txt/run", "cannot be written", "--out"),
     (f"train {SMALL} --optim.coefficients kellr", "kellr", "keller"),
     (f"train {SMALL} --init-from runs/doen", "'runs/doen' does not exist", "'runs/done'"),
@@ -243,3 +244,10 @@ def test_a_disk_that_fills_up_is_one_message(desk):
     run = start("train", *shlex.split(SMALL), "--train.steps", "4", "--out", "full", preexec_fn=limit)
     out, err = run.communicate(timeout=60)
     assert run.returncode == 2 and err.startswith("muonlm: ") and "Traceback" not in err and err.count("\n") == 1, err
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_way_to_move_it(desk, monkeypatch, capsys):
+    monkeypatch.setenv("MUONLM_CACHE", str(desk / "good.txt"))
+    Path("new.txt").write_text("some other words.\n" * 200)
+    assert main(["train", "--smoke", "--data", "new.txt", "--out", "run"]) == 2
+    assert "export MUONLM_CACHE=" in capsys.readouterr().err and not Path("run").exists()

@@ -143,6 +143,16 @@ def test_a_finished_run_can_be_resumed_to_more_steps_and_to_none(finished, tmp_p
     assert metrics(tmp_path / "run")[-1]["step"] == 8
 
 
+def test_resume_refuses_text_that_changed(smoke, text, tmp_path, capsys):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_bytes(text.read_bytes())
+    assert main(smoke(tmp_path / "run", "--data", str(mine))) == 0
+    mine.write_text(mine.read_text().replace("people", "peoples"))
+    before = timeless(tmp_path / "run")
+    assert main(["train", "--resume", str(tmp_path / "run"), "--train.steps", "8"]) == 2
+    assert "trained on other data" in capsys.readouterr().err and timeless(tmp_path / "run") == before
+
+
 # --- accumulation and ranks ---------------------------------------------------------------------------------------------------
 
 

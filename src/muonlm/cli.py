@@ -15,6 +15,18 @@ import sys
 from . import __version__
 from .config import UserError, keys, load_recipe, nearest
 
+HELP = f"""muonlm {__version__} trains small language models with Muon.
+
+    muonlm train [RECIPE]              train; without a recipe: quickstart, two minutes on a CPU, offline
+    muonlm generate RUN --prompt TEXT  continue a text with a trained model
+    muonlm eval RUN…                   bits per byte of held-out text, beside a byte trigram model
+    muonlm prep SOURCE… --to DIR       turn text files into a sealed folder of tokens
+    muonlm info [RECIPE|RUN]           the recipes; parameters, memory and routing of one
+    muonlm doctor                      check this machine
+
+Your own text:    muonlm train --data my.txt      Any setting: --section.key VALUE, as in --optim.lr 0.01 (all: muonlm info --keys)
+One verb's flags: muonlm VERB --help              For programs: --json prints one JSON document on stdout, progress on stderr
+Exit codes:       0 done, 1 the run or a check failed, 2 bad input (the message says what to change), 130 interrupted"""
 VERBS = ("train", "prep", "generate", "eval", "info", "doctor")
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # of the machine, not of our code
 
@@ -62,8 +74,7 @@ def run(argv: list[str]) -> int:
     if verb in VERBS:
         return globals()[verb](argv[1:])
     if verb in ("-h", "--help", "help"):
-        print(__doc__)
-        print(f"muonlm {__version__} · `muonlm VERB --help` for one verb · `muonlm info --keys` for every config key")
+        print(HELP)
         return 0
     if verb in ("-V", "--version"):
         print(__version__)
@@ -81,14 +92,14 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str):
-        raise UserError(f"{self.prog}: {message}. `{self.prog} --help` lists its flags.")
+        raise UserError(f"{message}. `{self.prog} --help` lists the flags.")
 
     def parse(self, argv: list[str], also: tuple[str, ...] = ()) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             hint = nearest(unknown[0], [*flags, *also]) if unknown[0].startswith("-") else ""
-            raise UserError(f"{self.prog}: unexpected argument {unknown[0]!r}.{hint or f' `{self.prog} --help` lists its flags.'}")
+            raise UserError(f"unexpected argument {unknown[0]!r}.{hint or f' `{self.prog} --help` lists the flags.'}")
         return args
 
 
@@ -240,7 +251,7 @@ def next_steps(report: dict, say) -> None:
         say(f"  muonlm eval {run} --tasks bpb                      held-out bits per byte beside a byte trigram model")
         say("  muonlm train quickstart --data YOUR.txt             the same on your own text (.txt, .jsonl, .parquet, folders)")
     else:
-        say(f"  muonlm train {report['recipe']} --optim.name {'adamw' if report.get('optimizer') == 'muon' else 'muon'} --out {run}-other     another optimizer")
+        say(f"  muonlm train {report['recipe']} --optim.name {'adamw' if report['optimizer'] == 'muon' else 'muon'} --out {run}-other     another optimizer")
         say(f"  muonlm train {report['recipe']} --data.op x+y --data.prime 97     another task")
 
 

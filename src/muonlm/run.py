@@ -25,6 +25,8 @@ from . import __version__
 from .checkpoint import write_atomically
 from .config import Config, UserError
 
+BAR = 16  # columns of the progress bar
+
 
 def default_directory(recipe: str) -> Path:
     """runs/<recipe>, or the first of runs/<recipe>-2, -3, … that is free."""
@@ -59,8 +61,10 @@ class Run:
     def refuse_used(path: Path) -> None:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             free = path.with_name(path.name + "-2")
-            raise UserError(f"--out {path} is already in use. Continue it with `muonlm train --resume {path}`, or choose another, "
-                            f"such as --out {free}")
+            if (path / "config.json").exists():
+                raise UserError(f"--out {path} is already in use. Continue it with `muonlm train --resume {path}`, or choose another, "
+                                f"such as --out {free}")
+            raise UserError(f"--out {path} is already in use, and not by a run. Choose another, such as --out {free}")
 
     def create(self, device: torch.device) -> None:
         """Make the directory, or complete one that a kill left half made. config.json comes first: with it, the run can be resumed."""
@@ -114,7 +118,7 @@ class Run:
 
     def __enter__(self):
         if self.console.is_terminal and os.environ.get("RANK", "0") == "0":
-            self.progress = Progress(BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.console, transient=True)
+            self.progress = Progress(BarColumn(bar_width=BAR), TextColumn("{task.description}"), console=self.console, transient=True)
             self.task = self.progress.add_task("starting", total=self.steps)
             self.progress.start()
         return self
@@ -130,6 +134,8 @@ class Run:
         """The live line of a training step."""
         line = step_line(record, self.steps, seconds_left)
         if self.progress:
+            if len(line) + BAR + 1 > self.console.width:  # a narrow terminal: the rates go into a second line
+                line = line.replace("  lr_", "\nlr_", 1)
             self.progress.update(self.task, completed=record["step"], description=line)
         elif time.monotonic() - self.last_line > 2 or record["step"] == self.steps:  # a log file wants fewer lines
             self.last_line = time.monotonic()

@@ -372,7 +372,7 @@ def finish(run: Run, cfg: Config, model, data: Splits, step: int, counters: dict
     path = run.path
     history = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] if (path / "metrics.jsonl").exists() else []
     final = next((r for r in reversed(history) if "val_loss" in r), {})
-    report = {"run": str(path), "recipe": cfg.recipe, "seed": cfg.seed, "steps": step, "tokens": counters["tokens"],
+    report = {"run": str(path), "recipe": cfg.recipe, "seed": cfg.seed, "optimizer": cfg.optim.name, "steps": step, "tokens": counters["tokens"],
               "train_seconds": round(counters["train_seconds"], 3), "parameters": count_parameters(cfg.model)["total"], "dtype": cfg.train.dtype,
               **{k: v for k, v in final.items() if k.startswith(("val_", "train_")) and k != "train_seconds"},
               "best_val_loss": counters["best_loss"] if math.isfinite(counters["best_loss"]) else None, "best_step": counters["best_step"],

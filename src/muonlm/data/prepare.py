@@ -208,11 +208,15 @@ def prepared(
         except UserError:
             shutil.rmtree(to, ignore_errors=True)  # ours, damaged: a cache may be made anew
     try:
+        to.parent.mkdir(parents=True, exist_ok=True)
         prepare(many, to, tokenizer=tokenizer, columns=columns, val=val, progress=progress)
     except UserError:
         if not to.exists():
             raise
         read_index(to)  # another process was first
+    except OSError as error:
+        raise UserError(f"prepared text is kept in {home}, which cannot be written ({error.strerror}); "
+                        "name another place: export MUONLM_CACHE=/tmp/muonlm") from None
     return to
 
 
