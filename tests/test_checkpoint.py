@@ -116,6 +116,8 @@ def test_resume_falls_back_to_the_older_checkpoint_and_repeats_the_steps_since(f
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert "step-00000006" in said and "Skipped" in said and "resumed at step 3" in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], "loss" in r) for r in lines] == [(0, False), (1, True), (2, True), (3, True), (3, False), (4, True), (5, True), (6, True), (6, False)]
     mine, theirs = (checkpoint.read(r / "checkpoints" / "step-00000006") for r in (tmp_path / "run", finished))
     assert all(torch.equal(mine[0][name], theirs[0][name]) for name in theirs[0])
 

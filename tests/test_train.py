@@ -245,7 +245,7 @@ def test_a_gradient_that_is_not_finite_is_refused_too(smoke, tmp_path, monkeypat
 
     monkeypatch.setitem(OBJECTIVES, "next_token", objective)
     assert main(smoke(tmp_path / "inf")) == 1
-    assert "gradient norm" in capsys.readouterr().err
+    assert "at step 1: nothing was updated" in capsys.readouterr().err
 
 
 def test_a_run_that_asks_for_muon_and_routes_nothing_to_it_is_refused(smoke, tmp_path, capsys):
@@ -331,6 +331,15 @@ def test_evaluation_covers_the_whole_held_out_split(finished):
     assert count == split.num_tokens - 1
     # fp32 sums in another order: 1e-6
     assert total / count == pytest.approx(json.loads((finished / "report.json").read_text())["val_loss"], rel=1e-6)
+
+
+def test_classify_sums_losses_and_counts_rows_that_are_right():
+    from types import SimpleNamespace
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    batch = SimpleNamespace(inputs=None, targets=torch.tensor([0, 1, 1]), count=3)
+    loss, count, extra = OBJECTIVES["classify"](lambda inputs: logits, batch)
+    assert count == 3 and int(extra["acc"]) == 2
+    assert float(loss) == pytest.approx(math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)) + math.log1p(math.exp(3)), rel=1e-6)
 
 
 def test_arithmetic_is_trained_by_the_same_loop(tmp_path):

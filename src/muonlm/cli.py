@@ -164,6 +164,7 @@ def train(argv: list[str]) -> int:
         raise UserError("--seeds starts several runs; resume them one by one.")
     runs = seeded_runs(cfg, args.seeds, args.out) if args.seeds else [(cfg, resumed or args.out and args.out.replace("{seed}", str(cfg.seed)))]
 
+    from .evals import perplexity
     from .experiments import report as pictures
     from .train import train as train_run
 
@@ -174,7 +175,10 @@ def train(argv: list[str]) -> int:
             continue
         if not report["interrupted"]:
             say = (lambda text: print(text, file=sys.stderr)) if args.json else print
-            report = pictures.write(report["run"], say)
+            facts = perplexity.for_scale(report["run"]) if "val_bpb" in report else {}
+            if facts:
+                say("for scale: " + ", ".join(f"{name.removesuffix('_bpb')} {bits:.4f}" for name, bits in facts.items()) + " bits per byte")
+            report = pictures.write(report["run"], say, facts)
             next_steps(report, say)
         reports.append(report)
         if report["interrupted"]:

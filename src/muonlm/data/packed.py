@@ -197,6 +197,10 @@ class PackedData:
             count -= width - trained
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), count)
 
+    def tokens(self, limit: int) -> np.ndarray:
+        """The first `limit` tokens of the stream, or all of them."""
+        return self._take(np.arange(min(limit, self.num_tokens)))
+
     def _take(self, position: np.ndarray) -> np.ndarray:
         """Tokens at any positions of the stream."""
         out = np.empty(len(position), np.int64)

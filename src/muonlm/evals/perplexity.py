@@ -6,16 +6,20 @@
 The trigram is the floor that any model worth training must beat; both see the same split.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .. import checkpoint
 from ..config import UserError
 from ..data.packed import PackedData
 from ..objectives import OBJECTIVES
-from ..parallel import start
-from ..train import evaluate, open_data
+from ..parallel import Dist, start
+from ..train import Splits, evaluate, open_data
+
+TRIGRAM_TOKENS = 1 << 24  # more text would not change the counts that matter, and costs seconds
 
 
 def bits_per_byte(source: str | Path, *, data: str = "", limit: int = 0, which: str = "best", device: str = "cpu") -> dict:
@@ -32,17 +36,29 @@ def bits_per_byte(source: str | Path, *, data: str = "", limit: int = 0, which: 
         model, _ = checkpoint.load(path, dist.device)
         result = evaluate(model, OBJECTIVES[cfg.train.objective], splits, cfg, dist)
     result |= {"run": str(run), "checkpoint": path.name, "step": checkpoint.read_meta(path)["step"]}
-    if isinstance(splits.train, PackedData):
-        result["trigram_bpb"] = trigram_bpb(text_bytes(splits.train), text_bytes(splits.evaluated["val"]))
-    return result
+    return result | trigram_reference(splits)
 
 
-def text_bytes(split: PackedData, limit: int = 1 << 26) -> np.ndarray:
-    """The UTF-8 bytes of a split (of its first `limit` tokens), without end-of-text marks."""
-    ids = np.concatenate([batch.inputs.numpy().ravel() for batch in split.sequential(256)] if split.num_tokens <= limit else
-                         [batch.inputs.numpy().ravel() for batch, _ in zip(split.sequential(256), range(limit // (256 * split.block_size)))])
-    eot = split.tokenizer.eot_id
-    return np.frombuffer(split.tokenizer.decode([int(i) for i in ids if i != eot]).encode(), np.uint8)
+def for_scale(run: str | Path) -> dict:
+    """What the bits per byte of a finished run are to be seen beside: those of the untrained model and of the byte trigram."""
+    alone = Dist(0, 1, torch.device("cpu"))  # under torchrun rank 0 does this without the others
+    reference = trigram_reference(open_data(checkpoint.read_config(Path(run)), alone))
+    lines = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    first = next((r for r in map(json.loads, lines) if "val_bpb" in r), {})
+    return reference | ({"untrained_bpb": first["val_bpb"]} if first.get("step") == 0 else {})
+
+
+def trigram_reference(splits: Splits) -> dict:
+    """{"trigram_bpb": …} counted on the training split (its first TRIGRAM_TOKENS) and charged on the held-out one; {} without text."""
+    if not isinstance(splits.train, PackedData):
+        return {}
+    return {"trigram_bpb": trigram_bpb(text_bytes(splits.train), text_bytes(splits.evaluated["val"]))}
+
+
+def text_bytes(split: PackedData) -> np.ndarray:
+    """The UTF-8 bytes of a split, without end-of-text marks."""
+    ids = split.tokens(TRIGRAM_TOKENS)
+    return np.frombuffer(split.tokenizer.decode(ids[ids != split.tokenizer.eot_id].tolist()).encode(), np.uint8)
 
 
 def trigram_bpb(train: np.ndarray, held_out: np.ndarray) -> float:

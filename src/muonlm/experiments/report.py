@@ -34,12 +34,12 @@ def crossings(history: list[dict]) -> dict:
     return steps | {"delay_ratio": ratio}
 
 
-def write(run: str | Path, say=print) -> dict:
-    """Add the crossings to report.json, draw the curves, and return the completed report."""
+def write(run: str | Path, say=print, facts: dict | None = None) -> dict:
+    """Add `facts` and the crossings to report.json, draw the curves, and return the completed report."""
     run, history = Path(run), read_metrics(run)
     report = json.loads((run / "report.json").read_text())
     found = crossings(history)
-    report |= found
+    report |= (facts or {}) | found
     if found:
         say("  ".join(f"{name} {'not reached' if step is None else f'{step:,}' if isinstance(step, int) else f'{step:.2f}'}" for name, step in found.items()))
     picture = draw(history, run / "report" / "curves.png", title=f"{report['recipe']}, seed {report['seed']}", crossings=found)
