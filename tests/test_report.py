@@ -16,11 +16,11 @@ HISTORY = [{"step": s, "train_acc": t, "val_acc": v, "train_loss": 1 / (s + 1), 
 
 def test_crossings_are_the_first_evaluations_that_reach_their_level():
     history = [{"step": 50, "loss": 1.0, "acc": 1.0}, *HISTORY]  # a training line has no whole-split accuracy
-    assert report.crossings(history) == {"train_100_step": 200, "val_99_step": 400, "val_100_step": 500, "delay_ratio": 2.0}
+    assert report.crossings(history) == {"train_99_step": 200, "train_100_step": 200, "val_99_step": 400, "val_100_step": 500, "delay_ratio": 2.0}
 
 
 def test_what_was_not_reached_is_none_and_a_run_without_accuracies_has_none():
-    assert report.crossings(HISTORY[:4]) == {"train_100_step": 200, "val_99_step": None, "val_100_step": None, "delay_ratio": None}
+    assert report.crossings(HISTORY[:4]) == {"train_99_step": 200, "train_100_step": 200, "val_99_step": None, "val_100_step": None, "delay_ratio": None}
     assert report.crossings([{"step": 1, "loss": 2.0}]) == {}
 
 

@@ -175,11 +175,15 @@ def write_atomically(path: Path, text: str) -> None:
     work = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.ExitStack() as undo:
         undo.callback(work.unlink, missing_ok=True)
-        with open(work, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(work, path)
+        try:
+            with open(work, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(work, path)
+        except OSError as error:
+            error.filename = str(path)  # a failed write does not say of which file
+            raise
 
 
 def _digest(path: Path) -> str:

@@ -51,11 +51,12 @@ def main(argv: list[str] | None = None) -> int:
         return fail(f"{error.filename or 'a file'} cannot be written or read: {error.strerror}. Make room or choose another place; "
                     "a run that was stopped goes on with: muonlm train --resume RUN", 2, debug, json_mode)
     except Exception as error:
-        known = {"RunFailed": "{}", "OutOfMemoryError": "out of memory: {} Halve --train.micro_batch (losses stay the same), or shrink the model."}
         name = type(error).__name__
-        if name not in known:
-            raise  # a bug of ours: the traceback is the report
-        return fail(known[name].format(error), 1, debug, json_mode)
+        if name == "RunFailed":
+            return fail(error, 1, debug, json_mode)
+        if name in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):  # the CPU's allocator raises RuntimeError
+            return fail(f"out of memory: {error}. Halve --train.micro_batch (losses stay the same), or shrink the model.", 1, debug, json_mode)
+        raise  # a bug of ours: the traceback is the report
 
 
 def fail(error, code: int, debug: bool, json_mode: bool) -> int:

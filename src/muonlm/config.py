@@ -26,10 +26,20 @@ class UserError(ValueError):
     """A mistake in what the user gave us. The text says what was wrong, what was found and what to type instead."""
 
 
+ELSEWHERE = {  # what other trainers call it -> our name
+    "learning_rate": "lr", "weight_decay": "wd", "batch_size": "micro_batch", "gradient_accumulation_steps": "accum", "max_iters": "steps",
+    "max_steps": "steps", "num_epochs": "epochs", "n_embd": "d_model", "hidden_size": "d_model", "num_layers": "n_layer", "dataset": "source",
+    "eval_interval": "every", "warmup_iters": "warmup", "warmup_steps": "warmup", "context_length": "block_size", "seq_len": "block_size",
+}
+
+
 def nearest(word: str, valid) -> str:
     """' Did you mean …?' with the closest valid word, else the empty string. The last part of a dotted key decides first."""
     valid = list(valid)
-    leaf, leaves = _leaf(word), {_leaf(v) for v in valid}
+    leaf, leaves = _leaf(word).replace("-", "_"), {_leaf(v) for v in valid}
+    leaf = ELSEWHERE.get(leaf, leaf) if leaf not in leaves else leaf
+    if leaf in leaves:
+        word = word.replace(_leaf(word), leaf)
     near = [leaf] if leaf in leaves else difflib.get_close_matches(leaf, leaves, n=3, cutoff=0.6)
     same = [v for v in valid if _leaf(v) in near]
     close = difflib.get_close_matches(word, same, n=1, cutoff=0.35)
@@ -172,6 +182,10 @@ class DataConfig:
     """modular data: operation tokens in the vocabulary: 9, or 6 for the plan's version."""
 
     def __post_init__(self):
+        for name in ("source", "tokenizer", "val"):  # a run must find its text again from any folder
+            value = getattr(self, name)
+            if "/" in value and Path(value).exists() or Path(value).suffix and Path(value).is_file():
+                setattr(self, name, str(Path(value).resolve()))
         if not 0 < self.train_fraction < 1:
             raise UserError(f"data.train_fraction = {self.train_fraction} must be between 0 and 1.")
 

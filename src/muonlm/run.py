@@ -95,8 +95,12 @@ class Run:
     def log(self, record: dict) -> None:
         """Append to metrics.jsonl and pass on to the trackers."""
         record = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **record}
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            error.filename = str(self.path / "metrics.jsonl")  # a failed write does not say of which file
+            raise
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
         for tracker in list(self.trackers):
             try:

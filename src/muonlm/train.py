@@ -27,7 +27,7 @@ from .data.prepare import bpb, prepared
 from .generate import generate
 from .model import build_model, count_parameters
 from .objectives import OBJECTIVES
-from .optim import build_optimizer, load_named_state, lr_scale, named_state, parse_momentum_warmup, momentum_at, route
+from .optim import build_optimizer, load_named_state, lr_scale, momentum_at, named_state, parse_momentum_warmup, route
 from .parallel import Dist
 from .run import Run, default_directory, duration
 

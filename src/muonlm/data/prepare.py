@@ -38,6 +38,7 @@ from pathlib import Path
 import numpy as np
 
 import muonlm
+
 from ..config import UserError
 from ..data import sources as sources_module
 from ..data.packed import FORMAT_VERSION, INDEX_NAMES, canonical, checksum, read_index, remake

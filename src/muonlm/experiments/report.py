@@ -9,6 +9,7 @@ from pathlib import Path
 from ..checkpoint import write_atomically
 
 CROSSINGS = {  # name in report.json -> (metric, level)
+    "train_99_step": ("train_acc", 0.99),
     "train_100_step": ("train_acc", 1.0),
     "val_99_step": ("val_acc", 0.99),
     "val_100_step": ("val_acc", 1.0),
@@ -26,11 +27,14 @@ def first_crossing(history: list[dict], metric: str, level: float) -> int | None
 
 
 def crossings(history: list[dict]) -> dict:
-    """The steps of CROSSINGS and delay_ratio = val_99_step / train_100_step; {} for runs without accuracies."""
+    """The steps of CROSSINGS and delay_ratio = val_99_step / train_99_step; {} for runs without accuracies.
+
+    (Training accuracy of exactly 1 over the whole split comes late, if at all, while the rate is constant: it is reported, not divided by.)
+    """
     if not any("val_acc" in r for r in history):
         return {}
     steps = {name: first_crossing(history, *rule) for name, rule in CROSSINGS.items()}
-    ratio = steps["val_99_step"] / steps["train_100_step"] if steps["val_99_step"] and steps["train_100_step"] else None
+    ratio = steps["val_99_step"] / steps["train_99_step"] if steps["val_99_step"] and steps["train_99_step"] else None
     return steps | {"delay_ratio": ratio}
 
 
@@ -50,8 +54,17 @@ def write(run: str | Path, say=print, facts: dict | None = None) -> dict:
     return report
 
 
+STYLE = {  # metric -> (label, colour, line width)
+    "loss": ("training batches", "C7", 0.9),
+    "train_loss": ("training split", "C0", 1.6),
+    "val_loss": ("held out", "C3", 1.8),
+    "train_acc": ("training split", "C0", 1.6),
+    "val_acc": ("held out", "C3", 1.8),
+}
+
+
 def draw(history: list[dict], target: Path, *, title: str, crossings: dict) -> Path | None:
-    """Loss (and accuracy) over steps as a PNG; None where matplotlib is missing or there is nothing to draw."""
+    """Loss over steps as a PNG, and accuracy beside it where there is one; None without matplotlib or anything to draw."""
     try:
         import matplotlib
     except ImportError:
@@ -59,40 +72,42 @@ def draw(history: list[dict], target: Path, *, title: str, crossings: dict) -> P
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    series = {key: [(r["step"], r[key]) for r in history if key in r] for key in ("loss", "train_loss", "val_loss", "train_acc", "val_acc")}
+    series = {key: [(r["step"], r[key]) for r in history if key in r] for key in STYLE}
     series = {key: points for key, points in series.items() if points}
     if not series:
         return None
+    if "train_loss" in series:
+        series.pop("loss", None)  # the whole split says more than its batches
     accuracy = "val_acc" in series
     figure, axes = plt.subplots(1, 2 if accuracy else 1, figsize=(11 if accuracy else 7, 4.2), squeeze=False, layout="constrained")
-    names = {"loss": ("training batches", "C7", 0.9), "train_loss": ("training split", "C0", 1.6), "val_loss": ("held out", "C3", 1.8),
-             "train_acc": ("training split", "C0", 1.6), "val_acc": ("held out", "C3", 1.8)}
-    for axis, keys, label in ((axes[0, 0], ("loss", "train_loss", "val_loss"), "loss, nats per token"), (axes[0, -1], ("train_acc", "val_acc"), "accuracy")):
-        for key in keys:
-            if key in series:
-                name, colour, width = names[key]
-                if key == "loss" and "train_loss" in series:
-                    continue  # the whole split says more than its batches
-                axis.plot(*zip(*series[key]), color=colour, linewidth=width, label=name, marker="o" if len(series[key]) < 30 and key != "loss" else None, markersize=3)
-        if label == "accuracy" and not accuracy:
-            continue
-        axis.set_xlabel("optimizer steps")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.25)
-        if accuracy:
-            axis.set_xscale("symlog", linthresh=100)
-            for name, step in crossings.items():
-                if isinstance(step, int):
-                    axis.axvline(step, color="C2", linewidth=0.8, linestyle=":")
-                    if label == "accuracy":
-                        axis.annotate(name.removesuffix("_step").replace("_", " ") + f" %: {step:,}", (step, 0.05), rotation=90,
-                                      fontsize=7, ha="right", va="bottom", color="C2")
-        axis.legend(frameon=False)
+    _panel(axes[0, 0], {key: points for key, points in series.items() if key.endswith("loss")}, "loss, nats per token")
     if accuracy:
+        _panel(axes[0, 1], {key: points for key, points in series.items() if key.endswith("acc")}, "accuracy")
         axes[0, 0].set_yscale("log")
-        axes[0, 1].set_ylim(-0.02, 1.05)
+        axes[0, 0].set_ylabel("loss, nats per answer")
+        for axis in axes[0]:
+            axis.set_xscale("symlog", linthresh=100)
+            axis.set_xlim(left=0)
+        lines = []
+        for name, step in crossings.items():
+            if isinstance(step, int):
+                axes[0, 1].axvline(step, color="C2", linewidth=0.8, linestyle=":")
+                what, level, _ = name.split("_")
+                lines.append(f"{what} {level} %: step {step:,}")
+        axes[0, 1].text(0.04, 0.5, "\n".join(lines), transform=axes[0, 1].transAxes, color="C2", fontsize=9)
     figure.suptitle(title)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
     plt.close(figure)
     return target
+
+
+def _panel(axis, series: dict[str, list], label: str) -> None:
+    for key, points in series.items():
+        name, colour, width = STYLE[key]
+        marker = "o" if key != "loss" and len(points) < 30 else None
+        axis.plot(*zip(*points), color=colour, linewidth=width, label=name, marker=marker, markersize=3)
+    axis.set_xlabel("optimizer steps")
+    axis.set_ylabel(label)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, loc="best")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config import UserError
-
 from .muon import Muon
 from .newton_schulz import newton_schulz
 from .routing import RoutingPlan, route

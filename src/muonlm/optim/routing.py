@@ -24,7 +24,6 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..config import UserError
-
 from .muon import blocks, shape_factor
 
 ROLES = ("matrix", "embed", "head", "scalar")
