@@ -56,18 +56,40 @@ def textbook(loss_of, parameters, data: PackedData, steps: int) -> float:
 
 def ours(flags: dict, optimizer: str, data: Path, steps: int, folder: Path) -> tuple[float, str]:
     """(median seconds of a step of `muonlm train`, dtype it chose)."""
-    cfg = load_recipe("keller/nanogpt-char", flags | {"optim.name": optimizer, "data.source": str(data), "train.steps": steps + 1,
-                      "log.every": 1, "eval.sample": 0, "eval.every": 0, "eval.iters": 1})
+    cfg = load_recipe(
+        "keller/nanogpt-char",
+        flags
+        | {
+            "optim.name": optimizer,
+            "data.source": str(data),
+            "train.steps": steps + 1,
+            "log.every": 1,
+            "eval.sample": 0,
+            "eval.every": 0,
+            "eval.iters": 1,
+            "sched.warmup": 0,
+        },
+    )
     out = Path(tempfile.mkdtemp(dir=folder)) / "run"
     train(cfg, out, json_mode=True)
-    steps_ms = [r["step_ms"] for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "step_ms" in r]
+    steps_ms = [
+        r["step_ms"] for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "step_ms" in r
+    ]
     return statistics.median(steps_ms[1:]) / 1e3, read_config(out).train.dtype
 
 
 def overheads(data: PackedData, step_seconds: float, folder: Path) -> dict[str, float]:
     """Seconds per step of assembling a batch, and of writing and showing one log line (every 10 steps, the default)."""
     run = Run(folder, load_recipe("quickstart"), steps=10**6, json_mode=True)
-    record = {"loss": 1.0, "grad_norm": 1.0, "lr_muon": 1.0, "lr_adamw": 1.0, "momentum": 0.9, "tok_per_s": 1.0, "peak_memory_gib": 1.0}
+    record = {
+        "loss": 1.0,
+        "grad_norm": 1.0,
+        "lr_muon": 1.0,
+        "lr_adamw": 1.0,
+        "momentum": 0.9,
+        "tok_per_s": 1.0,
+        "peak_memory_gib": 1.0,
+    }
     batch, log = [], []
     for step in range(1, 101):
         begin = time.perf_counter()
@@ -82,14 +104,29 @@ def overheads(data: PackedData, step_seconds: float, folder: Path) -> dict[str, 
 
 def gpt2(model_cfg):
     from transformers import GPT2Config, GPT2LMHeadModel
-    shape = GPT2Config(vocab_size=model_cfg.vocab_size, n_positions=model_cfg.block_size, n_embd=model_cfg.d_model, n_layer=model_cfg.n_layer,
-                       n_head=model_cfg.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+
+    shape = GPT2Config(
+        vocab_size=model_cfg.vocab_size,
+        n_positions=model_cfg.block_size,
+        n_embd=model_cfg.d_model,
+        n_layer=model_cfg.n_layer,
+        n_head=model_cfg.n_head,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return GPT2LMHeadModel(shape)
 
 
 def measure(name: str, text: str, repeats: int, steps: int, folder: Path) -> dict:
     flags, rows = SHAPES[name]
-    flags = flags | {"model.dropout": 0.0, "train.global_batch": rows * flags["model.block_size"], "train.dtype": "auto"}
+    flags = flags | {
+        "model.dropout": 0.0,
+        "train.global_batch": rows * flags["model.block_size"],
+        "train.dtype": "auto",
+    }
     packed = folder / "data"
     if not packed.exists():
         prepare([text], packed, tokenizer="char", val="tail:0.1")
@@ -115,10 +152,20 @@ def measure(name: str, text: str, repeats: int, steps: int, folder: Path) -> dic
         seconds, dtypes[f"ours {optimizer}"] = ours(flags, optimizer, packed, steps, folder)
         return seconds
 
-    arms = {"plain": run_plain, "plain again": run_plain, "ours adamw": lambda: run_ours("adamw"), "ours muon": lambda: run_ours("muon")}
+    arms = {
+        "plain": run_plain,
+        "plain again": run_plain,
+        "ours adamw": lambda: run_ours("adamw"),
+        "ours muon": lambda: run_ours("muon"),
+    }
     try:
         hf = gpt2(cfg)
-        arms["gpt2"] = lambda: textbook(lambda b: F.cross_entropy(hf(b.inputs).logits.flatten(0, 1), b.targets.flatten()), list(hf.parameters()), data, steps)
+        arms["gpt2"] = lambda: textbook(
+            lambda b: F.cross_entropy(hf(b.inputs).logits.flatten(0, 1), b.targets.flatten()),
+            list(hf.parameters()),
+            data,
+            steps,
+        )
     except ImportError:
         print("transformers is not installed: no gpt2 arm", file=sys.stderr)
     seconds = {arm: [] for arm in arms}
@@ -128,9 +175,18 @@ def measure(name: str, text: str, repeats: int, steps: int, folder: Path) -> dic
     rows_out = []
     for arm, times in seconds.items():
         ratio = [p / t for p, t in zip(seconds["plain"], times)]
-        rows_out.append({"shape": name, "arm": arm, "ms": 1e3 * statistics.median(times), "ms_range": [1e3 * min(times), 1e3 * max(times)],
-                         "tok_per_s": tokens / statistics.median(times), "speedup": statistics.median(ratio), "speedup_range": [min(ratio), max(ratio)],
-                         "dtype": dtypes.get(arm, "float32")})
+        rows_out.append(
+            {
+                "shape": name,
+                "arm": arm,
+                "ms": 1e3 * statistics.median(times),
+                "ms_range": [1e3 * min(times), 1e3 * max(times)],
+                "tok_per_s": tokens / statistics.median(times),
+                "speedup": statistics.median(ratio),
+                "speedup_range": [min(ratio), max(ratio)],
+                "dtype": dtypes.get(arm, "float32"),
+            }
+        )
     shares = overheads(data, statistics.median(seconds["ours muon"]), folder)
     return {"rows": rows_out, "overheads": {"shape": name, **shares}}
 
@@ -145,18 +201,26 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results = [measure(name, args.data, args.repeats, args.steps, Path(folder)) for name in args.shapes.split(",")]
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
-          f"{args.repeats} interleaved repeats of {args.steps} steps")
+    print(
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{args.repeats} interleaved repeats of {args.steps} steps"
+    )
     print(f"{'shape':8} {'arm':12} {'dtype':9} {'ms/step [range]':28} {'tok/s':>9}   speed-up over plain [range]")
     for result in results:
         for r in result["rows"]:
-            print(f"{r['shape']:8} {r['arm']:12} {r['dtype']:9} {r['ms']:9.1f} [{r['ms_range'][0]:.1f}–{r['ms_range'][1]:.1f}]".ljust(60)
-                  + f" {r['tok_per_s']:9,.0f}   {r['speedup']:.2f} [{r['speedup_range'][0]:.2f}–{r['speedup_range'][1]:.2f}]")
+            print(
+                f"{r['shape']:8} {r['arm']:12} {r['dtype']:9} {r['ms']:9.1f} [{r['ms_range'][0]:.1f}–{r['ms_range'][1]:.1f}]".ljust(
+                    60
+                )
+                + f" {r['tok_per_s']:9,.0f}   {r['speedup']:.2f} [{r['speedup_range'][0]:.2f}–{r['speedup_range'][1]:.2f}]"
+            )
         o = result["overheads"]
         print(f"{o['shape']:8} batch assembly {o['batch_share']:.2%} of a step, logging {o['log_share']:.2%}")
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1))
-    print(json.dumps({f"{r['shape']} {r['arm']}": round(r["speedup"], 3) for result in results for r in result["rows"]}))
+    print(
+        json.dumps({f"{r['shape']} {r['arm']}": round(r["speedup"], 3) for result in results for r in result["rows"]})
+    )
 
 
 if __name__ == "__main__":

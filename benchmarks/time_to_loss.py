@@ -33,17 +33,39 @@ ARMS = {
 
 def measure(arm: str, data: str, seed: int, target: float, folder: Path) -> dict:
     out = folder / f"{arm}-{seed}"
-    command = [sys.executable, "-m", "muonlm", "train", *ARMS[arm], "--data", data, "--seed", str(seed), "--eval.sample", "0",
-               "--out", str(out), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "muonlm",
+        "train",
+        *ARMS[arm],
+        "--data",
+        data,
+        "--seed",
+        str(seed),
+        "--eval.sample",
+        "0",
+        "--out",
+        str(out),
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     report = json.loads(done.stdout)
     history = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     reached = next((r for r in history if r.get("val_loss", target + 1) <= target), None)
-    return {"arm": arm, "seed": seed, "final_loss": report["val_loss"], "reached": reached is not None,
-            "seconds": reached["train_seconds"] if reached else report["train_seconds"], "steps": reached["step"] if reached else report["steps"],
-            "total_seconds": report["train_seconds"], "ms_per_step": 1e3 * report["train_seconds"] / report["steps"], "dtype": report["dtype"]}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "final_loss": report["val_loss"],
+        "reached": reached is not None,
+        "seconds": reached["train_seconds"] if reached else report["train_seconds"],
+        "steps": reached["step"] if reached else report["steps"],
+        "total_seconds": report["train_seconds"],
+        "ms_per_step": 1e3 * report["train_seconds"] / report["steps"],
+        "dtype": report["dtype"],
+    }
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -65,16 +87,26 @@ def main() -> None:
                 rows.append(measure(arm, args.data, seed, args.target, Path(folder)))
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     by = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"{torch.backends.cpu.get_cpu_capability()}, {args.repeats} interleaved repeats, target {args.target}")
-    print(f"{'arm':14} {'reached':8} {'final loss':22} {'steps':>6} {'ms/step':22} {'seconds to target':26} baseline / ours")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{torch.backends.cpu.get_cpu_capability()}, {args.repeats} interleaved repeats, target {args.target}"
+    )
+    print(
+        f"{'arm':14} {'reached':8} {'final loss':22} {'steps':>6} {'ms/step':22} {'seconds to target':26} baseline / ours"
+    )
     ratios = {}
     for arm, mine in by.items():
         ratios[arm] = [row["seconds"] / ours["seconds"] for row, ours in zip(mine, by.get("ours", []))]
-        print(f"{arm:14} {sum(r['reached'] for r in mine)}/{len(mine):<6} {spread([r['final_loss'] for r in mine], 4):22} "
-              f"{statistics.median(r['steps'] for r in mine):6.0f} {spread([r['ms_per_step'] for r in mine]):22} "
-              f"{spread([r['seconds'] for r in mine]):26} {spread(ratios[arm], 1) if ratios[arm] else ''}")
-    document = {"rows": rows, "ratios": ratios, "median_ratio": {arm: statistics.median(r) for arm, r in ratios.items() if r}}
+        print(
+            f"{arm:14} {sum(r['reached'] for r in mine)}/{len(mine):<6} {spread([r['final_loss'] for r in mine], 4):22} "
+            f"{statistics.median(r['steps'] for r in mine):6.0f} {spread([r['ms_per_step'] for r in mine]):22} "
+            f"{spread([r['seconds'] for r in mine]):26} {spread(ratios[arm], 1) if ratios[arm] else ''}"
+        )
+    document = {
+        "rows": rows,
+        "ratios": ratios,
+        "median_ratio": {arm: statistics.median(r) for arm, r in ratios.items() if r},
+    }
     if args.json:
         Path(args.json).write_text(json.dumps(document, indent=1))
     print(json.dumps(document["median_ratio"]))

@@ -8,7 +8,20 @@ import pytest
 from muonlm.cli import main
 
 WORDS = "the of and people union states government law peace war nation great united congress power shall every year".split()
-TINY = ["--train.steps", "6", "--eval.every", "3", "--eval.iters", "2", "--train.save_every", "3", "--log.every", "1", "--eval.sample", "8"]
+TINY = [
+    "--train.steps",
+    "6",
+    "--eval.every",
+    "3",
+    "--eval.iters",
+    "2",
+    "--train.save_every",
+    "3",
+    "--log.every",
+    "1",
+    "--eval.sample",
+    "8",
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,14 +39,28 @@ def text(tmp_path_factory):
     """60 documents of made-up sentences, one a line of JSON: 40 kB, no package needed."""
     draw = random.Random(0)
     path = tmp_path_factory.mktemp("text") / "made-up.jsonl"
-    path.write_text("\n".join(json.dumps({"text": " ".join(draw.choices(WORDS, k=110)) + "."}) for _ in range(60)), "utf-8")
+    path.write_text(
+        "\n".join(json.dumps({"text": " ".join(draw.choices(WORDS, k=110)) + "."}) for _ in range(60)), "utf-8"
+    )
     return path
 
 
 @pytest.fixture(scope="session")
 def smoke(text):
     """smoke(out, *flags) -> argv of a six-step run of the smoke recipe on `text`."""
-    return lambda out, *flags: ["train", "quickstart", "--smoke", "--data", str(text), "--data.val", "tail:0.1", "--out", str(out), *TINY, *flags]
+    return lambda out, *flags: [
+        "train",
+        "quickstart",
+        "--smoke",
+        "--data",
+        str(text),
+        "--data.val",
+        "tail:0.1",
+        "--out",
+        str(out),
+        *TINY,
+        *flags,
+    ]
 
 
 @pytest.fixture(scope="session")

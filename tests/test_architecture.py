@@ -16,8 +16,25 @@ ROOT = Path(muonlm.__file__).parent
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 # A room imports itself and rooms of a smaller number: `cli → experiments, evals → train, generate → model, optim, data → scan, config`.
-LEVEL = {"config": 0, "scan": 0, "model": 1, "optim": 1, "data": 1, "objectives": 2, "parallel": 2, "checkpoint": 2, "generate": 2, "run": 3,
-         "train": 4, "evals": 5, "experiments": 5, "info": 5, "doctor": 5, "cli": 6, "__main__": 7}
+LEVEL = {
+    "config": 0,
+    "scan": 0,
+    "model": 1,
+    "optim": 1,
+    "data": 1,
+    "objectives": 2,
+    "parallel": 2,
+    "checkpoint": 2,
+    "generate": 2,
+    "run": 3,
+    "train": 4,
+    "evals": 5,
+    "experiments": 5,
+    "info": 5,
+    "doctor": 5,
+    "cli": 6,
+    "__main__": 7,
+}
 
 
 def room(parts: tuple[str, ...]) -> str:
@@ -66,12 +83,21 @@ def python(code: str, *argv: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("code", [
-    "import muonlm", "from muonlm import Config, load_recipe; load_recipe('quickstart')", "from muonlm.cli import main; main(['--help'])",
-    "from muonlm.cli import main; main(['info'])", "from muonlm.cli import main; main(['train', 'quikstart'])",
-])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import muonlm",
+        "from muonlm import Config, load_recipe; load_recipe('quickstart')",
+        "from muonlm.cli import main; main(['--help'])",
+        "from muonlm.cli import main; main(['info'])",
+        "from muonlm.cli import main; main(['train', 'quikstart'])",
+    ],
+)
 def test_what_needs_no_tensor_does_not_wait_for_torch(code):
-    heavy = python(code + "\nimport sys; print('LOADED', *(m for m in ('torch', 'numpy', 'tokenizers', 'pyarrow', 'rich') if m in sys.modules))")
+    heavy = python(
+        code
+        + "\nimport sys; print('LOADED', *(m for m in ('torch', 'numpy', 'tokenizers', 'pyarrow', 'rich') if m in sys.modules))"
+    )
     assert heavy.splitlines()[-1] == "LOADED"
 
 
@@ -112,14 +138,30 @@ sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 
 
 def test_the_base_package_imports_and_trains_with_base_dependencies_only(text, tmp_path):
-    code = BLOCK + """
+    code = (
+        BLOCK
+        + """
 for name in json.loads(sys.argv[2]):
     importlib.import_module(name)
 from muonlm.cli import main
 assert main(sys.argv[3:]) == 0
 print("BLOCKED", *(name for name in json.loads(sys.argv[1]) if name in sys.modules))
 """
-    argv = ["train", "--smoke", "--data", str(text), "--data.val", "tail:0.1", "--train.steps", "2", "--out", str(tmp_path / "run"), "--track", "tensorboard"]
+    )
+    argv = [
+        "train",
+        "--smoke",
+        "--data",
+        str(text),
+        "--data.val",
+        "tail:0.1",
+        "--train.steps",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+        "--track",
+        "tensorboard",
+    ]
     out = python(code, json.dumps(EXTRAS), json.dumps(names()), *argv)
     assert out.splitlines()[-1] == "BLOCKED" and "is not available" in out
     assert not (tmp_path / "run" / "report" / "curves.png").exists() and (tmp_path / "run" / "report.json").exists()
@@ -127,7 +169,12 @@ print("BLOCKED", *(name for name in json.loads(sys.argv[1]) if name in sys.modul
 
 def test_quickstart_without_its_corpus_says_what_to_install(tmp_path):
     code = BLOCK + "from muonlm.cli import main\nsys.exit(main(['train', '--out', sys.argv[2]]))"
-    result = subprocess.run([sys.executable, "-c", code, json.dumps(EXTRAS), str(tmp_path / "run")], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(EXTRAS), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert result.returncode == 2 and 'pip install "muonlm[demo]"' in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
 
@@ -135,10 +182,28 @@ def test_quickstart_without_its_corpus_says_what_to_install(tmp_path):
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_builds_and_takes_two_steps_shrunk(recipe, text, tmp_path, capsys):
     from muonlm.info import describe
+
     cfg = load_recipe(recipe)
     if not cfg.data.tokenizer.startswith("gpt2:"):
         assert describe(cfg)["parameters"]["total"] > 0  # at full size, on meta
     data = [] if cfg.data.source == "modular" else ["--data", str(text), "--data.val", "tail:0.1"]
-    assert main(["train", recipe, "--smoke", *data, "--train.steps", "2", "--eval.sample", "4", "--out", str(tmp_path / "run"), "--json"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                recipe,
+                "--smoke",
+                *data,
+                "--train.steps",
+                "2",
+                "--eval.sample",
+                "4",
+                "--out",
+                str(tmp_path / "run"),
+                "--json",
+            ]
+        )
+        == 0
+    )
     report = json.loads(capsys.readouterr().out)
     assert report["steps"] == 2 and report["val_loss"] > 0

@@ -21,7 +21,9 @@ def tensors(value: float) -> dict:
 
 
 def save(run, step, *, best=False, keep=2):
-    return checkpoint.save(run, step, tensors(step), {"w/exp_avg": torch.ones(40, 40)}, {"data": "d"}, best=best, keep=keep)
+    return checkpoint.save(
+        run, step, tensors(step), {"w/exp_avg": torch.ones(40, 40)}, {"data": "d"}, best=best, keep=keep
+    )
 
 
 @pytest.fixture
@@ -50,13 +52,23 @@ def empty(path):
     path.write_bytes(b"")
 
 
-DAMAGE = {"truncated": truncate, "with one bit flipped": flip, "empty": empty, "missing": lambda path: path.unlink(),
-          "another JSON": lambda path: path.write_text("[1, 2]"), "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe{}")}
+DAMAGE = {
+    "truncated": truncate,
+    "with one bit flipped": flip,
+    "empty": empty,
+    "missing": lambda path: path.unlink(),
+    "another JSON": lambda path: path.write_text("[1, 2]"),
+    "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe{}"),
+}
 
 
 def test_what_was_saved_is_read_back_bit_for_bit(run):
     model, state, meta = checkpoint.read(run / "checkpoints" / "step-00000020")
-    assert torch.equal(model["w"], tensors(20)["w"]) and torch.equal(state["w/exp_avg"], torch.ones(40, 40)) and meta["step"] == 20
+    assert (
+        torch.equal(model["w"], tensors(20)["w"])
+        and torch.equal(state["w/exp_avg"], torch.ones(40, 40))
+        and meta["step"] == 20
+    )
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -117,7 +129,17 @@ def test_resume_falls_back_to_the_older_checkpoint_and_repeats_the_steps_since(f
     said = capsys.readouterr().out
     assert "step-00000006" in said and "Skipped" in said and "resumed at step 3" in said
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["step"], "loss" in r) for r in lines] == [(0, False), (1, True), (2, True), (3, True), (3, False), (4, True), (5, True), (6, True), (6, False)]
+    assert [(r["step"], "loss" in r) for r in lines] == [
+        (0, False),
+        (1, True),
+        (2, True),
+        (3, True),
+        (3, False),
+        (4, True),
+        (5, True),
+        (6, True),
+        (6, False),
+    ]
     mine, theirs = (checkpoint.read(r / "checkpoints" / "step-00000006") for r in (tmp_path / "run", finished))
     assert all(torch.equal(mine[0][name], theirs[0][name]) for name in theirs[0])
 
@@ -145,12 +167,21 @@ def test_keep_drops_the_oldest_but_never_the_best(tmp_path):
 def test_a_full_disk_gives_one_message_and_keeps_what_was(tmp_path):
     """A real limit of the system on the size of files, so that writing fails half-way through."""
     save(tmp_path, 10)
-    code = ("import torch, sys\nfrom muonlm import checkpoint\nfrom muonlm.config import UserError\n"
-            "try:\n    checkpoint.save(sys.argv[1], 20, {'w': torch.zeros(1000, 1000)}, {}, {}, best=True, keep=1)\n"
-            "except UserError as error:\n    print(error)\n")
+    code = (
+        "import torch, sys\nfrom muonlm import checkpoint\nfrom muonlm.config import UserError\n"
+        "try:\n    checkpoint.save(sys.argv[1], 20, {'w': torch.zeros(1000, 1000)}, {}, {}, best=True, keep=1)\n"
+        "except UserError as error:\n    print(error)\n"
+    )
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # noqa: E731
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, preexec_fn=limit, timeout=60)
-    assert "could not be written" in result.stdout and "MiB free" in result.stdout and "--resume" in result.stdout and not result.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, preexec_fn=limit, timeout=60
+    )
+    assert (
+        "could not be written" in result.stdout
+        and "MiB free" in result.stdout
+        and "--resume" in result.stdout
+        and not result.stderr
+    )
     assert names(tmp_path) == ["step-00000010"] and checkpoint.latest_valid(tmp_path)[2]["step"] == 10
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
@@ -175,7 +206,9 @@ def test_foreign_weights_are_refused_by_name_and_change_nothing():
     with pytest.raises(UserError, match="lacks 'bias'"):
         checkpoint.load_weights(model, {"weight": torch.zeros(2, 3)}, "x")
     with pytest.raises(UserError, match="unexpected 'extra'"):
-        checkpoint.load_weights(model, {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "extra": torch.zeros(1)}, "x")
+        checkpoint.load_weights(
+            model, {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "extra": torch.zeros(1)}, "x"
+        )
     assert torch.equal(model.weight, before)
 
 
@@ -195,6 +228,7 @@ def test_nothing_is_unpickled(run):
 def test_files_can_be_read_by_others_as_the_umask_says(run):
     import os
     import stat
+
     mask = os.umask(0)
     os.umask(mask)
     assert stat.S_IMODE((run / "checkpoints" / "step-00000020").stat().st_mode) == 0o777 & ~mask

@@ -116,7 +116,9 @@ def on_disk(folder: Path) -> dict:
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("typed, fragments", [(typed, fragments) for typed, *fragments in MISTAKES], ids=[m[0] for m in MISTAKES])
+@pytest.mark.parametrize(
+    "typed, fragments", [(typed, fragments) for typed, *fragments in MISTAKES], ids=[m[0] for m in MISTAKES]
+)
 def test_a_mistake_is_answered_with_what_to_type_and_leaves_nothing_behind(desk, capsys, typed, fragments):
     before = on_disk(desk)
     code = main(shlex.split(typed))
@@ -161,9 +163,14 @@ def test_every_verb_prints_exactly_one_json_document(desk, capsys):
     assert [r["run"] for r in answers["train seeds"]] == ["many-seed1", "many-seed2"]
     assert answers["prep"]["splits"]["val"]["tokens"] > 0
     assert len(answers["generate"]["samples"]) == 2 and answers["generate"]["prompt"] == "the — ünïcödé ☃"
-    assert answers["eval"][0]["val_bpb"] == pytest.approx(answers["train"]["val_bpb"]) and "trigram_bpb" in answers["eval"][0]
+    assert (
+        answers["eval"][0]["val_bpb"] == pytest.approx(answers["train"]["val_bpb"])
+        and "trigram_bpb" in answers["eval"][0]
+    )
     assert answers["info"]["parameters"]["tied"] < answers["info"]["parameters"]["untied"]
-    assert any(r["recipe"] == "keller/grokking" for r in answers["recipes"]) and any(k["key"] == "optim.lr" for k in answers["keys"])
+    assert any(r["recipe"] == "keller/grokking" for r in answers["recipes"]) and any(
+        k["key"] == "optim.lr" for k in answers["keys"]
+    )
     assert all(check["pass"] for check in answers["doctor"])
 
 
@@ -197,7 +204,9 @@ def test_a_resolved_recipe_can_be_printed_edited_and_used(desk, capsys):
 
 
 def start(*argv, **kwargs) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "muonlm", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, "-m", "muonlm", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
 
 
 def wait_for(condition, process, seconds=60):
@@ -242,12 +251,21 @@ def test_a_reader_that_goes_away_does_not_end_a_run(desk):
 def test_a_disk_that_fills_up_is_one_message(desk, size, file):
     """A real limit of the system on the size of a file: at the first number the routing table does not fit, at the second the weights."""
     import resource
-    assert main([*shlex.split(f"train {SMALL} --train.steps 1 --eval.sample 1 --out warm")]) == 0  # the text is prepared
+
+    assert (
+        main([*shlex.split(f"train {SMALL} --train.steps 1 --eval.sample 1 --out warm")]) == 0
+    )  # the text is prepared
     assert 2500 < Path("warm/routing.txt").stat().st_size < 20_000 and Path("warm/config.json").stat().st_size < 2500
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
     run = start("train", *shlex.split(SMALL), "--train.steps", "4", "--out", "full", preexec_fn=limit)
     out, err = run.communicate(timeout=60)
-    assert run.returncode == 2 and err.startswith("muonlm: ") and "Traceback" not in err and err.count("\n") == 1 and file in err, err
+    assert (
+        run.returncode == 2
+        and err.startswith("muonlm: ")
+        and "Traceback" not in err
+        and err.count("\n") == 1
+        and file in err
+    ), err
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_the_way_to_move_it(desk, monkeypatch, capsys):

@@ -43,28 +43,31 @@ def test_a_flag_for_the_length_of_a_run_replaces_the_recipe_s():
     assert (cfg.train.steps, cfg.train.epochs) == (1000, 0)
 
 
-@pytest.mark.parametrize(("flags", "fragments"), [
-    ({"optim.lrr": "1"}, ["optim.lrr", "Did you mean 'optim.lr'?"]),
-    ({"optim": "1"}, ["section", "optim.name"]),
-    ({"optim.lr": "fast"}, ["optim.lr = 'fast'", "a number"]),
-    ({"optim.lr": "nan"}, ["optim.lr", "a number"]),
-    ({"optim.lr": "0"}, ["optim.lr = 0", "above 0"]),
-    ({"optim.name": "moun"}, ["moun", "'muon'"]),
-    ({"train.steps": "1.5"}, ["train.steps = '1.5'", "whole number"]),
-    ({"train.steps": "-1"}, ["train.steps = -1", "at least 0"]),
-    ({"train.steps": "10", "train.epochs": "1"}, ["train.steps and train.epochs", "keep one"]),
-    ({"train.budget": "big"}, ["train.budget = 'big'", "tsz512x4k_10B"]),
-    ({"model.n_head": "3"}, ["d_model = 256", "--model.d_model 255"]),
-    ({"model.n_kv_head": "3"}, ["n_kv_head = 3", "--model.n_kv_head 2"]),
-    ({"model.pattern": "AXM"}, ["'MX'", "A (attention)"]),
-    ({"model.tie": "maybe"}, ["model.tie", "true or false"]),
-    ({"model.dropout": "1"}, ["model.dropout", "[0, 1)"]),
-    ({"optim.momentum": "1"}, ["optim.momentum", "[0, 1)"]),
-    ({"optim.betas": "0.9"}, ["optim.betas", "2 numbers"]),
-    ({"optim.route": "blocks"}, ["blocks", "=adamw"]),
-    ({"track": "wandbb"}, ["'wandb'"]),
-    ({"model.kind": "modular"}, ["--data modular"]),
-])
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        ({"optim.lrr": "1"}, ["optim.lrr", "Did you mean 'optim.lr'?"]),
+        ({"optim": "1"}, ["section", "optim.name"]),
+        ({"optim.lr": "fast"}, ["optim.lr = 'fast'", "a number"]),
+        ({"optim.lr": "nan"}, ["optim.lr", "a number"]),
+        ({"optim.lr": "0"}, ["optim.lr = 0", "above 0"]),
+        ({"optim.name": "moun"}, ["moun", "'muon'"]),
+        ({"train.steps": "1.5"}, ["train.steps = '1.5'", "whole number"]),
+        ({"train.steps": "-1"}, ["train.steps = -1", "at least 0"]),
+        ({"train.steps": "10", "train.epochs": "1"}, ["train.steps and train.epochs", "keep one"]),
+        ({"train.budget": "big"}, ["train.budget = 'big'", "tsz512x4k_10B"]),
+        ({"model.n_head": "3"}, ["d_model = 256", "--model.d_model 255"]),
+        ({"model.n_kv_head": "3"}, ["n_kv_head = 3", "--model.n_kv_head 2"]),
+        ({"model.pattern": "AXM"}, ["'MX'", "A (attention)"]),
+        ({"model.tie": "maybe"}, ["model.tie", "true or false"]),
+        ({"model.dropout": "1"}, ["model.dropout", "[0, 1)"]),
+        ({"optim.momentum": "1"}, ["optim.momentum", "[0, 1)"]),
+        ({"optim.betas": "0.9"}, ["optim.betas", "2 numbers"]),
+        ({"optim.route": "blocks"}, ["blocks", "=adamw"]),
+        ({"track": "wandbb"}, ["'wandb'"]),
+        ({"model.kind": "modular"}, ["--data modular"]),
+    ],
+)
 def test_a_wrong_setting_is_refused_with_the_fix(flags, fragments):
     with pytest.raises(UserError) as error:
         load_recipe("quickstart", flags)

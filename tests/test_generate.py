@@ -13,7 +13,13 @@ VARIANTS = {
     "plain": {},
     "window": {"pattern": "WA", "window": 5},
     "grouped queries, tied, soft-caps": {"n_kv_head": 2, "tie": True, "attn_softcap": 20.0, "logit_softcap": 15.0},
-    "learned positions, layernorm, biases": {"positions": "learned", "norm": "layernorm", "bias": True, "mlp": "gelu", "qk_norm": False},
+    "learned positions, layernorm, biases": {
+        "positions": "learned",
+        "norm": "layernorm",
+        "bias": True,
+        "mlp": "gelu",
+        "qk_norm": False,
+    },
     "partial rotation, dropout configured": {"rotary_fraction": 0.5, "dropout": 0.3, "mlp": "relu2"},
 }
 
@@ -21,7 +27,9 @@ VARIANTS = {
 def model_of(**variant):
     model = build_model(ModelConfig(**BASE | variant), seed=3).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # larger than at initialisation, so that the likeliest token changes from step to step
+        for (
+            parameter
+        ) in model.parameters():  # larger than at initialisation, so that the likeliest token changes from step to step
             parameter.mul_(3)
     return model
 
@@ -43,7 +51,9 @@ def test_cached_greedy_decoding_equals_the_full_forward(variant):
     assert got == [expected[3:]] and len(set(got[0])) > 3
 
 
-@pytest.mark.parametrize("variant", [{}, {"positions": "learned"}, {"pattern": "W", "window": 5}], ids=["rope", "learned", "window"])
+@pytest.mark.parametrize(
+    "variant", [{}, {"positions": "learned"}, {"pattern": "W", "window": 5}], ids=["rope", "learned", "window"]
+)
 def test_beyond_block_size_the_last_half_is_read_again(variant):
     """The rule written out without a cache: a row that outgrows block_size keeps its last half."""
     model = model_of(**variant)
@@ -59,7 +69,9 @@ def test_beyond_block_size_the_last_half_is_read_again(variant):
 
 def test_a_prompt_longer_than_block_size_keeps_its_end():
     model, long = model_of(), [i % 50 for i in range(100)]
-    assert tokens_of(model, long, max_tokens=5, temperature=0) == tokens_of(model, long[-24:], max_tokens=5, temperature=0)
+    assert tokens_of(model, long, max_tokens=5, temperature=0) == tokens_of(
+        model, long[-24:], max_tokens=5, temperature=0
+    )
 
 
 def test_many_samples_come_from_one_prefill_and_are_what_each_would_be():
@@ -91,18 +103,21 @@ def frequencies(n=20000, *, temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor
     return torch.bincount(pick(logits, temperature, top_k, top_p, draw), minlength=5) / n
 
 
-@pytest.mark.parametrize("settings, expected", [
-    ({}, [0.5, 0.25, 0.15, 0.07, 0.03]),
-    ({"temperature": 0}, [1, 0, 0, 0, 0]),
-    ({"top_k": 1}, [1, 0, 0, 0, 0]),
-    ({"top_k": 2}, [2 / 3, 1 / 3, 0, 0, 0]),
-    ({"top_k": 99}, [0.5, 0.25, 0.15, 0.07, 0.03]),
-    ({"top_p": 0.4}, [1, 0, 0, 0, 0]),  # the first token alone reaches it, and is kept
-    ({"top_p": 0.6}, [2 / 3, 1 / 3, 0, 0, 0]),  # the token that crosses is kept
-    ({"top_p": 0.8}, [5 / 9, 2.5 / 9, 1.5 / 9, 0, 0]),
-    ({"top_k": 3, "top_p": 0.5}, [1, 0, 0, 0, 0]),  # top_p of what top_k left: 0.5/0.9 = 0.56 reaches 0.5 at once
-    ({"temperature": 0.5}, (PROBABILITIES**2 / (PROBABILITIES**2).sum()).tolist()),  # p^(1/τ), normalised
-])
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, [0.5, 0.25, 0.15, 0.07, 0.03]),
+        ({"temperature": 0}, [1, 0, 0, 0, 0]),
+        ({"top_k": 1}, [1, 0, 0, 0, 0]),
+        ({"top_k": 2}, [2 / 3, 1 / 3, 0, 0, 0]),
+        ({"top_k": 99}, [0.5, 0.25, 0.15, 0.07, 0.03]),
+        ({"top_p": 0.4}, [1, 0, 0, 0, 0]),  # the first token alone reaches it, and is kept
+        ({"top_p": 0.6}, [2 / 3, 1 / 3, 0, 0, 0]),  # the token that crosses is kept
+        ({"top_p": 0.8}, [5 / 9, 2.5 / 9, 1.5 / 9, 0, 0]),
+        ({"top_k": 3, "top_p": 0.5}, [1, 0, 0, 0, 0]),  # top_p of what top_k left: 0.5/0.9 = 0.56 reaches 0.5 at once
+        ({"temperature": 0.5}, (PROBABILITIES**2 / (PROBABILITIES**2).sum()).tolist()),  # p^(1/τ), normalised
+    ],
+)
 def test_temperature_top_k_and_top_p_select_by_hand_computed_shares(settings, expected):
     found = frequencies(**settings)
     # 5 standard deviations of a share in 20,000 draws: 5·sqrt(.25/20000) = 0.018; what is excluded is never drawn
@@ -130,10 +145,18 @@ def test_streamed_pieces_join_to_the_returned_text_and_are_whole_characters():
     assert all(pieces)
 
 
-@pytest.mark.parametrize("settings, said", [
-    ({"temperature": -1.0}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"top_p": 0.0}, "top-p"), ({"top_p": 1.1}, "top-p"),
-    ({"top_k": -1}, "top-k"), ({"samples": 0}, "samples"), ({"max_tokens": 0}, "max-tokens"),
-])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top-p"),
+        ({"top_p": 1.1}, "top-p"),
+        ({"top_k": -1}, "top-k"),
+        ({"samples": 0}, "samples"),
+        ({"max_tokens": 0}, "max-tokens"),
+    ],
+)
 def test_impossible_settings_are_refused_by_their_flag(settings, said):
     with pytest.raises(UserError, match=said):
         list(stream(model_of(), [1], **settings))

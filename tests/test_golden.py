@@ -24,7 +24,14 @@ GOLDEN = {
 def losses(recipe: str, optimizer: str, folder) -> list[float]:
     text = folder / "numbers.txt"
     text.write_text("".join(f"{i} squared is {i * i}, and {i} cubed is {i**3}.\n" for i in range(2000)))
-    flags = {"optim.name": optimizer, "train.steps": 8, "log.every": 1, "eval.every": 0, "eval.sample": 0, "train.save_every": 0}
+    flags = {
+        "optim.name": optimizer,
+        "train.steps": 8,
+        "log.every": 1,
+        "eval.every": 0,
+        "eval.sample": 0,
+        "train.save_every": 0,
+    }
     if "grokking" not in recipe:
         flags |= {"data.source": str(text), "data.tokenizer": "byte"}
     train(load_recipe(recipe, flags, smoke=True), folder / "run", json_mode=True)

@@ -16,7 +16,14 @@ VARIANTS = {
     "mixed": {"pattern": "AW", "window": 4, "n_kv_head": 1},
     "softcap": {"attn_softcap": 3.0, "logit_softcap": 10.0, "n_kv_head": 2},
     "softcap window": {"attn_softcap": 3.0, "pattern": "W", "window": 3},
-    "learned": {"positions": "learned", "norm": "layernorm", "bias": True, "tie": True, "mlp": "gelu", "qk_norm": False},
+    "learned": {
+        "positions": "learned",
+        "norm": "layernorm",
+        "bias": True,
+        "tie": True,
+        "mlp": "gelu",
+        "qk_norm": False,
+    },
     "embedding convolution": {"embed_conv": 4, "positions": "learned"},
     "partial rope": {"rotary_fraction": 0.5, "norm": "rmsnorm_plain", "mlp": "relu2", "res_scale": "both"},
 }
@@ -29,7 +36,10 @@ def attention_path(request, monkeypatch):
 
 
 def small(**overrides) -> lm.LM:
-    model = build_model(ModelConfig(**{"n_layer": 2, "d_model": 32, "n_head": 4, "vocab_size": 50, "block_size": 64} | overrides), seed=3)
+    model = build_model(
+        ModelConfig(**{"n_layer": 2, "d_model": 32, "n_head": 4, "vocab_size": 50, "block_size": 64} | overrides),
+        seed=3,
+    )
     return model.double().eval()
 
 
@@ -37,17 +47,20 @@ def tokens(rows=3, length=20, seed=0):
     return torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("recipe", "preset", "vocab", "expected"), [
-    ("keller/gpt", "", 50257, {"total": 162_129_408, "blocks": 84_934_656, "tied": 123_532_032}),
-    ("keller/gpt", "", 50304, {"total": 162_201_600}),
-    ("keller/gpt-shakespeare", "", 65, {"total": 85_034_496}),
-    ("keller/nanogpt-char", "", 65, {"total": 10_745_088}),
-    ("minimind/pretrain", "minimind-base", 6400, {"total": 104_034_048, "untied": 108_949_248}),
-    ("minimind/pretrain", "minimind-small", 6400, {"total": 25_830_912, "untied": 29_107_712}),
-    ("minimind/pretrain", "minimind-3", 6400, {"total": 63_912_192, "untied": 68_827_392}),
-    ("keller/grokking", "", 234, {"total": 457_578}),
-    ("keller/grokking-plan", "", 231, {"total": 456_807}),
-])
+@pytest.mark.parametrize(
+    ("recipe", "preset", "vocab", "expected"),
+    [
+        ("keller/gpt", "", 50257, {"total": 162_129_408, "blocks": 84_934_656, "tied": 123_532_032}),
+        ("keller/gpt", "", 50304, {"total": 162_201_600}),
+        ("keller/gpt-shakespeare", "", 65, {"total": 85_034_496}),
+        ("keller/nanogpt-char", "", 65, {"total": 10_745_088}),
+        ("minimind/pretrain", "minimind-base", 6400, {"total": 104_034_048, "untied": 108_949_248}),
+        ("minimind/pretrain", "minimind-small", 6400, {"total": 25_830_912, "untied": 29_107_712}),
+        ("minimind/pretrain", "minimind-3", 6400, {"total": 63_912_192, "untied": 68_827_392}),
+        ("keller/grokking", "", 234, {"total": 457_578}),
+        ("keller/grokking-plan", "", 231, {"total": 456_807}),
+    ],
+)
 def test_parameter_counts_are_the_published_ones(recipe, preset, vocab, expected):
     cfg = load_recipe(recipe, {"model.vocab_size": vocab}, preset=preset).model
     counts = count_parameters(cfg)
@@ -86,7 +99,9 @@ def test_masked_tokens_are_as_good_as_deleted(variant):
         short = x[row : row + 1, mask[row]]
         alone, alone_state = model(short)
         torch.testing.assert_close(y[row, mask[row]], alone[0], rtol=0, atol=1e-11)
-        torch.testing.assert_close(then[row], model(following[row : row + 1], state=alone_state)[0][0], rtol=0, atol=1e-11)
+        torch.testing.assert_close(
+            then[row], model(following[row : row + 1], state=alone_state)[0][0], rtol=0, atol=1e-11
+        )
 
 
 def test_attention_outputs_zero_at_masked_positions():
@@ -134,6 +149,7 @@ def test_attention_matches_the_equations():
     layer = build_model(cfg).double().blocks[0].mixer
     x = torch.randn(1, 7, 24, dtype=torch.float64)
     q, k, v = (t.view(7, 2, 12) for t in (x[0] @ layer.qkv.weight.T).split(24, -1))
+
     def norm_rotate(t):
         t = t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         out = torch.empty_like(t)
@@ -143,6 +159,7 @@ def test_attention_matches_the_equations():
                 out[pos, :, i] = t[pos, :, i] * angle.cos() - t[pos, :, i + 6] * angle.sin()
                 out[pos, :, i + 6] = t[pos, :, i + 6] * angle.cos() + t[pos, :, i] * angle.sin()
         return out
+
     q, k = norm_rotate(q), norm_rotate(k)
     rows = []
     for t in range(7):
@@ -196,7 +213,11 @@ def test_the_seed_alone_decides_the_weights():
 def test_fused_matrices_tell_the_routing_where_their_parts_are():
     layer = Attention(ModelConfig(d_model=32, n_head=4, n_kv_head=2))
     tag = layer.tags()[layer.qkv.weight]
-    assert tag["split"] == (0, [32, 16, 16]) and tag["heads"] == (0, 8) and sum(tag["split"][1]) == layer.qkv.weight.shape[0]
+    assert (
+        tag["split"] == (0, [32, 16, 16])
+        and tag["heads"] == (0, 8)
+        and sum(tag["split"][1]) == layer.qkv.weight.shape[0]
+    )
 
 
 def test_rope_depends_on_relative_position_only():

@@ -87,7 +87,9 @@ def test_gaussian_matrices_come_close_to_their_polar_factor(name, cosine):
 @pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e-8, 1e8, 1e30])
 def test_the_scale_of_the_input_does_not_matter(scale):
     G = torch.randn(24, 40, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(newton_schulz(G * scale), newton_schulz(G), rtol=0, atol=2e-5)  # one rounding of G, amplified
+    torch.testing.assert_close(
+        newton_schulz(G * scale), newton_schulz(G), rtol=0, atol=2e-5
+    )  # one rounding of G, amplified
 
 
 def test_zero_gives_exactly_zero_and_subnormal_or_rank_one_input_is_finite():
@@ -107,14 +109,21 @@ def test_symmetries_transpose_batch_and_rotation():
     Q, V = (torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))[0] for n in (24, 40))
     before = G.clone()
     torch.testing.assert_close(newton_schulz(G.mT), newton_schulz(G).mT, rtol=0, atol=0)
-    torch.testing.assert_close(newton_schulz(G), torch.stack([newton_schulz(m) for m in G]), rtol=0, atol=1e-12)  # bmm vs mm
+    torch.testing.assert_close(
+        newton_schulz(G), torch.stack([newton_schulz(m) for m in G]), rtol=0, atol=1e-12
+    )  # bmm vs mm
     torch.testing.assert_close(newton_schulz(Q @ G @ V), Q @ newton_schulz(G) @ V, rtol=0, atol=1e-10)
     assert torch.equal(G, before)
 
 
 @pytest.mark.parametrize(
     "args, message",
-    [((0,), "ns_steps"), ((5, "polarexpress"), "polar_express"), ((5, [(1, 2)]), "triples"), ((5, "deepseek"), "use ns_steps=10")],
+    [
+        ((0,), "ns_steps"),
+        ((5, "polarexpress"), "polar_express"),
+        ((5, [(1, 2)]), "triples"),
+        ((5, "deepseek"), "use ns_steps=10"),
+    ],
 )
 def test_bad_iterations_are_refused(args, message):
     with pytest.raises(ValueError, match=message):
@@ -140,7 +149,9 @@ def test_batched_bf16_keller_stays_near_torch_optim_muon():
     drive(Muon(a, lr=0.01, coefficients="keller", ns_dtype="bfloat16"), a, 20)
     drive(torch.optim.Muon(b, lr=0.01, weight_decay=0.0), b, 20)
     start = tensors()
-    for p, q, s in zip(a, b, start, strict=True):  # bf16 has 8 bits; normalising before or after the cast moves the last ones
+    for p, q, s in zip(
+        a, b, start, strict=True
+    ):  # bf16 has 8 bits; normalising before or after the cast moves the last ones
         assert (p - q).norm() <= 2e-2 * (q - s).norm()
 
 
@@ -160,12 +171,19 @@ def test_fp32_steps_equal_an_fp64_reference_of_the_equations(mode, nesterov, cau
             M[i] = mu * M[i] + (1 - mu) * G
             O = polar((1 - mu) * G + mu * M[i] if nesterov else M[i])
             A, B = W[i].shape
-            s = {"original": max(1, A / B) ** 0.5, "match_rms_adamw": 0.2 * max(A, B) ** 0.5, "spectral": (A / B) ** 0.5, "none": 1}[mode]
+            s = {
+                "original": max(1, A / B) ** 0.5,
+                "match_rms_adamw": 0.2 * max(A, B) ** 0.5,
+                "spectral": (A / B) ** 0.5,
+                "none": 1,
+            }[mode]
             keep = (O * W[i] >= 0) if cautious else 1.0
             W[i] = W[i] - lr * wd * keep * W[i] - lr * s * O
         optimizer.step()
     for p, w in zip(params, W, strict=True):
-        torch.testing.assert_close(p.double(), w, rtol=1e-4, atol=2e-5)  # fp32 products; square Gaussians have tiny sigmas
+        torch.testing.assert_close(
+            p.double(), w, rtol=1e-4, atol=2e-5
+        )  # fp32 products; square Gaussians have tiny sigmas
 
 
 def test_cautious_decay_matches_a_two_by_two_by_hand():
@@ -257,7 +275,10 @@ def test_a_zero_gradient_moves_nothing_and_a_missing_one_is_skipped():
 
 def make_mixed(dtype=torch.float32):
     params = tensors([*SHAPES, (24,)], dtype=dtype)
-    groups = [{"params": params[:3], "use_muon": True, "name": "muon"}, {"params": params[3:], "use_muon": False, "lr": 1e-3, "name": "rest"}]
+    groups = [
+        {"params": params[:3], "use_muon": True, "name": "muon"},
+        {"params": params[3:], "use_muon": False, "lr": 1e-3, "name": "rest"},
+    ]
     return params, Muon(groups, momentum_schedule=[(0, 0.85), (300, 0.95)], weight_decay=0.1)
 
 
@@ -343,7 +364,12 @@ def test_closure_schedulers_and_late_groups_work():
 
 
 def test_update_rms_is_the_predicted_one():
-    for mode, s in (("original", math.sqrt(2)), ("match_rms_adamw", 0.2 * math.sqrt(128)), ("spectral", math.sqrt(2)), ("none", 1.0)):
+    for mode, s in (
+        ("original", math.sqrt(2)),
+        ("match_rms_adamw", 0.2 * math.sqrt(128)),
+        ("spectral", math.sqrt(2)),
+        ("none", 1.0),
+    ):
         p = torch.nn.Parameter(torch.zeros(128, 64))
         feed([p], 0)
         Muon([p], lr=0.1, lr_mode=mode, ns_dtype="float32").step()
@@ -413,7 +439,9 @@ def test_loading_a_state_keeps_the_splits_of_the_model_at_hand():
 
 def test_dtype_choices_made_ahead_are_those_of_the_first_step(monkeypatch):
     probed = []
-    monkeypatch.setattr(muon_module, "probe_dtype", lambda rows, columns, count: probed.append((rows, columns, count)) or "bfloat16")
+    monkeypatch.setattr(
+        muon_module, "probe_dtype", lambda rows, columns, count: probed.append((rows, columns, count)) or "bfloat16"
+    )
     weights = [torch.nn.Parameter(torch.randn(s)) for s in ((16, 32), (32, 16), (48, 16))]
     weights[2].muonlm = {"split": (0, [16, 16, 16])}
     optimizer = Muon(weights)

@@ -23,7 +23,12 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my_novel.txt").write_text("It was a dark night.\n" * 400)
     Path("corpus").mkdir()
-    Path("corpus/a.jsonl").write_text("".join(json.dumps({"title": f"Chapter {i}", "text": f"{i} is the sum of {i - 1} and 1. " * 20}) + "\n" for i in range(90)))
+    Path("corpus/a.jsonl").write_text(
+        "".join(
+            json.dumps({"title": f"Chapter {i}", "text": f"{i} is the sum of {i - 1} and 1. " * 20}) + "\n"
+            for i in range(90)
+        )
+    )
     return tmp_path
 
 

@@ -26,7 +26,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, d=32, vocab=50, tie=True):
         super().__init__()
-        self.head = nn.Linear(d, vocab, bias=False)  # defined first: the tied tensor must still go by its embedding's name
+        self.head = nn.Linear(
+            d, vocab, bias=False
+        )  # defined first: the tied tensor must still go by its embedding's name
         self.wte = nn.Embedding(vocab, d)
         self.wpe = nn.Embedding(24, d)
         self.blocks = nn.ModuleList([Block(d)])
@@ -122,7 +124,14 @@ def test_convolutions_go_to_muon_only_if_they_are_full_hidden_maps():
         }
     )
     table = {name.split(".")[0]: r for name, (r, _) in taken(route(model)).items()}
-    assert table == {"pixels": "adamw", "depthwise": "adamw", "plain1d": "muon", "plain2d": "muon", "transposed": "adamw", "norm": "adamw"}
+    assert table == {
+        "pixels": "adamw",
+        "depthwise": "adamw",
+        "plain1d": "muon",
+        "plain2d": "muon",
+        "transposed": "adamw",
+        "norm": "adamw",
+    }
     optimizer = build_optimizer(model, lr=0.02, adamw_lr=1e-3)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
@@ -174,10 +183,16 @@ def test_a_muon_run_without_a_muon_tensor_is_refused_and_adamw_is_not():
 
 
 def test_groups_carry_their_own_rates_and_empty_ones_are_reported():
-    model = nn.ModuleDict({"wte": nn.Embedding(50, 32), "fc": nn.Linear(32, 64, bias=False), "lm_head": nn.Linear(32, 50, bias=False)})
+    model = nn.ModuleDict(
+        {"wte": nn.Embedding(50, 32), "fc": nn.Linear(32, 64, bias=False), "lm_head": nn.Linear(32, 50, bias=False)}
+    )
     plan = route(model)
     groups = plan.groups(lr=0.05, head_lr=0.008, embed_lr=0.6, scalar_lr=0.04, betas=(0.8, 0.95), eps=1e-8)
-    assert [(g["name"], g["lr"], g["base_lr"]) for g in groups] == [("muon", 0.05, 0.05), ("embed", 0.6, 0.6), ("head", 0.008, 0.008)]
+    assert [(g["name"], g["lr"], g["base_lr"]) for g in groups] == [
+        ("muon", 0.05, 0.05),
+        ("embed", 0.6, 0.6),
+        ("head", 0.008, 0.008),
+    ]
     assert "group scalar: empty" in plan.table(groups)
     with pytest.raises(UserError, match="--optim.adamw_lr or --optim.embed_lr"):
         plan.groups(lr=0.05)
@@ -250,7 +265,9 @@ def test_named_state_round_trip_is_bit_exact_and_continues_the_run(name):
     other.load_state_dict(weights)
     load_named_state(resumed, other, tensors, meta)
     again, meta_again = named_state(resumed, other)
-    assert meta_again == meta and all(torch.equal(again[k], v) and again[k].dtype == v.dtype for k, v in tensors.items())
+    assert meta_again == meta and all(
+        torch.equal(again[k], v) and again[k].dtype == v.dtype for k, v in tensors.items()
+    )
     run(model, optimizer, 3, seed=1)
     run(other, resumed, 3, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))

@@ -56,21 +56,39 @@ def relative(a: list[float], b: list[float]) -> float:
 
 
 def process(*argv, **kwargs) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "muonlm", *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, "-m", "muonlm", *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
 
 
 def config(text, **flags):
     """The smoke config on `text`, without evaluation, samples and checkpoints before the end."""
-    base = {"data.source": str(text), "data.val": "tail:0.1", "train.steps": 4, "eval.every": 0, "eval.iters": 1, "eval.sample": 0,
-            "log.every": 1, "train.save_every": 0, "track": "none"}
+    base = {
+        "data.source": str(text),
+        "data.val": "tail:0.1",
+        "train.steps": 4,
+        "eval.every": 0,
+        "eval.iters": 1,
+        "eval.sample": 0,
+        "log.every": 1,
+        "train.save_every": 0,
+        "track": "none",
+    }
     return load_recipe("quickstart", base | {key.replace("__", "."): value for key, value in flags.items()}, smoke=True)
 
 
 # --- resume -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parts, extra", [(1, ()), (3, ("--model.dropout", "0.2", "--train.micro_batch", "3")), (1, ("--optim.name", "adamw"))],
-                         ids=["muon", "dropout and ragged micro-batches", "adamw"])
+@pytest.mark.parametrize(
+    "parts, extra",
+    [(1, ()), (3, ("--model.dropout", "0.2", "--train.micro_batch", "3")), (1, ("--optim.name", "adamw"))],
+    ids=["muon", "dropout and ragged micro-batches", "adamw"],
+)
 def test_resume_is_bitwise(smoke, tmp_path, monkeypatch, parts, extra):
     assert main(smoke(tmp_path / "whole", *extra)) == 0
 
@@ -135,6 +153,7 @@ def test_a_directory_that_was_just_made_is_begun_by_resume(smoke, tmp_path):
 
 def test_a_finished_run_can_be_resumed_to_more_steps_and_to_none(finished, tmp_path, capsys):
     import shutil
+
     shutil.copytree(finished, tmp_path / "run")
     before = timeless(tmp_path / "run")
     assert main(["train", "--resume", str(tmp_path / "run"), "--json"]) == 0
@@ -169,28 +188,52 @@ def test_the_split_of_a_step_into_micro_batches_does_not_change_its_losses(text,
     assert relative(losses(parts["run"]), losses(whole["run"])) < 1e-6
 
 
-@pytest.mark.parametrize("recipe, flags", [
-    ("quickstart", ["--train.global_batch", "320", "--eval.every", "10"]),  # 5 rows for 2 ranks
-    ("keller/grokking-quick", ["--eval.every", "10"]),  # epochs end in a short batch
-])
+@pytest.mark.parametrize(
+    "recipe, flags",
+    [
+        ("quickstart", ["--train.global_batch", "320", "--eval.every", "10"]),  # 5 rows for 2 ranks
+        ("keller/grokking-quick", ["--eval.every", "10"]),  # epochs end in a short batch
+    ],
+)
 def test_two_ranks_give_the_losses_of_one(text, tmp_path, recipe, flags):
     """1e-5 relative: all-reduce adds in another order; measured 2e-7 over these steps."""
     data = ["--data", str(text), "--data.val", "tail:0.1"] if recipe == "quickstart" else []
     argv = ["train", recipe, "--smoke", *data, *flags, "--log.every", "1", "--eval.iters", "3", "--eval.sample", "0"]
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m", "muonlm",
-                          *argv, "--out", str(tmp_path / "two"), "--json"], capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            str(free_port()),
+            "-m",
+            "muonlm",
+            *argv,
+            "--out",
+            str(tmp_path / "two"),
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["steps"] == 30  # one rank speaks
     for key in ("loss", "val_loss"):
         one, two = ([r[key] for r in metrics(tmp_path / name) if key in r] for name in ("one", "two"))
         assert len(one) == {"loss": 30, "val_loss": 4}[key]
         assert relative(two, one) < 1e-5
-    assert {r["tokens"] for r in metrics(tmp_path / "one") if "loss" in r} == {r["tokens"] for r in metrics(tmp_path / "two") if "loss" in r}
+    assert {r["tokens"] for r in metrics(tmp_path / "one") if "loss" in r} == {
+        r["tokens"] for r in metrics(tmp_path / "two") if "loss" in r
+    }
 
 
 def free_port() -> int:
     import socket
+
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -199,6 +242,7 @@ def free_port() -> int:
 def test_a_rank_without_held_out_rows_takes_part_with_an_empty_batch(text, tmp_path):
     from muonlm.data.packed import PackedData
     from muonlm.data.prepare import prepare
+
     prepare(text, tmp_path / "data", tokenizer="byte", val="tail:0.002")
     split = PackedData(tmp_path / "data", "val", block_size=4096, rows=1, seed=0)
     assert len(split) == 1
@@ -210,7 +254,10 @@ def test_a_rank_without_held_out_rows_takes_part_with_an_empty_batch(text, tmp_p
 
 
 def test_a_loss_that_is_not_finite_is_refused_before_the_step(smoke, tmp_path, monkeypatch, capsys):
-    assert main(smoke(tmp_path / "whole", "--train.steps", "3", "--train.save_every", "0", "--sched.kind", "constant")) == 0
+    assert (
+        main(smoke(tmp_path / "whole", "--train.steps", "3", "--train.save_every", "0", "--sched.kind", "constant"))
+        == 0
+    )
     calls, kept, real = [], {}, OBJECTIVES["next_token"]
 
     def objective(model, batch):
@@ -258,7 +305,10 @@ def test_a_run_that_asks_for_muon_and_routes_nothing_to_it_is_refused(smoke, tmp
 
 
 def test_the_seed_decides_the_run(text, tmp_path):
-    runs = [losses(train_function(config(text, seed=seed, train__steps=2), tmp_path / f"{i}")["run"]) for i, seed in enumerate((1, 1, 2))]
+    runs = [
+        losses(train_function(config(text, seed=seed, train__steps=2), tmp_path / f"{i}")["run"])
+        for i, seed in enumerate((1, 1, 2))
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -277,7 +327,11 @@ def test_init_from_takes_the_weights_and_nothing_else(smoke, finished, tmp_path)
     assert main(smoke(tmp_path / "next", "--init-from", str(finished))) == 0
     old, new = metrics(finished), metrics(tmp_path / "next")
     assert new[0]["step"] == 0 and new[0]["val_loss"] == old[-1]["val_loss"]  # it begins where the other ended
-    assert new[1]["lr_muon"] == old[1]["lr_muon"] and new[1]["momentum"] == old[1]["momentum"] and new[1]["tokens"] == old[1]["tokens"]
+    assert (
+        new[1]["lr_muon"] == old[1]["lr_muon"]
+        and new[1]["momentum"] == old[1]["momentum"]
+        and new[1]["tokens"] == old[1]["tokens"]
+    )
 
 
 def test_a_target_ends_the_run_and_resume_does_not_go_on(smoke, tmp_path):
@@ -289,8 +343,16 @@ def test_a_target_ends_the_run_and_resume_does_not_go_on(smoke, tmp_path):
 
 
 def test_rates_and_momentum_in_the_metrics_follow_their_schedules(text, tmp_path):
-    flags = {"optim__lr": 0.02, "optim__adamw_lr": 0.01, "optim__embed_lr": 0.01, "optim__head_lr": 0.01, "sched__warmup": 4, "sched__cooldown_frac": 0.5,
-             "optim__momentum_warmup": "0.85:0.95:10", "train__steps": 20}
+    flags = {
+        "optim__lr": 0.02,
+        "optim__adamw_lr": 0.01,
+        "optim__embed_lr": 0.01,
+        "optim__head_lr": 0.01,
+        "sched__warmup": 4,
+        "sched__cooldown_frac": 0.5,
+        "optim__momentum_warmup": "0.85:0.95:10",
+        "train__steps": 20,
+    }
     records = [r for r in metrics(train_function(config(text, **flags), tmp_path / "run")["run"]) if "loss" in r]
     lr, momentum = [r["lr_muon"] for r in records], [r["momentum"] for r in records]
     assert lr == pytest.approx([2 * r["lr_adamw"] for r in records])
@@ -302,11 +364,29 @@ def test_rates_and_momentum_in_the_metrics_follow_their_schedules(text, tmp_path
 
 def test_a_line_of_metrics_and_the_report_hold_what_is_promised(finished):
     record = next(r for r in metrics(finished) if "loss" in r)
-    for key in ("time", "step", "loss", "grad_norm", "lr_muon", "lr_adamw", "momentum", "tokens", "step_ms", "tok_per_s", "train_seconds", "peak_memory_gib"):
+    for key in (
+        "time",
+        "step",
+        "loss",
+        "grad_norm",
+        "lr_muon",
+        "lr_adamw",
+        "momentum",
+        "tokens",
+        "step_ms",
+        "tok_per_s",
+        "train_seconds",
+        "peak_memory_gib",
+    ):
         assert key in record
     assert record["tokens"] == 512 and record["tok_per_s"] > 0 and 0.05 < record["peak_memory_gib"] < 64
     report = json.loads((finished / "report.json").read_text())
-    assert report["run"] == str(finished) and report["steps"] == 6 and report["tokens"] == 6 * 512 and report["train_seconds"] > 0
+    assert (
+        report["run"] == str(finished)
+        and report["steps"] == 6
+        and report["tokens"] == 6 * 512
+        and report["train_seconds"] > 0
+    )
     weights = load_file(finished / "checkpoints" / "step-00000006" / "model.safetensors")
     assert report["parameters"] == sum(t.numel() for t in weights.values())
     # bytes are tokens here, and end-of-text marks few: bits per byte are nats per token over ln 2, within their share of 1/600
@@ -320,6 +400,7 @@ def test_evaluation_covers_the_whole_held_out_split(finished):
     from muonlm.checkpoint import load, read_config
     from muonlm.data.packed import PackedData
     from muonlm.data.prepare import prepared
+
     cfg = read_config(finished)
     folder = prepared(cfg.data.source, tokenizer=cfg.data.tokenizer, columns=["text"], val=cfg.data.val)
     split = PackedData(folder, "val", block_size=cfg.model.block_size, rows=1, seed=0)
@@ -335,27 +416,64 @@ def test_evaluation_covers_the_whole_held_out_split(finished):
 
 def test_classify_sums_losses_and_counts_rows_that_are_right():
     from types import SimpleNamespace
+
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
     batch = SimpleNamespace(inputs=None, targets=torch.tensor([0, 1, 1]), count=3)
     loss, count, extra = OBJECTIVES["classify"](lambda inputs: logits, batch)
     assert count == 3 and int(extra["acc"]) == 2
-    assert float(loss) == pytest.approx(math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)) + math.log1p(math.exp(3)), rel=1e-6)
+    assert float(loss) == pytest.approx(
+        math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)) + math.log1p(math.exp(3)), rel=1e-6
+    )
 
 
 def test_arithmetic_is_trained_by_the_same_loop(tmp_path):
-    assert main(["train", "keller/grokking", "--smoke", "--out", str(tmp_path / "run"), "--train.steps", "12", "--eval.every", "6", "--log.every", "3"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "keller/grokking",
+                "--smoke",
+                "--out",
+                str(tmp_path / "run"),
+                "--train.steps",
+                "12",
+                "--eval.every",
+                "6",
+                "--log.every",
+                "3",
+            ]
+        )
+        == 0
+    )
     records = metrics(tmp_path / "run")
     evaluations = [r for r in records if "val_acc" in r]
-    assert [r["step"] for r in evaluations] == [0, 6, 12] and all(0 <= r[k] <= 1 for r in evaluations for k in ("val_acc", "train_acc"))
+    assert [r["step"] for r in evaluations] == [0, 6, 12] and all(
+        0 <= r[k] <= 1 for r in evaluations for k in ("val_acc", "train_acc")
+    )
     assert evaluations[-1]["train_loss"] < evaluations[0]["train_loss"]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert "val_100_step" in report and "val_bpb" not in report and (tmp_path / "run" / "report" / "curves.png").exists()
+    assert (
+        "val_100_step" in report and "val_bpb" not in report and (tmp_path / "run" / "report" / "curves.png").exists()
+    )
 
 
 def test_a_sample_that_the_tokenizer_cannot_begin_does_not_fail_a_finished_run(tmp_path):
     (tmp_path / "digits.txt").write_text("0123456789" * 400)
-    argv = ["train", "quickstart", "--smoke", "--data", str(tmp_path / "digits.txt"), "--data.tokenizer", "char", "--data.val", "tail:0.1",
-            "--train.steps", "2", "--out", str(tmp_path / "run")]
+    argv = [
+        "train",
+        "quickstart",
+        "--smoke",
+        "--data",
+        str(tmp_path / "digits.txt"),
+        "--data.tokenizer",
+        "char",
+        "--data.val",
+        "tail:0.1",
+        "--train.steps",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert main(argv) == 0
     assert "no sample" in (tmp_path / "run" / "samples" / "step-00000002.txt").read_text()
     assert main([*argv[:-1], str(tmp_path / "none"), "--eval.prompt", ""]) == 0
@@ -364,7 +482,11 @@ def test_a_sample_that_the_tokenizer_cannot_begin_does_not_fail_a_finished_run(t
 
 def test_a_compiled_model_trains_to_the_same_losses(text, tmp_path):
     """Fused kernels round differently: 1e-5 relative over two updates; measured 2e-7."""
-    shape = {"train__steps": 3, "model__n_layer": 1, "eval__rows": 8}  # evaluation has the shape of training: one graph less
+    shape = {
+        "train__steps": 3,
+        "model__n_layer": 1,
+        "eval__rows": 8,
+    }  # evaluation has the shape of training: one graph less
     eager = train_function(config(text, **shape), tmp_path / "eager")
     compiled = train_function(config(text, **shape, train__compile=True), tmp_path / "compiled")
     assert relative(losses(compiled["run"]), losses(eager["run"])) < 1e-5

@@ -33,7 +33,9 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (Path(run) / "checkpoints").glob("step-*") if path.is_dir())
 
 
-def save(run: Path, step: int, model: dict[str, Tensor], state: dict[str, Tensor], meta: dict, *, best: bool, keep: int) -> Path:
+def save(
+    run: Path, step: int, model: dict[str, Tensor], state: dict[str, Tensor], meta: dict, *, best: bool, keep: int
+) -> Path:
     """Write one checkpoint, point `latest` (and `best`) at it, drop all but the newest `keep` and the best."""
     root = Path(run) / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
@@ -54,8 +56,10 @@ def save(run: Path, step: int, model: dict[str, Tensor], state: dict[str, Tensor
         os.replace(work, target)
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
         free = shutil.disk_usage(root).free / 2**20
-        raise UserError(f"checkpoint {target} could not be written: {getattr(error, 'strerror', None) or error} ({free:.0f} MiB free). "
-                        f"Free some space, then go on with: muonlm train --resume {run}") from None
+        raise UserError(
+            f"checkpoint {target} could not be written: {getattr(error, 'strerror', None) or error} ({free:.0f} MiB free). "
+            f"Free some space, then go on with: muonlm train --resume {run}"
+        ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
     _sync(root)
@@ -116,7 +120,9 @@ def locate(source: str | Path, which: str = "best") -> tuple[Path, Path]:
     path = Path(source)
     if not path.exists():
         siblings = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise UserError(f"{str(source)!r} does not exist.{nearest(str(path), siblings)} A run is a folder such as runs/quickstart.")
+        raise UserError(
+            f"{str(source)!r} does not exist.{nearest(str(path), siblings)} A run is a folder such as runs/quickstart."
+        )
     if (path / "meta.json").exists():
         return path.parent.parent, path
     if not (path / "config.json").exists():
@@ -131,8 +137,10 @@ def locate(source: str | Path, which: str = "best") -> tuple[Path, Path]:
         if target.is_dir():
             return path, target
     found = ", ".join(p.name for p in checkpoints(path)) or "none"
-    raise UserError(f"run {path} has no checkpoint {which!r} (found: {found}). "
-                    + ("Finish or resume it first: " + f"muonlm train --resume {path}" if found == "none" else ""))
+    raise UserError(
+        f"run {path} has no checkpoint {which!r} (found: {found}). "
+        + ("Finish or resume it first: " + f"muonlm train --resume {path}" if found == "none" else "")
+    )
 
 
 def load(source: str | Path, device="cpu", which: str = "best"):
@@ -163,8 +171,10 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> No
         raise UserError(f"the weights in {where} do not fit this model: the file {side} {name!r}.")
     for name, parameter in own.items():
         if parameter.shape != tensors[name].shape:
-            raise UserError(f"the weights in {where} do not fit this model: {name} is {tuple(tensors[name].shape)} in the file, "
-                            f"{tuple(parameter.shape)} in the model.")
+            raise UserError(
+                f"the weights in {where} do not fit this model: {name} is {tuple(tensors[name].shape)} in the file, "
+                f"{tuple(parameter.shape)} in the model."
+            )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])

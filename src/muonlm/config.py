@@ -27,9 +27,22 @@ class UserError(ValueError):
 
 
 ELSEWHERE = {  # what other trainers call it -> our name
-    "learning_rate": "lr", "weight_decay": "wd", "batch_size": "micro_batch", "gradient_accumulation_steps": "accum", "max_iters": "steps",
-    "max_steps": "steps", "num_epochs": "epochs", "n_embd": "d_model", "hidden_size": "d_model", "num_layers": "n_layer", "dataset": "source",
-    "eval_interval": "every", "warmup_iters": "warmup", "warmup_steps": "warmup", "context_length": "block_size", "seq_len": "block_size",
+    "learning_rate": "lr",
+    "weight_decay": "wd",
+    "batch_size": "micro_batch",
+    "gradient_accumulation_steps": "accum",
+    "max_iters": "steps",
+    "max_steps": "steps",
+    "num_epochs": "epochs",
+    "n_embd": "d_model",
+    "hidden_size": "d_model",
+    "num_layers": "n_layer",
+    "dataset": "source",
+    "eval_interval": "every",
+    "warmup_iters": "warmup",
+    "warmup_steps": "warmup",
+    "context_length": "block_size",
+    "seq_len": "block_size",
 }
 
 
@@ -119,25 +132,47 @@ class ModelConfig:
     """gpt2: N(0, 0.02), branch outputs / sqrt(2·n_layer). zero_out: N(0, 1/fan_in), embedding N(0, 1), branch outputs and head 0."""
 
     def __post_init__(self):
-        _choice("model", kind=(self.kind, ("lm", "modular")), mlp=(self.mlp, ("swiglu", "relu2", "gelu")),
-                norm=(self.norm, ("rmsnorm", "rmsnorm_plain", "layernorm")), init=(self.init, ("gpt2", "zero_out")),
-                positions=(self.positions, ("rope", "learned")), res_scale=(self.res_scale, ("none", "attn", "both")))
+        _choice(
+            "model",
+            kind=(self.kind, ("lm", "modular")),
+            mlp=(self.mlp, ("swiglu", "relu2", "gelu")),
+            norm=(self.norm, ("rmsnorm", "rmsnorm_plain", "layernorm")),
+            init=(self.init, ("gpt2", "zero_out")),
+            positions=(self.positions, ("rope", "learned")),
+            res_scale=(self.res_scale, ("none", "attn", "both")),
+        )
         _at_least("model", 1, n_layer=self.n_layer, d_model=self.d_model, n_head=self.n_head, window=self.window)
         _at_least("model", 2, block_size=self.block_size)
-        _at_least("model", 0, n_kv_head=self.n_kv_head, d_ff=self.d_ff, embed_conv=self.embed_conv, vocab_size=self.vocab_size,
-                  attn_softcap=self.attn_softcap, logit_softcap=self.logit_softcap)
+        _at_least(
+            "model",
+            0,
+            n_kv_head=self.n_kv_head,
+            d_ff=self.d_ff,
+            embed_conv=self.embed_conv,
+            vocab_size=self.vocab_size,
+            attn_softcap=self.attn_softcap,
+            logit_softcap=self.logit_softcap,
+        )
         unknown = sorted(set(self.pattern) - set("AW"))
         if unknown or not self.pattern:
-            raise UserError(f"model.pattern = {self.pattern!r} has unknown letters {''.join(unknown)!r}; known: A (attention), W (window).")
+            raise UserError(
+                f"model.pattern = {self.pattern!r} has unknown letters {''.join(unknown)!r}; known: A (attention), W (window)."
+            )
         if self.d_model % self.n_head:
             near = max(1, round(self.d_model / self.n_head)) * self.n_head
-            raise UserError(f"model.d_model = {self.d_model} is not a multiple of model.n_head = {self.n_head}; use --model.d_model {near}")
+            raise UserError(
+                f"model.d_model = {self.d_model} is not a multiple of model.n_head = {self.n_head}; use --model.d_model {near}"
+            )
         if self.n_head % self.kv_heads:
-            raise UserError(f"model.n_kv_head = {self.n_kv_head} does not divide model.n_head = {self.n_head}; "
-                            f"use --model.n_kv_head {max(k for k in range(1, self.kv_heads + 1) if self.n_head % k == 0)}")
+            raise UserError(
+                f"model.n_kv_head = {self.n_kv_head} does not divide model.n_head = {self.n_head}; "
+                f"use --model.n_kv_head {max(k for k in range(1, self.kv_heads + 1) if self.n_head % k == 0)}"
+            )
         if self.positions == "rope" and self.rotary_width % 2:
-            raise UserError(f"RoPE turns pairs, but {self.rotary_width} dimensions of a head would turn (d_model {self.d_model} / n_head "
-                            f"{self.n_head}); choose an even head width, or --model.positions learned")
+            raise UserError(
+                f"RoPE turns pairs, but {self.rotary_width} dimensions of a head would turn (d_model {self.d_model} / n_head "
+                f"{self.n_head}); choose an even head width, or --model.positions learned"
+            )
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout = {self.dropout} must be in [0, 1).")
         if not 0 < self.rotary_fraction <= 1:
@@ -242,13 +277,26 @@ class OptimConfig:
     """clip, normalize_per_param (each tensor's gradient scaled to norm 1) or off."""
 
     def __post_init__(self):
-        _choice("optim", name=(self.name, ("muon", "adamw")), decay=(self.decay, ("2d", "all")),
-                ns_dtype=(self.ns_dtype, ("auto", "float32", "bfloat16")), clip_mode=(self.clip_mode, ("clip", "normalize_per_param", "off")),
-                lr_mode=(self.lr_mode, ("original", "match_rms_adamw", "spectral", "none")))
+        _choice(
+            "optim",
+            name=(self.name, ("muon", "adamw")),
+            decay=(self.decay, ("2d", "all")),
+            ns_dtype=(self.ns_dtype, ("auto", "float32", "bfloat16")),
+            clip_mode=(self.clip_mode, ("clip", "normalize_per_param", "off")),
+            lr_mode=(self.lr_mode, ("original", "match_rms_adamw", "spectral", "none")),
+        )
         for name in ("lr", "adamw_lr", "grad_clip", "eps"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"optim.{name} = {getattr(self, name)} must be a finite number above 0.")
-        _at_least("optim", 0, embed_lr=self.embed_lr, head_lr=self.head_lr, scalar_lr=self.scalar_lr, wd=self.wd, adamw_wd=self.adamw_wd)
+        _at_least(
+            "optim",
+            0,
+            embed_lr=self.embed_lr,
+            head_lr=self.head_lr,
+            scalar_lr=self.scalar_lr,
+            wd=self.wd,
+            adamw_wd=self.adamw_wd,
+        )
         for name, value in [("momentum", self.momentum), *(("betas", b) for b in self.betas)]:
             if not 0 <= value < 1:
                 raise UserError(f"optim.{name} = {value} must be in [0, 1).")
@@ -256,7 +304,9 @@ class OptimConfig:
             raise UserError(f"optim.ns_steps = {self.ns_steps} must be between 1 and 99; 5 is usual.")
         for rule in self.route:
             if rule.rpartition("=")[2] not in ("muon", "adamw", "exclude"):
-                raise UserError(f"optim.route entry {rule!r} must end in =muon, =adamw or =exclude, as in \"blocks.0=adamw\".")
+                raise UserError(
+                    f'optim.route entry {rule!r} must end in =muon, =adamw or =exclude, as in "blocks.0=adamw".'
+                )
 
 
 @dataclass(kw_only=True)
@@ -307,14 +357,29 @@ class TrainConfig:
     """Checkpoints to keep besides the best, ≥ 1."""
 
     def __post_init__(self):
-        _choice("train", objective=(self.objective, ("next_token", "classify")), dtype=(self.dtype, ("auto", "float32", "bfloat16")),
-                device=(self.device.partition(":")[0], ("auto", "cpu", "cuda", "mps")))
-        _at_least("train", 0, steps=self.steps, epochs=self.epochs, tokens=self.tokens, micro_batch=self.micro_batch,
-                  global_batch=self.global_batch, accum=self.accum, save_every=self.save_every)
+        _choice(
+            "train",
+            objective=(self.objective, ("next_token", "classify")),
+            dtype=(self.dtype, ("auto", "float32", "bfloat16")),
+            device=(self.device.partition(":")[0], ("auto", "cpu", "cuda", "mps")),
+        )
+        _at_least(
+            "train",
+            0,
+            steps=self.steps,
+            epochs=self.epochs,
+            tokens=self.tokens,
+            micro_batch=self.micro_batch,
+            global_batch=self.global_batch,
+            accum=self.accum,
+            save_every=self.save_every,
+        )
         _at_least("train", 1, keep=self.keep)
         lengths = [name for name in ("steps", "epochs", "tokens", "budget") if getattr(self, name)]
         if len(lengths) > 1:
-            raise UserError(f"train.{' and train.'.join(lengths)} both set the length of the run; keep one (set the other to 0).")
+            raise UserError(
+                f"train.{' and train.'.join(lengths)} both set the length of the run; keep one (set the other to 0)."
+            )
         if self.budget:
             self.parse_budget()
 
@@ -322,7 +387,9 @@ class TrainConfig:
         """'tsz512x4k_10B' -> (tokens per step, tokens in all)."""
         match = re.fullmatch(r"tsz(\d+)x(\d+)k_(\d+(?:\.\d+)?)([MB])", self.budget)
         if not match:
-            raise UserError(f"train.budget = {self.budget!r} is not a budget; write ROWSxLENGTHk_TOKENS like tsz512x4k_10B.")
+            raise UserError(
+                f"train.budget = {self.budget!r} is not a budget; write ROWSxLENGTHk_TOKENS like tsz512x4k_10B."
+            )
         rows, length, total, unit = match.groups()
         return int(rows) * int(length) * 1024, int(float(total) * {"M": 1e6, "B": 1e9}[unit])
 
@@ -358,6 +425,7 @@ class LogConfig:
 @dataclass(kw_only=True)
 class Config:
     """A run, completely. `recipe` and `baseline` record where it came from."""
+
     recipe: str = ""
     """Name or path of the recipe."""
     seed: int = 1337
@@ -377,7 +445,9 @@ class Config:
         if self.model.kind == "modular" and (self.data.source != "modular" or self.train.objective != "classify"):
             raise UserError("model.kind = modular needs --data modular and --train.objective classify.")
         if self.data.source == "modular" and self.model.kind != "modular":
-            raise UserError("data.source = modular is arithmetic for model.kind = modular; start from `muonlm train keller/grokking`.")
+            raise UserError(
+                "data.source = modular is arithmetic for model.kind = modular; start from `muonlm train keller/grokking`."
+            )
 
     def to_dict(self) -> dict:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -476,9 +546,13 @@ def _check(layer: dict, where: str) -> dict:
         if key not in valid:
             sections = sorted({name.partition(".")[0] for name in valid if "." in name})
             if key in sections:
-                raise UserError(f"{key!r} ({where}) is a section; name one of its keys, such as "
-                                f"{next(name for name in valid if name.startswith(key + '.'))!r}.")
-            raise UserError(f"unknown key {key!r} ({where}).{nearest(key, valid) or ' `muonlm info --keys` lists all keys.'}")
+                raise UserError(
+                    f"{key!r} ({where}) is a section; name one of its keys, such as "
+                    f"{next(name for name in valid if name.startswith(key + '.'))!r}."
+                )
+            raise UserError(
+                f"unknown key {key!r} ({where}).{nearest(key, valid) or ' `muonlm info --keys` lists all keys.'}"
+            )
     return {key: _convert(key, value, valid[key], where) for key, value in layer.items()}
 
 
@@ -499,11 +573,32 @@ def _build(cls, tree: dict, where: str) -> "Config":
 # --- recipes ------------------------------------------------------------------------------------------------------------------
 
 SMOKE = {  # every recipe with --smoke: tiny, on a CPU, under a minute, all artefacts written; a recipe's [smoke] adds to it
-    "model.n_layer": 2, "model.d_model": 64, "model.n_head": 2, "model.n_kv_head": 0, "model.d_ff": 0, "model.block_size": 64,
-    "model.window": 32, "model.vocab_size": 0, "train.steps": 30, "train.epochs": 0, "train.tokens": 0, "train.budget": "",
-    "train.global_batch": 512, "train.micro_batch": 0, "train.accum": 0, "train.save_every": 10, "train.dtype": "float32",
-    "train.device": "cpu", "eval.every": 10, "eval.iters": 4, "eval.sample": 40, "log.every": 5, "data.tokenizer": "byte",
-    "sched.warmup": 1, "optim.momentum_warmup": "0.85:0.95:10", "eval.target": 0,
+    "model.n_layer": 2,
+    "model.d_model": 64,
+    "model.n_head": 2,
+    "model.n_kv_head": 0,
+    "model.d_ff": 0,
+    "model.block_size": 64,
+    "model.window": 32,
+    "model.vocab_size": 0,
+    "train.steps": 30,
+    "train.epochs": 0,
+    "train.tokens": 0,
+    "train.budget": "",
+    "train.global_batch": 512,
+    "train.micro_batch": 0,
+    "train.accum": 0,
+    "train.save_every": 10,
+    "train.dtype": "float32",
+    "train.device": "cpu",
+    "eval.every": 10,
+    "eval.iters": 4,
+    "eval.sample": 40,
+    "log.every": 5,
+    "data.tokenizer": "byte",
+    "sched.warmup": 1,
+    "optim.momentum_warmup": "0.85:0.95:10",
+    "eval.target": 0,
 }
 
 
@@ -519,7 +614,10 @@ def read_recipe(name: str, seen: tuple[str, ...] = ()) -> dict:
         if not path.is_file():
             if path.suffix == ".toml":
                 raise UserError(f"recipe file {name!r} does not exist (looked in {Path.cwd()}).")
-            hint = nearest(name, recipe_names()) or f" Known: {', '.join(recipe_names())}; or give the path of a .toml file."
+            hint = (
+                nearest(name, recipe_names())
+                or f" Known: {', '.join(recipe_names())}; or give the path of a .toml file."
+            )
             raise UserError(f"unknown recipe {name!r}.{hint}")
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -533,11 +631,15 @@ def read_recipe(name: str, seen: tuple[str, ...] = ()) -> dict:
 
 
 def _merge(base: dict, over: dict) -> dict:
-    return base | {key: _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
-                   for key, value in over.items()}
+    return base | {
+        key: _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        for key, value in over.items()
+    }
 
 
-def load_recipe(name: str = "quickstart", flags: dict | None = None, *, preset: str = "", smoke: bool = False) -> Config:
+def load_recipe(
+    name: str = "quickstart", flags: dict | None = None, *, preset: str = "", smoke: bool = False
+) -> Config:
     """Config of a recipe with the layers of this module's docstring applied. `flags` maps dotted keys to values."""
     tree = read_recipe(name)
     where = f"recipe {name}"
@@ -552,7 +654,11 @@ def load_recipe(name: str = "quickstart", flags: dict | None = None, *, preset: 
     given = _check({key.replace("-", "_"): value for key, value in (flags or {}).items()}, "command line")
     layer |= chosen
     if smoke:
-        layer |= {k: v for k, v in SMOKE.items() if layer.get("model.kind") != "modular" or not k.startswith(("model", "data"))} | own_smoke
+        layer |= {
+            k: v
+            for k, v in SMOKE.items()
+            if layer.get("model.kind") != "modular" or not k.startswith(("model", "data"))
+        } | own_smoke
     lengths = {f"train.{k}" for k in ("steps", "epochs", "tokens", "budget")}
     if lengths & given.keys():  # a flag that sets the run's length replaces the recipe's way of saying it
         layer = {key: value for key, value in layer.items() if key not in lengths}

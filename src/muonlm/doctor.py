@@ -22,6 +22,7 @@ def versions() -> str:
     import torch
 
     from . import __version__
+
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
     if (major, minor) < (2, 9):
         raise RuntimeError(f'torch {torch.__version__} is too old; pip install "torch>=2.9"')
@@ -32,6 +33,7 @@ def device() -> str:
     import torch
 
     from .parallel import pick_device
+
     place = pick_device("auto")
     return f"{place}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
@@ -43,7 +45,11 @@ def demo_text() -> str:
 
 
 def plots() -> str:
-    return "matplotlib is installed" if importlib.util.find_spec("matplotlib") else 'no matplotlib: runs end without a picture (pip install "muonlm[demo]")'
+    return (
+        "matplotlib is installed"
+        if importlib.util.find_spec("matplotlib")
+        else 'no matplotlib: runs end without a picture (pip install "muonlm[demo]")'
+    )
 
 
 def disk() -> str:
@@ -58,6 +64,7 @@ def _tiny():
     from .config import ModelConfig
     from .model import build_model
     from .optim import build_optimizer, route
+
     model = build_model(ModelConfig(n_layer=1, d_model=32, n_head=2, vocab_size=64, block_size=16))
     optimizer = build_optimizer(route(model), name="muon", lr=0.02, adamw_lr=0.01)
     return model, optimizer, torch.arange(33).remainder(7)[None]
@@ -81,6 +88,7 @@ def checkpoint_roundtrip() -> str:
     import torch
 
     from . import checkpoint
+
     model, _, _ = _tiny()
     with tempfile.TemporaryDirectory() as folder:
         path = checkpoint.save(Path(folder), 1, dict(model.named_parameters()), {}, {}, best=True, keep=1)

@@ -47,8 +47,18 @@ def map_state(fn, state):
 
 
 @torch.no_grad()  # not inference_mode: tables cached here (RoPE) may be used by a training step later
-def stream(model, prompt: list[int], *, samples: int = 1, max_tokens: int = 200, temperature: float = 0.8, top_k: int = 0,
-           top_p: float = 1.0, seed: int = 0, stop: frozenset[int] = frozenset()) -> Iterator[list[int | None]]:
+def stream(
+    model,
+    prompt: list[int],
+    *,
+    samples: int = 1,
+    max_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: frozenset[int] = frozenset(),
+) -> Iterator[list[int | None]]:
     """Yield, step by step, the next token of each sample; None for one that has met a stop token."""
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, samples=samples, max_tokens=max_tokens)
     assert prompt, "a model needs at least one token to continue"
@@ -68,22 +78,36 @@ def stream(model, prompt: list[int], *, samples: int = 1, max_tokens: int = 200,
             return
         rows = torch.cat([rows, token[:, None]], 1)
         if rows.shape[1] > block:
-            rows = rows[:, -max(1, block // 2):]
+            rows = rows[:, -max(1, block // 2) :]
             logits, state = model(rows)
         else:
             logits, state = model(token[:, None], state=state)
         logits = logits[:, -1]
 
 
-def generate(model, tokenizer, prompt: str = "", *, samples: int = 1, max_tokens: int = 200, temperature: float = 0.8, top_k: int = 0,
-             top_p: float = 1.0, seed: int = 0, stop: list[str] = (), on_text=None) -> list[str]:
+def generate(
+    model,
+    tokenizer,
+    prompt: str = "",
+    *,
+    samples: int = 1,
+    max_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: list[str] = (),
+    on_text=None,
+) -> list[str]:
     """Continuations of `prompt`, one text per sample (without the prompt).
 
     stop     texts that are one token each, besides the tokenizer's end-of-text
     on_text  called with each piece of the first sample as soon as it is whole characters (streaming)
     """
     if tokenizer is None:
-        raise UserError("this run has no tokenizer, so there is no text to generate (a grokking run answers equations, not prompts).")
+        raise UserError(
+            "this run has no tokenizer, so there is no text to generate (a grokking run answers equations, not prompts)."
+        )
     ids = tokenizer.encode(prompt)
     if tokenizer.eot_id is not None and (not ids or ids[0] != tokenizer.eot_id):
         ids = [tokenizer.eot_id, *ids]  # training rows see documents begin with it
@@ -92,7 +116,9 @@ def generate(model, tokenizer, prompt: str = "", *, samples: int = 1, max_tokens
     for text in stop:
         encoded = tokenizer.encode(text)
         if len(encoded) != 1:
-            raise UserError(f"--stop {text!r} is {len(encoded)} tokens of this model's tokenizer; a stop must be exactly one.")
+            raise UserError(
+                f"--stop {text!r} is {len(encoded)} tokens of this model's tokenizer; a stop must be exactly one."
+            )
         stops.add(encoded[0])
     decoders, texts = [tokenizer.stream() for _ in range(samples)], ["" for _ in range(samples)]
 
@@ -101,8 +127,17 @@ def generate(model, tokenizer, prompt: str = "", *, samples: int = 1, max_tokens
         if i == 0 and on_text and piece:
             on_text(piece)
 
-    for tokens in stream(model, ids, samples=samples, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                         seed=seed, stop=frozenset(stops)):
+    for tokens in stream(
+        model,
+        ids,
+        samples=samples,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=frozenset(stops),
+    ):
         for i, token in enumerate(tokens):
             if token is not None:
                 add(i, decoders[i].push(token))

@@ -19,7 +19,10 @@ def describe_keys() -> list[dict]:
     for name, value in vars(Config()).items():
         if dataclasses.is_dataclass(value):
             docs = _field_docs(type(value))
-            table += [{"key": f"{name}.{leaf}", "default": json.dumps(default), "help": docs[leaf]} for leaf, default in vars(value).items()]
+            table += [
+                {"key": f"{name}.{leaf}", "default": json.dumps(default), "help": docs[leaf]}
+                for leaf, default in vars(value).items()
+            ]
         else:
             table.append({"key": name, "default": json.dumps(value), "help": _field_docs(Config)[name]})
     return table
@@ -27,8 +30,11 @@ def describe_keys() -> list[dict]:
 
 def _field_docs(cls) -> dict[str, str]:
     body = ast.parse(inspect.getsource(cls)).body[0].body
-    return {field.target.id: doc.value.value for field, doc in zip(body, body[1:])
-            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)}
+    return {
+        field.target.id: doc.value.value
+        for field, doc in zip(body, body[1:])
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
+    }
 
 
 def describe_recipes() -> list[dict]:
@@ -51,8 +57,14 @@ def find(what: str, flags: dict, *, preset: str = "", smoke: bool = False) -> Co
     try:
         return load_recipe(what, flags, preset=preset, smoke=smoke)
     except UserError as error:
-        if "unknown recipe" in str(error) and ("/" in what or what.startswith(".")) and not nearest(what, recipe_names()):
-            raise UserError(f"{what!r} is neither a recipe nor a run directory. `muonlm info` lists the recipes.") from None
+        if (
+            "unknown recipe" in str(error)
+            and ("/" in what or what.startswith("."))
+            and not nearest(what, recipe_names())
+        ):
+            raise UserError(
+                f"{what!r} is neither a recipe nor a run directory. `muonlm info` lists the recipes."
+            ) from None
         raise
 
 
@@ -77,27 +89,36 @@ def vocabulary(cfg: Config) -> tuple[int, str]:
 def describe(cfg: Config) -> dict:
     """Facts of a config as one JSON-able dict."""
     from .model import build_model, count_parameters
-    from .optim import route
-    from .train import global_rows, make_optimizer, train_flops_per_token
+    from .train import global_rows, make_optimizer, plan_routes, train_flops_per_token
 
     size, source = vocabulary(cfg)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
     counts = count_parameters(cfg.model)
-    facts = {"recipe": cfg.recipe, "vocab_size": size, "vocab_source": source, "parameters": counts,
-             "train_flops_per_token": train_flops_per_token(cfg), "rows_per_step": global_rows(cfg, 1)}
+    facts = {
+        "recipe": cfg.recipe,
+        "vocab_size": size,
+        "vocab_source": source,
+        "parameters": counts,
+        "train_flops_per_token": train_flops_per_token(cfg),
+        "rows_per_step": global_rows(cfg, 1),
+    }
     facts["tokens_per_step"] = facts["rows_per_step"] * cfg.model.block_size
-    steps = cfg.train.steps or -(-(cfg.train.parse_budget()[1] if cfg.train.budget else cfg.train.tokens) // facts["tokens_per_step"])
+    steps = cfg.train.steps or -(
+        -(cfg.train.parse_budget()[1] if cfg.train.budget else cfg.train.tokens) // facts["tokens_per_step"]
+    )
     facts["steps"] = steps or f"{cfg.train.epochs:g} epochs of the data"
     model = build_model(cfg.model, "meta")
     muon = 0
     if cfg.optim.name == "muon":
-        plan = route(model, overrides=[tuple(rule.rsplit("=", 1)) for rule in cfg.optim.route],
-                     split_fused=cfg.optim.split_fused, per_head=cfg.optim.per_head)
+        plan = plan_routes(cfg, model)
         muon = sum(d.numel for d in plan.decisions if d.route == "muon")
         facts["routing"] = plan.table(make_optimizer(cfg, plan).param_groups)
     facts["muon_share"] = muon / counts["total"]
-    facts["memory_bytes"] = {"parameters": 4 * counts["total"], "gradients": 4 * counts["total"],
-                             "optimizer_state": 4 * muon + 8 * (counts["total"] - muon)}
+    facts["memory_bytes"] = {
+        "parameters": 4 * counts["total"],
+        "gradients": 4 * counts["total"],
+        "optimizer_state": 4 * muon + 8 * (counts["total"] - muon),
+    }
     return facts
 
 
@@ -108,7 +129,8 @@ def as_text(facts: dict) -> str:
         f"vocabulary     {facts['vocab_size']:,} ({facts['vocab_source']})",
         f"step           {facts['rows_per_step']:,} rows = {facts['tokens_per_step']:,} tokens; {facts['steps']} steps",
         f"compute        {facts['train_flops_per_token'] / 1e6:,.1f} MFLOP per token, forward and backward",
-        f"memory         {sum(memory.values()) / 2**20:,.0f} MiB: " + ", ".join(f"{k.replace('_', ' ')} {v / 2**20:,.0f}" for k, v in memory.items())
+        f"memory         {sum(memory.values()) / 2**20:,.0f} MiB: "
+        + ", ".join(f"{k.replace('_', ' ')} {v / 2**20:,.0f}" for k, v in memory.items())
         + "; activations come on top",
         f"Muon share     {facts['muon_share']:.1%} of the parameters",
     ]

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from .config import UserError
 
 # Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets; the key is a part of torch.cuda.get_device_name().
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12}
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,9 @@ class Dist:
         if self.world == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
     def sync(self, net: nn.Module, last: bool):
         """Context of one micro-batch's backward: gradients cross the wire with the last one only."""
@@ -63,7 +74,9 @@ class Dist:
 @contextlib.contextmanager
 def start(device: str = "auto"):
     """Yield this process's `Dist`; joins the process group that torchrun announces in the environment, and leaves it at the end."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     place = pick_device(device, local)
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -80,7 +93,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"train.device = {name!r}, but torch {torch.__version__} sees no CUDA device; use --train.device cpu")
+        raise UserError(
+            f"train.device = {name!r}, but torch {torch.__version__} sees no CUDA device; use --train.device cpu"
+        )
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("train.device = 'mps', but this machine has no Metal device; use --train.device cpu")
     return torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
@@ -110,7 +125,10 @@ def choose_dtype(step, device: torch.device) -> tuple[str, str]:
             if repeat:  # the first call of each warms up
                 seconds.append(time.perf_counter() - begin)
     fp32, bf16 = (1e3 * statistics.median(times[dtype]) for dtype in times)
-    return "bfloat16" if bf16 < 0.9 * fp32 else "float32", f"probe: fp32 {fp32:.0f} ms, bf16 {bf16:.0f} ms forward+backward"
+    return (
+        "bfloat16" if bf16 < 0.9 * fp32 else "float32",
+        f"probe: fp32 {fp32:.0f} ms, bf16 {bf16:.0f} ms forward+backward",
+    )
 
 
 def clip(parameters: list[nn.Parameter], mode: str, limit: float) -> Tensor:

@@ -62,8 +62,10 @@ class Run:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             free = path.with_name(path.name + "-2")
             if (path / "config.json").exists():
-                raise UserError(f"--out {path} is already in use. Continue it with `muonlm train --resume {path}`, or choose another, "
-                                f"such as --out {free}")
+                raise UserError(
+                    f"--out {path} is already in use. Continue it with `muonlm train --resume {path}`, or choose another, "
+                    f"such as --out {free}"
+                )
             raise UserError(f"--out {path} is already in use, and not by a run. Choose another, such as --out {free}")
 
     def create(self, device: torch.device) -> None:
@@ -75,7 +77,9 @@ class Run:
             if not (self.path / "environment.json").exists():
                 write_atomically(self.path / "environment.json", json.dumps(environment(device), indent=1))
         except OSError as error:
-            raise UserError(f"--out {self.path} cannot be written: {error.strerror}. Choose another, such as --out /tmp/{self.path.name}") from None
+            raise UserError(
+                f"--out {self.path} cannot be written: {error.strerror}. Choose another, such as --out /tmp/{self.path.name}"
+            ) from None
 
     def forget_after(self, step: int) -> None:
         """Drop metrics of steps that are about to be repeated, and a last line that a kill cut short. From step 0, all is repeated."""
@@ -115,14 +119,18 @@ class Run:
         try:
             self.trackers.append(_open_tracker(self.cfg, self.path))
         except Exception as error:
-            self.say(f"--track {self.cfg.track} is not available ({error}); going on with metrics.jsonl alone. "
-                     f'Install it with: pip install "muonlm\\[track]"')
+            self.say(
+                f"--track {self.cfg.track} is not available ({error}); going on with metrics.jsonl alone. "
+                f'Install it with: pip install "muonlm\\[track]"'
+            )
 
     # --- console ----------------------------------------------------------------------------------------------------------
 
     def __enter__(self):
         if self.console.is_terminal and os.environ.get("RANK", "0") == "0":
-            self.progress = Progress(BarColumn(bar_width=BAR), TextColumn("{task.description}"), console=self.console, transient=True)
+            self.progress = Progress(
+                BarColumn(bar_width=BAR), TextColumn("{task.description}"), console=self.console, transient=True
+            )
             self.task = self.progress.add_task("starting", total=self.steps)
             self.progress.start()
         return self
@@ -168,16 +176,24 @@ def duration(seconds: float) -> str:
 def environment(device: torch.device) -> dict:
     def git(*command):
         try:
-            return subprocess.run(["git", "-C", str(Path(__file__).parent), *command], capture_output=True, text=True, timeout=5).stdout.strip()
+            return subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *command], capture_output=True, text=True, timeout=5
+            ).stdout.strip()
         except (OSError, subprocess.TimeoutExpired):
             return ""
 
     return {
-        "muonlm": __version__, "torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform(),
+        "muonlm": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}: {_cpu_name()}",
-        "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "command": sys.argv, "host_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "command": sys.argv,
+        "host_cores": os.cpu_count(),
     }
 
 
@@ -194,13 +210,18 @@ def _open_tracker(cfg: Config, path: Path):
     project, name = f"muonlm-{cfg.recipe.replace('/', '-') or 'run'}", path.name
     if cfg.track == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(path / "tensorboard")
         return lambda numbers, step: [writer.add_scalar(key, value, step) for key, value in numbers.items()]
     if cfg.track == "wandb":
         import wandb as service
-        options = {"mode": "offline"} if not os.environ.get("WANDB_API_KEY") else {}  # a login prompt would block the run
+
+        options = (
+            {"mode": "offline"} if not os.environ.get("WANDB_API_KEY") else {}
+        )  # a login prompt would block the run
         handle = service.init(project=project, name=name, dir=path, config=cfg.to_dict(), **options)
     else:
         import trackio as service
+
         handle = service.init(project=project, name=name, config=cfg.to_dict())
     return lambda numbers, step: handle.log(numbers, step=step) if cfg.track == "wandb" else service.log(numbers)

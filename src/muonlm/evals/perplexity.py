@@ -22,7 +22,9 @@ from ..train import Splits, evaluate, open_data
 TRIGRAM_TOKENS = 1 << 24  # more text would not change the counts that matter, and costs seconds
 
 
-def bits_per_byte(source: str | Path, *, data: str = "", limit: int = 0, which: str = "best", device: str = "cpu") -> dict:
+def bits_per_byte(
+    source: str | Path, *, data: str = "", limit: int = 0, which: str = "best", device: str = "cpu"
+) -> dict:
     """Evaluate the checkpoint of a run on its own held-out split, or on the held-out split of other text (`data`), with its tokenizer."""
     run, path = checkpoint.locate(source, which)
     cfg = checkpoint.read_config(run)
@@ -66,11 +68,13 @@ def trigram_bpb(train: np.ndarray, held_out: np.ndarray) -> float:
     if len(held_out) < 3:
         return 8.0
     code = train.astype(np.int64)
-    triples = np.bincount(code[:-2] * 65536 + code[1:-1] * 256 + code[2:], minlength=1 << 24) if len(code) > 2 else np.zeros(1 << 24, np.int64)
+    triples = (
+        np.bincount(code[:-2] * 65536 + code[1:-1] * 256 + code[2:], minlength=1 << 24)
+        if len(code) > 2
+        else np.zeros(1 << 24, np.int64)
+    )
     pairs = triples.reshape(-1, 256).sum(1)
     h = held_out.astype(np.int64)
     context = h[:-2] * 256 + h[1:-1]
     probability = (triples[context * 256 + h[2:]] + 1) / (pairs[context] + 256)
     return float((-np.log2(probability).sum() + 16) / len(h))
-
-

@@ -1,6 +1,6 @@
 """Pictures and crossings of finished runs, from metrics.jsonl alone.
 
-    write(run)      report/curves.png (where matplotlib is installed) and, for accuracies, the crossing steps in report.json
+write(run)      report/curves.png (where matplotlib is installed) and, for accuracies, the crossing steps in report.json
 """
 
 import json
@@ -45,8 +45,15 @@ def write(run: str | Path, say=print, facts: dict | None = None) -> dict:
     found = crossings(history)
     report |= (facts or {}) | found
     if found:
-        say("  ".join(f"{name} {'not reached' if step is None else f'{step:,}' if isinstance(step, int) else f'{step:.2f}'}" for name, step in found.items()))
-    picture = draw(history, run / "report" / "curves.png", title=f"{report['recipe']}, seed {report['seed']}", crossings=found)
+        say(
+            "  ".join(
+                f"{name} {'not reached' if step is None else f'{step:,}' if isinstance(step, int) else f'{step:.2f}'}"
+                for name, step in found.items()
+            )
+        )
+    picture = draw(
+        history, run / "report" / "curves.png", title=f"{report['recipe']}, seed {report['seed']}", crossings=found
+    )
     if picture:
         report["curves"] = str(picture)
         say(f"curves: {picture}")
@@ -79,7 +86,9 @@ def draw(history: list[dict], target: Path, *, title: str, crossings: dict) -> P
     if "train_loss" in series:
         series.pop("loss", None)  # the whole split says more than its batches
     accuracy = "val_acc" in series
-    figure, axes = plt.subplots(1, 2 if accuracy else 1, figsize=(11 if accuracy else 7, 4.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, 2 if accuracy else 1, figsize=(11 if accuracy else 7, 4.2), squeeze=False, layout="constrained"
+    )
     _panel(axes[0, 0], {key: points for key, points in series.items() if key.endswith("loss")}, "loss, nats per token")
     if accuracy:
         _panel(axes[0, 1], {key: points for key, points in series.items() if key.endswith("acc")}, "accuracy")

@@ -1,7 +1,7 @@
 """Models: a residual stream through blocks. Knows no file.
 
-    build_model(cfg, device, seed)    allocate and initialise once
-    count_parameters(cfg)             the true counts, without allocating
+build_model(cfg, device, seed)    allocate and initialise once
+count_parameters(cfg)             the true counts, without allocating
 """
 
 import torch
@@ -35,8 +35,14 @@ def _on_meta(cfg: ModelConfig) -> nn.Module:
     with torch.device("meta"):
         if cfg.kind == "lm":
             return LM(cfg)
-        return ModularTransformer(cfg.vocab_size, length=cfg.block_size, d_model=cfg.d_model, n_layer=cfg.n_layer,
-                                  n_head=cfg.n_head, d_ff=cfg.ff_width)
+        return ModularTransformer(
+            cfg.vocab_size,
+            length=cfg.block_size,
+            d_model=cfg.d_model,
+            n_layer=cfg.n_layer,
+            n_head=cfg.n_head,
+            d_ff=cfg.ff_width,
+        )
 
 
 def count_parameters(cfg: ModelConfig) -> dict[str, int]:

@@ -30,7 +30,9 @@ EXPLICIT_UP_TO = {torch.float32: 128, torch.bfloat16: 256, torch.float64: 128}
 
 
 @lru_cache(maxsize=16)
-def rope_table(length: int, width: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_table(
+    length: int, width: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin of pos·θ^(−2i/width), each (length, width/2); computed in fp64, stored in the dtype they are used in."""
     frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
@@ -69,7 +71,9 @@ class Attention(nn.Module):
     def tags(self) -> dict[nn.Parameter, dict]:
         """What the optimizer's routing should know of the fused matrix: where q, k and v, and where single heads, begin."""
         q, kv = self.heads * self.width, self.kv_heads * self.width
-        return {self.qkv.weight: {"role": "matrix", "split": (0, [q, kv, kv]), "heads": (0, self.heads + 2 * self.kv_heads)}}
+        return {
+            self.qkv.weight: {"role": "matrix", "split": (0, [q, kv, kv]), "heads": (0, self.heads + 2 * self.kv_heads)}
+        }
 
     def init_state(self, batch: int, device=None, dtype=None) -> State:
         empty = torch.zeros(batch, self.kv_heads, 0, self.width, device=device, dtype=dtype)
@@ -111,8 +115,11 @@ class Attention(nn.Module):
         cap = self.cfg.attn_softcap
         if not cap and not (q.device.type == "cpu" and k.shape[2] <= EXPLICIT_UP_TO.get(q.dtype, 0)):
             return F.scaled_dot_product_attention(
-                q, k, v, visible, dropout, is_causal=visible is None, enable_gqa=self.heads != self.kv_heads)
-        k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) if self.heads != self.kv_heads else t for t in (k, v))
+                q, k, v, visible, dropout, is_causal=visible is None, enable_gqa=self.heads != self.kv_heads
+            )
+        k, v = (
+            t.repeat_interleave(self.heads // self.kv_heads, 1) if self.heads != self.kv_heads else t for t in (k, v)
+        )
         bias = causal_bias(q.shape[2], q.device, q.dtype) if visible is None else _as_bias(visible, q.dtype)
         chunks = []
         for rows in (slice(start, start + 512) for start in range(0, q.shape[2], 512)):  # bounds the (T, S) logits
@@ -129,7 +136,9 @@ class Attention(nn.Module):
         B, T = q.shape[:2]
         past_k, past_v, length = state
         real = torch.ones(B, T, dtype=torch.bool) if mask is None else mask.cpu()
-        positions = length[:, None] + real.long().cumsum(1) - 1  # of real tokens; a masked one repeats its predecessor's
+        positions = (
+            length[:, None] + real.long().cumsum(1) - 1
+        )  # of real tokens; a masked one repeats its predecessor's
         new_length = length + real.sum(1)
         end = int(new_length.max())
         q, k = self._rope(q, k, positions.clamp(min=0).to(q.device), max(end, 1))
@@ -145,7 +154,9 @@ class Attention(nn.Module):
             seen = key_real[:, None, :] & (key_position[:, None, :] <= positions[:, :, None]) & real[:, :, None]
             if self.window:
                 seen &= key_position[:, None, :] > positions[:, :, None] - self.window
-            seen[..., 0] |= ~seen.any(-1)  # a masked query must see something or softmax gives NaN; its output is zeroed
+            seen[..., 0] |= ~seen.any(
+                -1
+            )  # a masked query must see something or softmax gives NaN; its output is zeroed
             y = self._attend(q, keys.to(q.dtype), values.to(q.dtype), seen[:, None].to(q.device))
             order = torch.argsort((~key_real).long(), dim=1, stable=True).to(q.device)  # real keys first, in order
             index = order[:, None, :, None].expand_as(keys)
@@ -159,7 +170,11 @@ class Attention(nn.Module):
             past_k, past_v = grown
         past_k[:, :, start:end] = k
         past_v[:, :, start:end] = v
-        seen = torch.ones(T, end, dtype=torch.bool, device=q.device).tril(start) if T > 1 else torch.ones(1, 1, dtype=torch.bool, device=q.device)
+        seen = (
+            torch.ones(T, end, dtype=torch.bool, device=q.device).tril(start)
+            if T > 1
+            else torch.ones(1, 1, dtype=torch.bool, device=q.device)
+        )
         y = self._attend(q, past_k[:, :, :end].to(q.dtype), past_v[:, :, :end].to(q.dtype), seen)
         return y, (past_k, past_v, new_length)
 

@@ -36,7 +36,9 @@ class LM(nn.Module):
         self.norm = make_norm(cfg)
         self.head = None if cfg.tie else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, state: list | None = None, mask: Tensor | None = None):
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, state: list | None = None, mask: Tensor | None = None
+    ):
         """Summed loss if `targets` are given, else (logits, state). `mask` (B,T): False tokens are treated as absent."""
         x = self.embed(tokens)
         *layers, conv_state, count = [None] * (len(self.blocks) + 2) if state is None else state
@@ -61,13 +63,23 @@ class LM(nn.Module):
 
     def init_state(self, batch: int, device=None, dtype=None) -> list:
         """One mixer state per block, the convolution's (empty without one), and the tokens each row has seen (B,), on the CPU."""
-        conv = self.conv.init_state(batch, device, dtype) if self.conv is not None else torch.zeros(batch, 0, device=device, dtype=dtype)
-        return [*(block.mixer.init_state(batch, device, dtype) for block in self.blocks), conv, torch.zeros(batch, dtype=torch.long)]
+        conv = (
+            self.conv.init_state(batch, device, dtype)
+            if self.conv is not None
+            else torch.zeros(batch, 0, device=device, dtype=dtype)
+        )
+        return [
+            *(block.mixer.init_state(batch, device, dtype) for block in self.blocks),
+            conv,
+            torch.zeros(batch, dtype=torch.long),
+        ]
 
     def _positions(self, tokens: Tensor, count: Tensor | None, mask: Tensor | None) -> Tensor:
         real = torch.ones_like(tokens) if mask is None else mask.long()
         index = (real.cumsum(1) - 1).clamp(min=0) + (0 if count is None else count[:, None].to(tokens.device))
-        assert int(index.max()) < self.cfg.block_size, "learned positions end at block_size; the engine cuts the context"
+        assert int(index.max()) < self.cfg.block_size, (
+            "learned positions end at block_size; the engine cuts the context"
+        )
         return self.positions[index] if mask is not None or count is not None else self.positions[: tokens.shape[1]]
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -86,7 +86,9 @@ def _adamw_groups(plan: RoutingPlan, lr: float, wd: float, decay: str) -> list[d
             decayed = decay == "all" or (d.role != "scalar" and d.param.ndim >= 2)
             groups["decay" if decayed else "no_decay"].append((d.name, d.param))
     if not any(groups.values()):
-        raise UserError("no parameter is left to train: all are frozen or excluded; remove an --optim.route ...=exclude")
+        raise UserError(
+            "no parameter is left to train: all are frozen or excluded; remove an --optim.route ...=exclude"
+        )
     return [
         {"params": params, "name": name, "lr": lr, "base_lr": lr, "weight_decay": wd if name == "decay" else 0.0}
         for name, params in groups.items()
@@ -108,7 +110,9 @@ def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dic
     }
 
 
-def load_named_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor], meta: dict) -> None:
+def load_named_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor], meta: dict
+) -> None:
     """The inverse of `named_state`, for an optimizer built over the same parameters; nothing is changed if a name is wrong."""
     names = _names(optimizer, model)
     if meta["optimizer"] != type(optimizer).__name__:

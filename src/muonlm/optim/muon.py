@@ -105,7 +105,9 @@ class Muon(torch.optim.Optimizer):
         compat: str | None = None,
     ):
         if compat not in (None, "torch"):
-            raise ValueError(f'compat={compat!r} is unknown; use compat="torch" for the arithmetic of torch.optim.Muon, or None')
+            raise ValueError(
+                f'compat={compat!r} is unknown; use compat="torch" for the arithmetic of torch.optim.Muon, or None'
+            )
         if compat == "torch":
             coefficients, ns_dtype = "keller", "bfloat16"
         muon = {
@@ -157,7 +159,9 @@ class Muon(torch.optim.Optimizer):
             raise ValueError(f"group {group['name']!r} has use_muon={group['use_muon']} but sets {', '.join(stray)}, "
                              f"which only {other} groups take; remove it or change use_muon")  # fmt: skip
         if not group["use_muon"] and "lr" not in group:
-            raise ValueError(f"AdamW group {group['name']!r} has no lr; set one, e.g. lr=3e-4: a Muon lr is no AdamW lr")
+            raise ValueError(
+                f"AdamW group {group['name']!r} has no lr; set one, e.g. lr=3e-4: a Muon lr is no AdamW lr"
+            )
         shared = {key: self.defaults[key] for key in ("lr", "weight_decay")}
         for key, value in (shared | self.defaults[own]).items():
             group.setdefault(key, dict(value) if isinstance(value, dict) else value)
@@ -343,7 +347,9 @@ def _apply(batch: list[_Block], updates: list[Tensor], lr: float, cautious_decay
 # -------------------------------------------------------------------------------------------------- dtype of the iteration
 
 
-def _ns_dtype(group: dict, rows: int, columns: int, count: int, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def _ns_dtype(
+    group: dict, rows: int, columns: int, count: int, dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
     """The iteration's dtype for one bucket; "auto" decides once per shape and remembers it in the group."""
     if group["ns_dtype"] != "auto":
         return NS_DTYPES[group["ns_dtype"]]
@@ -359,7 +365,9 @@ def _ns_dtype(group: dict, rows: int, columns: int, count: int, dtype: torch.dty
     return NS_DTYPES[group["ns_dtype_chosen"][key]]
 
 
-_probed: dict[tuple, str] = {}  # one measurement per process and kind of work, so that many groups cost no more than one
+_probed: dict[
+    tuple, str
+] = {}  # one measurement per process and kind of work, so that many groups cost no more than one
 
 
 def probe_dtype(rows: int, columns: int, count: int) -> str:
@@ -392,7 +400,9 @@ def probe_dtype(rows: int, columns: int, count: int) -> str:
 def _dtype_name(value, source: str) -> str:
     name = str(value).removeprefix("torch.")
     if name not in NS_DTYPES:
-        raise ValueError(f"{source}={value!r} is not a dtype of the Newton-Schulz iteration; use one of {', '.join(NS_DTYPES)}")
+        raise ValueError(
+            f"{source}={value!r} is not a dtype of the Newton-Schulz iteration; use one of {', '.join(NS_DTYPES)}"
+        )
     return name
 
 
@@ -440,7 +450,9 @@ def _splits(given: list[dict | None] | None, names: list[str], tensors: list[Ten
         if not split or "flatten" in split:
             continue
         if flat:
-            raise ValueError(f"parameter {name} of shape {tuple(p.shape)} is flattened and cannot be split; remove its split")
+            raise ValueError(
+                f"parameter {name} of shape {tuple(p.shape)} is flattened and cannot be split; remove its split"
+            )
         dim, parts = split.get("split") or split["heads"]
         if not p.ndim - 2 <= dim < p.ndim:
             raise ValueError(f"the split of parameter {name} is along dimension {dim} of shape {tuple(p.shape)}; "
@@ -450,5 +462,7 @@ def _splits(given: list[dict | None] | None, names: list[str], tensors: list[Ten
             raise ValueError(f"the split {list(parts)} of parameter {name} does not add up to its {whole} entries along "
                              f"dimension {dim}")  # fmt: skip
         if "heads" in split and (parts < 1 or whole % parts):
-            raise ValueError(f"{parts} heads do not divide the {whole} entries of parameter {name} along dimension {dim}")
+            raise ValueError(
+                f"{parts} heads do not divide the {whole} entries of parameter {name} along dimension {dim}"
+            )
     return given

@@ -75,7 +75,9 @@ def triples(coefficients: str | list[Triple], steps: int) -> list[Triple]:
     if isinstance(coefficients, str):
         if coefficients not in COEFFICIENTS:
             near = get_close_matches(coefficients, COEFFICIENTS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown coefficients {coefficients!r}: did you mean {near!r}? Known: {', '.join(COEFFICIENTS)}")
+            raise ValueError(
+                f"unknown coefficients {coefficients!r}: did you mean {near!r}? Known: {', '.join(COEFFICIENTS)}"
+            )
         given = COEFFICIENTS[coefficients]
         if coefficients in WHOLE and steps < len(given):
             raise ValueError(f"coefficients={coefficients!r} is a schedule of {len(given)} steps, found ns_steps={steps}; "
@@ -83,7 +85,9 @@ def triples(coefficients: str | list[Triple], steps: int) -> list[Triple]:
     else:
         given = [tuple(t) for t in coefficients]
         if not given or any(len(t) != 3 for t in given):
-            raise ValueError(f"coefficients must be a name or a non-empty list of triples (a, b, c), found {coefficients!r}")
+            raise ValueError(
+                f"coefficients must be a name or a non-empty list of triples (a, b, c), found {coefficients!r}"
+            )
     return list(islice(chain(given, repeat(given[-1])), steps))
 
 
@@ -102,7 +106,10 @@ def iterate(X: Tensor, steps: list[Triple]) -> Tensor:
     """Apply the triples to wide (m <= n) normalised matrices, 2-D or 3-D, in X's dtype. X itself is overwritten."""
     assert X.ndim in (2, 3) and X.shape[-2] <= X.shape[-1]
     product, add_product = (torch.mm, torch.addmm) if X.ndim == 2 else (torch.bmm, torch.baddbmm)
-    R, Y = None, torch.empty_like(X)  # two buffers for X and two for its polynomial: nothing is allocated inside the loop
+    R, Y = (
+        None,
+        torch.empty_like(X),
+    )  # two buffers for X and two for its polynomial: nothing is allocated inside the loop
     for a, b, c in steps:
         R = product(X, X.mT) if R is None else product(X, X.mT, out=R)
         if c == 0.0:
@@ -119,7 +126,9 @@ def newton_schulz(
 ) -> Tensor:
     """Approximate polar factor of every matrix of G (..., A, B), in G's dtype; `dtype` is that of the iteration."""
     if G.ndim < 2 or not G.is_floating_point():
-        raise ValueError(f"newton_schulz needs a floating-point tensor (..., A, B), found {G.dtype} of shape {tuple(G.shape)}")
+        raise ValueError(
+            f"newton_schulz needs a floating-point tensor (..., A, B), found {G.dtype} of shape {tuple(G.shape)}"
+        )
     schedule = triples(coefficients, steps)
     c0 = SAFETY.get(coefficients, 1.0) if isinstance(coefficients, str) else 1.0
     tall = G.shape[-2] > G.shape[-1]

@@ -31,7 +31,17 @@ NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BatchNorm, _NormBase)
 HEAD_NAMES = {"lm_head", "head", "output", "output_layer", "unembed", "unembedding", "embed_out", "classifier"}
 POSITION_NAMES = {"wpe", "pos_emb", "pos_embed", "pos_embedding", "position_embedding", "position_embeddings",
                   "positional_embedding", "embed_positions"}  # fmt: skip
-SCALAR_NAMES = {"bias", "A_log", "D", "dt_bias", "cls_token", "mask_token", "meta_tokens", "prompt", "prompt_embeddings"}
+SCALAR_NAMES = {
+    "bias",
+    "A_log",
+    "D",
+    "dt_bias",
+    "cls_token",
+    "mask_token",
+    "meta_tokens",
+    "prompt",
+    "prompt_embeddings",
+}
 SMALL_HEADS = {"dt_proj", "dt_head", "router"}  # modules whose weight is a matrix by shape, but no hidden map
 INPUT_CHANNELS = 4  # a convolution on so few channels reads pixels: an embedding rather than a hidden map
 
@@ -217,7 +227,11 @@ def _by_owner(places: list[tuple[str, nn.Module]], embeddings: set[tuple[int, in
             if not inside and path[-2:-1] and path[-2] in HEAD_NAMES:
                 return "adamw", "head", f"output head: Linear named {path[-2]}"
             if not inside and (module.out_features, module.in_features) in embeddings:
-                return "adamw", "head", f"output head: Linear with the shape of the embedding {tuple(module.weight.shape)}"
+                return (
+                    "adamw",
+                    "head",
+                    f"output head: Linear with the shape of the embedding {tuple(module.weight.shape)}",
+                )
     return None
 
 
@@ -239,7 +253,11 @@ def _by_shape(p: Tensor, places: list[tuple[str, nn.Module]], min_dim: int) -> t
         rows, columns = p.shape[0], p[0].numel()
         if min(rows, columns) < min_dim:
             return "adamw", "matrix", f"{rows}x{columns} is under {min_dim} in one dimension"
-        return "muon", "matrix", f"convolution flattened to {rows}x{columns}" if conv else f"hidden matrix {rows}x{columns}"
+        return (
+            "muon",
+            "matrix",
+            f"convolution flattened to {rows}x{columns}" if conv else f"hidden matrix {rows}x{columns}",
+        )
     if p.ndim == 3 and any("experts" in name.split(".") for name, _ in places) and min(p.shape[1:]) >= min_dim:
         return "muon", "matrix", f"{p.shape[0]} stacked experts, one matrix each"
     return "adamw", "scalar", f"{p.ndim}-D and neither a convolution nor stacked experts: default"
@@ -263,14 +281,20 @@ def _compile(overrides: list[tuple[str, str]], names: list[str]) -> list[tuple[r
     rules = []
     for regex, wanted in overrides:
         if wanted not in ("muon", "adamw", "exclude"):
-            raise UserError(f'the override "{regex}={wanted}" has no such route; write "{regex}=muon", "=adamw" or "=exclude"')
+            raise UserError(
+                f'the override "{regex}={wanted}" has no such route; write "{regex}=muon", "=adamw" or "=exclude"'
+            )
         try:
             pattern = re.compile(regex)
         except re.error as error:
-            raise UserError(f"the override {regex!r} is not a regular expression ({error}); escape it, e.g. {re.escape(regex)}") from None
+            raise UserError(
+                f"the override {regex!r} is not a regular expression ({error}); escape it, e.g. {re.escape(regex)}"
+            ) from None
         if not any(pattern.search(name) for name in names):
             near = get_close_matches(regex, names, n=1, cutoff=0.0)
-            raise UserError(f"the override {regex!r} matches no parameter; did you mean {near[0] if near else 'another model'}?")
+            raise UserError(
+                f"the override {regex!r} matches no parameter; did you mean {near[0] if near else 'another model'}?"
+            )
         rules.insert(0, (pattern, wanted))
     return rules
 
@@ -304,7 +328,9 @@ def _group_lines(groups: list[dict]) -> list[str]:
         present = {g["name"] for g in groups}
         lines += [f"group {role}: empty" for role in ("embed", "head", "scalar") if role not in present]
         muon = next(g for g in groups if g.get("use_muon"))
-        lines.append(f"Using Muon optimizer for 2D parameters (lr={muon['lr']:g}, momentum={muon.get('momentum', 0.95):g})")
+        lines.append(
+            f"Using Muon optimizer for 2D parameters (lr={muon['lr']:g}, momentum={muon.get('momentum', 0.95):g})"
+        )
     rates = dict.fromkeys(f"{g['lr']:g}" for g in groups if not g.get("use_muon"))
     if rates:
         lines.append(f"Using AdamW optimizer for 1D/0D parameters (lr={', '.join(rates)})")

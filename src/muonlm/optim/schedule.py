@@ -63,7 +63,9 @@ def parse_momentum_warmup(text: str) -> list[tuple[int, float]]:
         first, last, steps = text.split(":")
         schedule = [(0, float(first)), (int(steps), float(last))]
     except (ValueError, AttributeError):
-        raise UserError(f'--optim.momentum_warmup {text!r} is not FROM:TO:STEPS; write for example "0.85:0.95:300"') from None
+        raise UserError(
+            f'--optim.momentum_warmup {text!r} is not FROM:TO:STEPS; write for example "0.85:0.95:300"'
+        ) from None
     if schedule[1][0] < 1:
         raise UserError(f"--optim.momentum_warmup {text!r} takes {steps} steps; use at least 1, or leave it out")
     try:
