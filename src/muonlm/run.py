@@ -121,7 +121,7 @@ class Run:
         except Exception as error:
             self.say(
                 f"--track {self.cfg.track} is not available ({error}); going on with metrics.jsonl alone. "
-                f'Install it with: pip install "muonlm\\[track]"'
+                f'Install it with: pip install "muonlm[track]"'
             )
 
     # --- console ----------------------------------------------------------------------------------------------------------
