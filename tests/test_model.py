@@ -59,7 +59,7 @@ def tokens(rows=3, length=20, seed=0):
         ("minimind/pretrain", "minimind-base", 6400, {"total": 104_034_048, "untied": 108_949_248}),
         ("minimind/pretrain", "minimind-small", 6400, {"total": 25_830_912, "untied": 29_107_712}),
         ("minimind/pretrain", "minimind-3", 6400, {"total": 63_912_192, "untied": 68_827_392}),
-        ("keller/grokking", "", 234, {"total": 457_578}),
+        ("keller/grokking", "", 234, {"total": 457_578, "tied": 457_578, "blocks": 396_544}),
         ("keller/grokking-plan", "", 231, {"total": 456_807}),
     ],
 )

@@ -49,7 +49,7 @@ def count_parameters(cfg: ModelConfig) -> dict[str, int]:
     """total (as configured), tied, untied, embedding (with head and positions), blocks; in parameters."""
     model = _on_meta(cfg)
     total = sum(p.numel() for p in model.parameters())
-    table = cfg.vocab_size * cfg.d_model
+    table = cfg.vocab_size * cfg.d_model if cfg.kind == "lm" else 0  # the grokking model cannot tie
     tied = total if cfg.tie else total - table
     blocks = sum(p.numel() for p in model.blocks.parameters())
     return {"total": total, "tied": tied, "untied": tied + table, "blocks": blocks, "embedding": total - blocks}
