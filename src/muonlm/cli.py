@@ -262,15 +262,14 @@ def resume_config(run: str, args, flags: dict):
     from pathlib import Path
 
     from .checkpoint import read_config
-    from .config import Config
+    from .config import Config, flatten
 
     if not (Path(run) / "config.json").exists():
         if args.recipe and (
             not Path(run).exists() or Path(run).is_dir() and not any(p for p in Path(run).iterdir() if p.name[0] != ".")
         ):
-            return load_recipe(
-                args.recipe, flags, preset=args.preset, smoke=args.smoke
-            )  # killed before it began: begin
+            # killed before it began: begin
+            return load_recipe(args.recipe, flags, preset=args.preset, smoke=args.smoke)
         raise UserError(
             f"--resume {run}: there is no run to continue (no config.json).{nearest(run, map(str, Path('runs').glob('*')))}"
         )
@@ -280,28 +279,16 @@ def resume_config(run: str, args, flags: dict):
     fixed = ("model.", "data.", "seed", "train.global_batch", "train.accum", "train.dtype", "optim.name")
     if not args.smoke and args.preset:
         raise UserError("--preset cannot change a run that has begun; leave it out, or start another with --out.")
-    from .config import flatten
-
     tree = flatten(stored.to_dict())
-    merged = flatten(Config.from_dict(_nest(tree | flags), "command line").to_dict())
+    cfg = Config.from_dict(tree | flags, "command line")
+    merged = flatten(cfg.to_dict())
     for key in flags:
         if merged[key] != tree[key] and key.startswith(fixed):
             raise UserError(
                 f"{key} = {tree[key]!r} in run {run} and cannot become {merged[key]!r} in the middle; "
                 f"start a new run from its weights with --init-from {run}, or leave the flag out."
             )
-    return Config.from_dict(_nest(merged), "command line")
-
-
-def _nest(flat: dict) -> dict:
-    tree: dict = {}
-    for key, value in flat.items():
-        section, dot, leaf = key.partition(".")
-        if dot:
-            tree.setdefault(section, {})[leaf] = value
-        else:
-            tree[key] = value
-    return tree
+    return cfg
 
 
 def next_steps(report: dict, say) -> None:

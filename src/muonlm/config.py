@@ -454,6 +454,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, tree: dict, where: str = "config.json") -> "Config":
+        """The config of a nested table, of flat dotted keys, or of both."""
         return _build(cls, tree, where)
 
     def to_toml(self) -> str:

@@ -230,20 +230,17 @@ def resolve(cfg: Config, vocab_size: int, samples: int, world: int) -> Config:
     share = -(-rows // world)
     t = cfg.train
     tokens = t.parse_budget()[1] if t.budget else t.tokens
-    steps_per_epoch = (
-        -(-samples // rows) if cfg.data.source == "modular" else samples / rows
-    )  # only modular epochs end in a short batch
+    # only modular epochs end in a short batch
+    steps_per_epoch = -(-samples // rows) if cfg.data.source == "modular" else samples / rows
     steps = t.steps or math.ceil(tokens / (rows * block)) or math.ceil(t.epochs * steps_per_epoch)
     if not steps:
         raise UserError(
             "the length of the run is not set; use --train.steps N, --train.epochs E, --train.tokens T or --train.budget"
         )
-    lr_scale(
-        0, steps=steps, **dataclasses.asdict(cfg.sched)
-    )  # a schedule that does not fit is refused here, not in the loop
-    ns_dtype = (
-        "float32" if cfg.optim.ns_dtype == "auto" and t.dtype == "float32" else cfg.optim.ns_dtype
-    )  # float32 means all of it
+    # a schedule that does not fit is refused here, not in the loop
+    lr_scale(0, steps=steps, **dataclasses.asdict(cfg.sched))
+    # train.dtype = float32 means all of it
+    ns_dtype = "float32" if cfg.optim.ns_dtype == "auto" and t.dtype == "float32" else cfg.optim.ns_dtype
     return dataclasses.replace(
         cfg,
         optim=dataclasses.replace(cfg.optim, ns_dtype=ns_dtype),

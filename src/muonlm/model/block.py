@@ -14,7 +14,7 @@ from .mlp import MLP
 from .norm import make_norm
 
 MIXERS = {
-    "A": lambda cfg: Attention(cfg),
+    "A": Attention,
     "W": lambda cfg: Attention(cfg, window=cfg.window),
 }
 
