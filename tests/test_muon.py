@@ -326,9 +326,9 @@ def test_the_dtype_choice_is_made_once_stored_and_forced_by_the_environment(monk
     params = tensors([(24, 48), (48, 24)])
     optimizer = Muon(params)
     drive(optimizer, params, 1)
-    assert set(optimizer.param_groups[0]["ns_dtype_chosen"]) == {"24x48"}
+    assert set(optimizer.param_groups[0]["ns_chosen"]) == {"24x48"}
     saved = optimizer.state_dict()
-    saved["param_groups"][0]["ns_dtype_chosen"] = {"24x48": "bfloat16"}  # a file from another machine is obeyed
+    saved["param_groups"][0]["ns_chosen"] = {"24x48": "direct bfloat16"}  # a file from another machine is obeyed
     a, b = tensors([(24, 48), (48, 24)]), tensors([(24, 48), (48, 24)])
     loaded, forced = Muon(a), Muon(b, ns_dtype="bfloat16")
     loaded.load_state_dict(saved)
@@ -445,7 +445,7 @@ def test_dtype_choices_made_ahead_are_those_of_the_first_step(monkeypatch):
     weights = [torch.nn.Parameter(torch.randn(s)) for s in ((16, 32), (32, 16), (48, 16))]
     weights[2].muonlm = {"split": (0, [16, 16, 16])}
     optimizer = Muon(weights)
-    assert optimizer.choose_ns_dtypes() == [{"16x32": "bfloat16", "16x16": "bfloat16"}]
+    assert optimizer.choose_methods() == [{"16x32": "bfloat16", "16x16": "bfloat16"}]
     assert sorted(probed) == [(16, 16, 3), (16, 32, 2)]
     for w in weights:
         w.grad = torch.randn_like(w)

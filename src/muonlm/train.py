@@ -83,7 +83,7 @@ def train(
             load_named_state(optimizer, model, state, meta["optimizer"])
             step, counters = meta["step"], meta["counters"]
         if cfg.optim.name == "muon":
-            own = optimizer.choose_ns_dtypes()
+            own = optimizer.choose_methods()
             for mine, chosen in zip(own, dist.broadcast(own)):
                 mine.update(chosen)
         if cfg.train.dtype == "auto":

@@ -30,7 +30,7 @@ __all__ = [
     "route",
 ]
 
-GROUP_STATE = ("step", "ns_dtype_chosen")  # what a group remembers; its hyper-parameters come from the config
+GROUP_STATE = ("step", "ns_chosen", "ns_budget")  # what a group remembers; its hyper-parameters come from the config
 
 
 def build_optimizer(

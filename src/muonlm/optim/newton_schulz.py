@@ -1,22 +1,37 @@
 """Newton-Schulz iteration: an approximate polar factor by matrix products only.
 
-    X_0 = U / (c0 * ||U||_F)                                   so that every singular value is <= 1
+    X_0 = U / c                                                so that every singular value is <= 1
     R = X X^T ;  X <- a X + (b R + c R R) X                    once per triple (a, b, c)
 
 Writing U = P S Q^T, the result is P f(S) Q^T, where f is the composition of s -> a s + b s^3 + c s^5: f(s) is close to 1
 for every s that is not tiny, so the result is close to P Q^T, and it does not depend on the scale of U.
 
-Shapes   G (..., A, B), leading dimensions are a batch; internally m x n with m = min(A, B), n = max(A, B), so that R is m x m
-Scale    U is divided by its largest absolute entry and only then by its Frobenius norm, in fp32 (fp64 for fp64): squares
-         neither underflow nor overflow. There is no floor such as 1e-7, so a tiny gradient is a direction like any other.
-         An all-zero matrix gives exactly zero, without touching its neighbours in the batch; Inf or NaN gives NaN.
-Cost     4 m^2 n + 2 m^3 flops per step and matrix (4 m^2 n for a cubic set)
-Raises   ValueError for an unknown set, bad triples, bad step counts, tensors that are not floating or below 2-D
-Source   keller: github.com/KellerJordan/Muon · you: Jiacheng You, as in Megatron and dion · polar_express: Amsel et al.,
-         arXiv 2505.16932 (safety 2e-2, cushion 2) · cans: arXiv 2506.10935 · cubic: arXiv 2606.00371 ·
-         deepseek: DeepSeek-V4 report · accurate12: modded-nanogpt, track 3 · classic: Taylor expansion of s -> sign(s)
+Methods  direct   the lines above. 2-byte dtypes are safe: each step starts from X, so rounding does not pile up
+         hybrid   direct, but the last two steps in Gram form: two products with X instead of four. Safe in bfloat16, because the
+                  polynomials before them have lifted the small singular values and none follows to amplify an error
+         gram     R <- X X^T once, Q = I; per step Q <- Q (aI + Z), R <- R (aI + Z)^2, Z = bR + cR^2; restarted from X <- QX after
+                  every second step. float32 or float16; in bfloat16 it overshoots up to 15-fold, so that is refused
+         aol      direct from X_0 = diag(t) U, t_i = (sum_j |U U^T|_ij)^(-1/2), whose singular values are <= 1 by Gershgorin: a row
+                  scaling, so the limit is the polar factor of diag(t) U, not of U. Its own coefficient sets
+         cayley   X <- 2t (I + t^2 X X^T)^(-1) X, t = l^(-1/2), l <- 2 sqrt(l) / (1 + l) from l = 1e-3: s -> 2ts / (1 + t^2 s^2), by
+                  Cholesky, float32 or float64. Accurate; it takes no coefficients, `steps` counts solves
+Scale c  ||U||_F, times 1.02 for Polar Express, which was fitted with that margin. `spectrum4` instead measures its own first Gram
+         matrix: c = 1.01 ||R R||_F^(1/4), the Schatten-8 norm, a bound of the spectral norm that is up to 5 times closer than
+         ||U||_F and costs nothing, as R R is needed anyway. U is first divided by (a power of two near) its largest entry,
+         so squares neither underflow nor overflow. There is no floor such as 1e-7: a tiny gradient is a direction like any other.
+         An all-zero matrix gives exactly zero, without touching its neighbours in the batch; Inf or NaN gives NaN
+Shapes   G (..., A, B), leading dimensions are a batch. m = min(A, B), n = max(A, B): R is m x m, from the right if A > B
+Cost     flops a matrix: direct 4 m^2 n + 2 m^3 a step (4 m^2 n if c = 0); hybrid saves 4 m^2 n - 6 m^3, a gain for n > 1.5 m
+Raises   ValueError for an unknown set or method, bad triples, bad step counts, a dtype the method cannot use, tensors that are
+         not floating or below 2-D
+Source   keller: github.com/KellerJordan/Muon · you: Jiacheng You, as in Megatron and dion · polar_express(_raw): Amsel et al.,
+         arXiv 2505.16932 (safety 2e-2, cushion 2; raw: safety 1.01) · cans: arXiv 2506.10935 · cubic: arXiv 2606.00371 ·
+         deepseek: DeepSeek-V4 report · accurate12: modded-nanogpt, track 3 · classic: Taylor expansion of s -> sign(s) ·
+         aol: arXiv 2512.04632, coefficients of Megatron and dion · Gram form: Dao's Gram Newton-Schulz ·
+         spectrum4: ours, least sqrt(mean (f(s)^2 - 1)^2) over Gaussian and 1/k spectra, m = 128 to 768 (benchmarks/optimizer_step.py)
 """
 
+import math
 from difflib import get_close_matches
 from itertools import chain, islice, repeat
 
@@ -24,6 +39,17 @@ import torch
 from torch import Tensor
 
 Triple = tuple[float, float, float]
+
+_RAW_SAFETY = 1.01
+_RAW = [
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+]
 
 COEFFICIENTS: dict[str, list[Triple]] = {
     "keller": [(3.4445, -4.7750, 2.0315)],
@@ -40,6 +66,10 @@ COEFFICIENTS: dict[str, list[Triple]] = {
         (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ],
+    "polar_express_raw": [
+        *((a / _RAW_SAFETY, b / _RAW_SAFETY**3, c / _RAW_SAFETY**5) for a, b, c in _RAW),
+        (1.875, -1.25, 0.375),
     ],
     "cans": [
         (8.4703, -25.1081, 18.6293),
@@ -59,13 +89,33 @@ COEFFICIENTS: dict[str, list[Triple]] = {
     "accurate12": [(2.0, -1.5, 0.5)] * 12,
     "classic_cubic": [(1.5, -0.5, 0.0)],
     "classic_quintic": [(1.875, -1.25, 0.375)],
+    "aol4": [
+        (4.0098, -7.0585, 2.4635),
+        (3.4585, -5.5479, 2.5959),
+        (2.7573, -3.2939, 1.4254),
+        (2.7215, -3.0494, 1.3169),
+    ],
+    "aol4_dion": [
+        (4.6051, -9.6552, 5.6769),
+        (4.7505, -6.0861, 2.1790),
+        (2.7763, -2.3190, 0.5523),
+        (2.4231, -2.2861, 0.8193),
+    ],
+    "spectrum4": [
+        (7.80441, -23.19243, 17.23021),
+        (4.00337, -3.30476, 0.69410),
+        (3.74548, -3.24360, 0.73972),
+        (2.53978, -1.94499, 0.47229),
+    ],
 }
 """Triples (a, b, c) per step. A set shorter than the number of steps repeats its last triple; a longer one is cut, except
-the two below, whose last steps are the point of them."""
+those of WHOLE, whose last steps are the point of them."""
 
-WHOLE = ("deepseek", "accurate12")
+WHOLE = ("deepseek", "accurate12", "spectrum4", "aol4", "aol4_dion")
 SAFETY = {"polar_express": 1.02}
-"""c0 where it is not 1: Polar Express was fitted for singular values up to 1/1.02 of its interval, leaving room for rounding."""
+METHODS = ("direct", "hybrid", "gram", "aol", "cayley")
+SCHATTEN_MARGIN = 1.01  # for the rounding of R R to bfloat16
+CAYLEY_FLOOR = 1e-3  # smallest singular value, relative to ||U||_F, that cayley lifts to 1 in five solves
 
 
 def triples(coefficients: str | list[Triple], steps: int) -> list[Triple]:
@@ -91,48 +141,158 @@ def triples(coefficients: str | list[Triple], steps: int) -> list[Triple]:
     return list(islice(chain(given, repeat(given[-1])), steps))
 
 
+def check_method(method: str, coefficients: str | list[Triple], dtype: torch.dtype | None = None) -> None:
+    """ValueError if the method does not exist, or cannot go with these coefficients or in this dtype."""
+    if method not in METHODS:
+        near = get_close_matches(str(method), METHODS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown ns_method {method!r}: did you mean {near!r}? Known: auto, {', '.join(METHODS)}")
+    named = coefficients if isinstance(coefficients, str) else ""
+    if named.startswith("aol") and method != "aol":
+        raise ValueError(f'coefficients={named!r} start from a row scaling; use ns_method="aol", or other coefficients')
+    if named == "spectrum4" and method not in ("direct", "hybrid"):
+        raise ValueError(f'coefficients="spectrum4" choose their own scale; use ns_method="direct" or "hybrid", not {method!r}')
+    if dtype == torch.bfloat16 and method == "gram":
+        raise ValueError('ns_method="gram" is not accurate in bfloat16 (singular values up to 15); use ns_dtype="float32" or '
+                         '"float16", or ns_method="hybrid"')  # fmt: skip
+    if dtype in (torch.bfloat16, torch.float16) and method == "cayley":
+        raise ValueError('ns_method="cayley" solves by Cholesky, which needs ns_dtype="float32" or "float64"')
+    if dtype == torch.float16 and named == "spectrum4":
+        raise ValueError('coefficients="spectrum4" squares a Gram matrix before scaling it, beyond float16; use "bfloat16"')
+
+
+# -------------------------------------------------------------------------------------------------- pieces
+# All work on batches X (N, A, B), `iterate` also on one matrix, and nothing is transposed in memory: for A > B the small Gram
+# matrix is X^T X and multiplies from the right.
+
+
+def _tall(X: Tensor) -> bool:
+    return X.shape[-2] > X.shape[-1]
+
+
+def _gram(X: Tensor, out: Tensor | None = None) -> Tensor:
+    product = torch.mm if X.ndim == 2 else torch.bmm
+    return product(X.mT, X, out=out) if _tall(X) else product(X, X.mT, out=out)
+
+
+def _axpby(Y: Tensor, P: Tensor, Q: Tensor, beta: float, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """beta Y + alpha P Q."""
+    return (torch.addmm if Y.ndim == 2 else torch.baddbmm)(Y, P, Q, beta=beta, alpha=alpha, out=out)
+
+
+def _times(P: Tensor, X: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
+    """beta X + P X, or beta X + X P for tall X."""
+    return _axpby(X, *((X, P) if _tall(X) else (P, X)), beta=beta, out=out)
+
+
+def power_of_two(X: Tensor) -> Tensor:
+    """(N, 1, 1): per matrix of a batch a power of two that brings its largest entry near [0.5, 1); 1 for a zero matrix."""
+    flat = X.flatten(1)  # one long row a matrix: these reductions are vectorised, those over two dimensions are not
+    largest = torch.maximum(flat.amax(1), -flat.amin(1))
+    limit = math.frexp(torch.finfo(X.dtype).max)[1] - 3  # subnormals: as far up as the dtype goes
+    return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(min=-limit))[:, None, None]
+
+
 def normalise(X: Tensor, c0: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-    """X / (c0 ||X||_F) per matrix of an fp32 or fp64 batch (N, m, n), in `dtype`. X itself is overwritten."""
+    """X / (c0 ||X||_F) per matrix of an fp32 or fp64 batch (N, A, B), in `dtype`. X itself is overwritten."""
     assert X.ndim == 3 and X.is_contiguous() and X.dtype in (torch.float32, torch.float64)
-    flat = X.flatten(1)  # one long row per matrix: these reductions are vectorised, those over two dimensions are not
-    largest = torch.maximum(flat.amax(1, keepdim=True), -flat.amin(1, keepdim=True))
-    flat.div_(largest.masked_fill_(largest == 0, 1.0))  # a division: 1 / largest would overflow for subnormal entries
-    norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-    norm = norm.masked_fill_(norm == 0, 1.0).mul_(c0).unsqueeze(-1)
-    return X.div_(norm) if dtype in (None, X.dtype) else torch.div(X, norm, out=torch.empty_like(X, dtype=dtype))
+    X.mul_(power_of_two(X))
+    norm = torch.linalg.vector_norm(X.flatten(1), dim=1)[:, None, None]
+    return X.div_(norm.masked_fill_(norm == 0, 1.0).mul_(c0)).to(dtype or X.dtype)
 
 
 def iterate(X: Tensor, steps: list[Triple]) -> Tensor:
-    """Apply the triples to wide (m <= n) normalised matrices, 2-D or 3-D, in X's dtype. X itself is overwritten."""
-    assert X.ndim in (2, 3) and X.shape[-2] <= X.shape[-1]
-    product, add_product = (torch.mm, torch.addmm) if X.ndim == 2 else (torch.bmm, torch.baddbmm)
-    R, Y = (
-        None,
-        torch.empty_like(X),
-    )  # two buffers for X and two for its polynomial: nothing is allocated inside the loop
+    """Apply the triples to normalised matrices, 2-D or 3-D, in X's dtype. X itself is overwritten."""
+    R, Y = None, torch.empty_like(X)  # two buffers for X, two for its polynomial: nothing is allocated inside the loop
     for a, b, c in steps:
-        R = product(X, X.mT) if R is None else product(X, X.mT, out=R)
+        R = _gram(X, out=R)
         if c == 0.0:
-            add_product(X, R, X, beta=a, alpha=b, out=Y)
-        else:
-            add_product(X, add_product(R, R, R, beta=b, alpha=c), X, beta=a, out=Y)
-        X, Y = Y, X
+            R.mul_(b)
+        X, Y = _times(R if c == 0.0 else _axpby(R, R, R, beta=b, alpha=c), X, beta=a, out=Y), X
     return X
+
+
+def _scaled_first_step(X: Tensor, step: Triple) -> Tensor:
+    """The first triple applied to X / c with c = 1.01 ||R R||_F^(1/4), for X of any moderate scale. X itself is overwritten."""
+    a, b, c = step
+    R = _gram(X)
+    RR = torch.bmm(R, R).to(torch.promote_types(X.dtype, torch.float32))
+    bound = torch.linalg.vector_norm(RR.flatten(1), dim=1).sqrt_().sqrt_().mul_(SCHATTEN_MARGIN)[:, None, None]
+    r = bound.masked_fill_(bound == 0, 1.0).reciprocal_()
+    P = (R.to(RR.dtype).mul_(b * r**2)).add_(RR.mul_(c * r**4)).to(X.dtype)
+    return _times(P, X, beta=a).mul_(r.to(X.dtype))
+
+
+def _gram_form(X: Tensor, steps: list[Triple]) -> Tensor:
+    """The triples applied to normalised X through polynomials of one Gram matrix: X <- (q I + Q) X at the end."""
+    R, q, Q = _gram(X), 1.0, None
+    for i, (a, b, c) in enumerate(steps):
+        Z = _axpby(R, R, R, beta=b, alpha=c) if c else b * R
+        Q = Z if Q is None else _axpby((a * Q).add_(Z, alpha=q), Q, Z, beta=1.0)
+        q *= a
+        if i + 1 < len(steps):
+            Y = _axpby(R, R, Z, beta=a)
+            R = _axpby(Y, Y, Z, beta=a)
+    return _times(Q, X, beta=q)
+
+
+def _row_scaled(X: Tensor) -> Tensor:
+    """diag(t) X with t_i = (sum_j |X X^T|_ij)^(-1/2), or X diag(t) for tall X."""
+    t = _gram(X).abs_().sum(-1)
+    t = t.masked_fill_(t == 0, 1.0).rsqrt_()
+    return X.mul_(t[:, None, :] if _tall(X) else t[:, :, None])
+
+
+def _cayley(X: Tensor, solves: int) -> Tensor:
+    floor, eye = CAYLEY_FLOOR, torch.eye(min(X.shape[-2:]), dtype=X.dtype, device=X.device)
+    for _ in range(solves):
+        t = floor**-0.5
+        factor = torch.linalg.cholesky_ex(_gram(X).mul_(t * t).add_(eye)).L  # _ex: never waits for the device
+        Y = torch.cholesky_solve(X.mT if _tall(X) else X, factor).mul_(2.0 * t)
+        X = Y.mT.contiguous() if _tall(X) else Y
+        floor = 2.0 * floor**0.5 / (1.0 + floor)
+    return X
+
+
+def orthogonalise(U: Tensor, coefficients: str | list[Triple], steps: int, method: str, dtype: torch.dtype) -> Tensor:
+    """Approximate polar factors of an fp32 or fp64 batch (N, A, B), as a batch in `dtype`. U itself is overwritten."""
+    if method == "cayley":
+        return _cayley(normalise(U, dtype=dtype), steps)
+    schedule = triples(coefficients, steps)
+    if coefficients == "spectrum4":
+        X = _scaled_first_step(U.mul_(power_of_two(U)).to(dtype), schedule.pop(0))
+    elif method == "aol":
+        X = _row_scaled(U.mul_(power_of_two(U))).to(dtype)
+    else:
+        X = normalise(U, SAFETY.get(coefficients, 1.0) if isinstance(coefficients, str) else 1.0, dtype)
+    if method == "gram":
+        for section in _sections(schedule):
+            X = _gram_form(X, section)
+        return X
+    if method == "hybrid":
+        return _gram_form(iterate(X, schedule[:-2]), schedule[-2:])
+    return iterate(X, schedule)
+
+
+def _sections(schedule: list[Triple]) -> list[list[Triple]]:
+    """Where the Gram form restarts from X: after two steps, whose errors the steep first polynomials amplify, then every three."""
+    return [schedule[:2]] + [schedule[i : i + 3] for i in range(2, len(schedule), 3)]
 
 
 @torch.no_grad()
 def newton_schulz(
-    G: Tensor, steps: int = 5, coefficients: str | list[Triple] = "polar_express", dtype: torch.dtype | None = None
+    G: Tensor,
+    steps: int = 5,
+    coefficients: str | list[Triple] = "polar_express",
+    method: str = "direct",
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Approximate polar factor of every matrix of G (..., A, B), in G's dtype; `dtype` is that of the iteration."""
     if G.ndim < 2 or not G.is_floating_point():
         raise ValueError(
             f"newton_schulz needs a floating-point tensor (..., A, B), found {G.dtype} of shape {tuple(G.shape)}"
         )
-    schedule = triples(coefficients, steps)
-    c0 = SAFETY.get(coefficients, 1.0) if isinstance(coefficients, str) else 1.0
-    tall = G.shape[-2] > G.shape[-1]
-    X = G.mT if tall else G
-    X = X.to(torch.promote_types(G.dtype, torch.float32), memory_format=torch.contiguous_format, copy=True)
-    X = iterate(normalise(X.view(-1, *X.shape[-2:]), c0, dtype or G.dtype), schedule).view(X.shape)
-    return (X.mT if tall else X).to(G.dtype)
+    dtype = dtype or G.dtype
+    triples(coefficients, steps)
+    check_method(method, coefficients, dtype)
+    U = G.to(torch.promote_types(G.dtype, torch.float32), memory_format=torch.contiguous_format, copy=True)
+    return orthogonalise(U.view(-1, *G.shape[-2:]), coefficients, steps, method, dtype).view(G.shape).to(G.dtype)

@@ -1,0 +1,95 @@
+"""Which Newton-Schulz method and dtype is fastest here for a given shape: measured once, never guessed.
+
+Forced bfloat16 is several times slower on CPUs without native bf16 products, and on those with them small matrices may still
+gain nothing; the hybrid form saves products with X but adds small ones. So each candidate runs three times on a bounded stand-in
+of the bucket (large shapes are represented by smaller ones of the same aspect): some 50 ms a shape, once a process.
+"""
+
+import math
+import os
+import time
+
+import torch
+
+from .newton_schulz import check_method, orthogonalise
+
+NS_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+BF16_GAIN = 1.3  # bf16 must be this much faster than fp32 to be worth its rounding
+LARGEST = 192  # rows of the stand-in
+STAND_IN_ENTRIES = 192 * 768  # of the whole batch
+
+Choice = tuple[str, torch.dtype]  # method, dtype
+_measured: dict[tuple, Choice] = {}
+
+
+def choose(group: dict, A: int, B: int, count: int, dtype: torch.dtype, device: torch.device) -> Choice:
+    """Method and dtype for `count` blocks A x B of a group; what "auto" chose is kept in group["ns_chosen"]."""
+    method, ns_dtype = group["ns_method"], group["ns_dtype"]
+    if ns_dtype == "auto" and (forced := os.environ.get("MUONLM_NS_DTYPE")):
+        ns_dtype = dtype_name(forced, "MUONLM_NS_DTYPE")
+    if dtype == torch.float64:
+        ns_dtype = "float64"
+    if "auto" not in (method, ns_dtype):
+        return method, NS_DTYPES[ns_dtype]
+    m, n = min(A, B), max(A, B)
+    key = f"{m}x{n}"
+    if key not in group["ns_chosen"]:
+        chosen = fastest(m, n, count, group["coefficients"], group["ns_steps"], method, ns_dtype, device)
+        group["ns_chosen"][key] = f"{chosen[0]} {str(chosen[1]).removeprefix('torch.')}"
+    chosen_method, chosen_dtype = group["ns_chosen"][key].split()
+    return chosen_method, NS_DTYPES[chosen_dtype]
+
+
+def candidates(m: int, n: int, coefficients, steps: int, method: str, ns_dtype: str, device: torch.device) -> list[Choice]:
+    """The legal choices among direct, hybrid and gram, float32 and (not on MPS) bfloat16, that the settings leave open."""
+    methods = [method] if method != "auto" else ["direct"]
+    if method == "auto" and 2 * n >= 3 * m and steps >= 3:
+        methods += ["hybrid", "gram"]
+    dtypes = [ns_dtype] if ns_dtype != "auto" else {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16"]}.get(device.type, ["float32"])
+    legal = []
+    for choice in ((way, NS_DTYPES[name]) for name in dtypes for way in methods):
+        try:
+            check_method(choice[0], coefficients, choice[1])
+            legal.append(choice)
+        except ValueError:
+            if method != "auto" and len(dtypes) == 1:
+                raise
+    return legal
+
+
+def fastest(m: int, n: int, count: int, coefficients, steps: int, method: str, ns_dtype: str, device: torch.device) -> Choice:
+    """Time the candidates on an m x n stand-in, interleaved so that a noisy neighbour hits all of them."""
+    options = candidates(m, n, coefficients, steps, method, ns_dtype, device)
+    if len(options) == 1:
+        return options[0]
+    n = math.ceil(min(n / m, 4) * min(m, LARGEST))
+    m = min(m, LARGEST)
+    batch = max(1, min(count, STAND_IN_ENTRIES // (m * n)))
+    key = (m, n, batch, str(coefficients), steps, tuple(options), torch.get_num_threads(), device)
+    if key not in _measured:
+        U = torch.randn(batch, m, n, generator=torch.Generator().manual_seed(0)).to(device)
+        best = dict.fromkeys(options, math.inf)
+        for attempt in range(4):
+            for option in options:
+                began = _now(device)
+                orthogonalise(U.clone(), coefficients, steps, *option)
+                if attempt:  # the first one warms up
+                    best[option] = min(best[option], _now(device) - began)
+        cost = {option: t * (BF16_GAIN if option[1] == torch.bfloat16 and ns_dtype == "auto" else 1.0) for option, t in best.items()}
+        _measured[key] = min(options, key=cost.get)
+    return _measured[key]
+
+
+def dtype_name(value, source: str) -> str:
+    name = str(value).removeprefix("torch.")
+    if name not in NS_DTYPES:
+        raise ValueError(
+            f"{source}={value!r} is not a dtype of the Newton-Schulz iteration; use one of {', '.join(NS_DTYPES)}"
+        )
+    return name
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
