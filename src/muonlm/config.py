@@ -243,8 +243,14 @@ class OptimConfig:
     """Muon's momentum after its warm-up, in [0, 1)."""
     momentum_warmup: str = ""
     """"0.85:0.95:300" raises momentum linearly from .85 to .95 over 300 steps. Empty = constant."""
+    momentum_form: str = "ema"
+    """ema averages gradients (Keller, torch); classical sums them (Moonlight, Dion). Same direction at constant momentum."""
     nesterov: bool = True
     """Look one momentum step ahead (Muon)."""
+    variant: str = "muon"
+    """muon, normuon (rows evened out by a second moment), adamuon (all entries) or hyperball (weights keep their norm; wd 0)."""
+    beta2: float = 0.95
+    """Averaging constant of the second moment of normuon and adamuon."""
     wd: float = 0.0
     """Decoupled weight decay of the matrices, per unit of rate. Raising it shrinks weights."""
     adamw_wd: float = 0.0
@@ -253,6 +259,8 @@ class OptimConfig:
     """name = adamw: 2d decays matrices only; all decays norms, biases and positions as well."""
     cautious: bool = False
     """Decay only coordinates whose update also shrinks them (Muon)."""
+    wd_follows_lr: bool = False
+    """Scale Muon's wd with the schedule of its rate as well."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's averaging constants."""
     eps: float = 1e-8
@@ -261,8 +269,14 @@ class OptimConfig:
     """Newton–Schulz iterations, 1–99. More is closer to orthogonal and costs time."""
     coefficients: str = "polar_express"
     """Newton–Schulz polynomial: polar_express, keller, you, cans, … (optim/newton_schulz.py)."""
+    ns_method: str = "auto"
+    """direct, hybrid, gram, aol or cayley (optim/newton_schulz.py). auto: direct, hybrid or gram, what a timing probe prefers."""
     ns_dtype: str = "auto"
     """Newton–Schulz in float32 or bfloat16. auto: float32 if train.dtype says float32, else on CPU what a timing probe prefers."""
+    adaptive_ns: bool = False
+    """Experiment: 3 to 8 Newton-Schulz steps per matrix, by its measured spectrum (needs log.diagnostics)."""
+    state_dtype: str = "float32"
+    """Muon's momentum in float32, or in bfloat16 for half the memory."""
     lr_mode: str = "original"
     """Shape multiplier: original √max(1, rows/cols), match_rms_adamw 0.2·√max(rows, cols), spectral √(rows/cols), none 1."""
     split_fused: bool = True
@@ -275,13 +289,22 @@ class OptimConfig:
     """Largest global gradient norm (clip_mode clip)."""
     clip_mode: str = "clip"
     """clip, normalize_per_param (each tensor's gradient scaled to norm 1) or off."""
+    clip_scope: str = "aux"
+    """Whom clip_mode clip scales: aux (AdamW's tensors; Newton-Schulz forgets the scale anyway) or all. The norm is that of all."""
+    qk_clip: float = 0.0
+    """Shrink query and key weights of heads whose largest attention logit exceeds this (100 is usual; MuonClip). 0 = off."""
 
     def __post_init__(self):
         _choice(
             "optim",
             name=(self.name, ("muon", "adamw")),
             decay=(self.decay, ("2d", "all")),
+            momentum_form=(self.momentum_form, ("ema", "classical")),
+            variant=(self.variant, ("muon", "normuon", "adamuon", "hyperball")),
+            ns_method=(self.ns_method, ("auto", "direct", "hybrid", "gram", "aol", "cayley")),
             ns_dtype=(self.ns_dtype, ("auto", "float32", "bfloat16")),
+            state_dtype=(self.state_dtype, ("float32", "bfloat16")),
+            clip_scope=(self.clip_scope, ("aux", "all")),
             clip_mode=(self.clip_mode, ("clip", "normalize_per_param", "off")),
             lr_mode=(self.lr_mode, ("original", "match_rms_adamw", "spectral", "none")),
         )
@@ -296,6 +319,7 @@ class OptimConfig:
             scalar_lr=self.scalar_lr,
             wd=self.wd,
             adamw_wd=self.adamw_wd,
+            qk_clip=self.qk_clip,
         )
         for name, value in [("momentum", self.momentum), *(("betas", b) for b in self.betas)]:
             if not 0 <= value < 1:
@@ -417,9 +441,12 @@ class EvalConfig:
 class LogConfig:
     every: int = 10
     """Steps between lines of metrics.jsonl (the console's live line follows them)."""
+    diagnostics: int = 100
+    """Steps between measurements of Muon (update sizes, orthogonality, advice; optim/diagnostics.py). 0 = off."""
 
     def __post_init__(self):
         _at_least("log", 1, every=self.every)
+        _at_least("log", 0, diagnostics=self.diagnostics)
 
 
 @dataclass(kw_only=True)

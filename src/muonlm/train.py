@@ -27,9 +27,14 @@ from .data.prepare import bpb, prepared
 from .generate import generate
 from .model import build_model, count_parameters
 from .objectives import OBJECTIVES
-from .optim import RoutingPlan, build_optimizer, load_named_state, lr_scale, named_state, route
+from .optim import RoutingPlan, build_optimizer, load_named_state, lr_scale, named_state, qk_clip, route
 from .parallel import Dist
 from .run import Run, default_directory, duration
+
+
+# arguments of Muon that are keys of [optim] by the same name
+MUON_KEYS = ("momentum", "momentum_form", "nesterov", "variant", "beta2", "cautious", "wd_follows_lr", "ns_steps", "coefficients",
+             "ns_method", "ns_dtype", "state_dtype", "lr_mode")  # fmt: skip
 
 
 class RunFailed(RuntimeError):
@@ -90,6 +95,7 @@ def train(
             dtype, why = choose_dtype(model, objective, data, cfg, dist)
             cfg = run.cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, dtype=dtype))
             say(f"dtype: {dtype} ({why})")
+        clipped = layers_to_clip(cfg, model)
         if dist.main:
             begin_run(run, cfg, plan, optimizer, data, step, started, dist, say)
         dist.barrier()
@@ -159,6 +165,8 @@ def train(
                     group["lr"] = group["base_lr"] * scale
                 optimizer.step()
                 optimizer.zero_grad()
+                if clipped:
+                    means |= qk_clip([layer.qk_heads() for layer in clipped], tau=cfg.optim.qk_clip)
 
                 step += 1
                 counters["tokens"] += count
@@ -302,28 +310,22 @@ def plan_routes(cfg: Config, model: torch.nn.Module) -> RoutingPlan:
 
 def make_optimizer(cfg: Config, plan: RoutingPlan) -> torch.optim.Optimizer:
     o = cfg.optim
-    return build_optimizer(
-        plan,
-        name=o.name,
-        lr=o.lr,
-        adamw_lr=o.adamw_lr,
-        embed_lr=o.embed_lr or None,
-        head_lr=o.head_lr or None,
-        scalar_lr=o.scalar_lr or None,
-        wd=o.wd,
-        adamw_wd=o.adamw_wd,
-        decay=o.decay,
-        betas=o.betas,
-        eps=o.eps,
-        momentum=o.momentum,
-        momentum_warmup=o.momentum_warmup or None,
-        nesterov=o.nesterov,
-        cautious=o.cautious,
-        ns_steps=o.ns_steps,
-        coefficients=o.coefficients,
-        ns_dtype=o.ns_dtype,
-        lr_mode=o.lr_mode,
-    )
+    roles = {f"{role}_lr": getattr(o, f"{role}_lr") or None for role in ("embed", "head", "scalar")}
+    same = ("name", "lr", "adamw_lr", "wd", "adamw_wd", "decay", "betas", "eps", *MUON_KEYS)
+    return build_optimizer(plan, momentum_warmup=o.momentum_warmup or None, **roles, **{key: getattr(o, key) for key in same})
+
+
+def layers_to_clip(cfg: Config, model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Attention layers that QK-clip watches; none if it is off."""
+    if not cfg.optim.qk_clip:
+        return []
+    layers = [module for module in model.modules() if hasattr(module, "qk_heads")]
+    if not layers:
+        raise UserError(f"optim.qk_clip = {cfg.optim.qk_clip:g}, but this model has no attention to clip; leave it out.")
+    for layer in layers:
+        layer.qk_heads()  # refuses QK-norm
+        layer.track_logits = True
+    return layers
 
 
 def choose_dtype(model, objective, data: Splits, cfg: Config, dist: Dist) -> tuple[str, str]:

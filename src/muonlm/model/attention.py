@@ -10,7 +10,9 @@ Shapes   x, y (B,T,D) · mask (B,T) bool, True = real token · cache k, v (B,G,S
 State    (k, v, length). Slot j of row b holds position j (full) or position max(0, length_b − (w−1)) + j (window w, which
          keeps its last w−1 keys only). Masked tokens are deleted: they take no position, leave no key, and output 0.
          After forward(x, state) only the returned state is valid: full attention appends in place when there is room.
-Raises   UserError never; shapes are asserted.
+Measure  with `track_logits = True`, each forward in training mode raises `max_logit` (H,) to the largest z of the batch
+         over what each query sees, before the soft-cap: for QK-clip (optim/qk_clip.py), or to explain a loss spike.
+Raises   UserError from qk_heads() with QK-norm, where scaling W changes no logit; shapes are asserted.
 Source   Vaswani 2017; RoPE: Su 2021 (2104.09864); GQA: Ainslie 2023 (2305.13245); QK-norm: Henry 2020 (2010.04245)
 """
 
@@ -20,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from ..config import ModelConfig, UserError
 from .norm import RMSNorm, at_least_fp32
 
 State = tuple[Tensor, Tensor, Tensor]
 
 # Keys up to which written-out products beat SDPA on a CPU, forward and backward (LOG 2026-11-22: 2-4x at 64, equal at these lengths).
 EXPLICIT_UP_TO = {torch.float32: 128, torch.bfloat16: 256, torch.float64: 128}
+MEASURED_LOGITS = 1 << 22  # at a time, while max_logit is tracked: 16 MiB in fp32
 
 
 @lru_cache(maxsize=16)
@@ -58,6 +61,30 @@ def causal_bias(T: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return _as_bias(torch.ones(T, T, dtype=torch.bool, device=device).tril(), dtype)
 
 
+@torch.no_grad()
+def max_logits(q: Tensor, k: Tensor, visible: Tensor | None = None, *, scale: float) -> Tensor:
+    """max of scale·q_t·k_j over rows, queries t and the keys j that t sees, per query head: (H,), fp32 (fp64 for fp64).
+
+    q (B,H,T,K), k (B,G,S,K); visible: bool, broadcastable to (B,1,T,S), None = causal with S = T. −∞: nothing is seen.
+    The logits exist in chunks of queries, at most max(MEASURED_LOGITS, B·H·S) at a time, in the dtype of the products.
+    """
+    (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
+    size = max(1, MEASURED_LOGITS // (B * H * S))
+    if visible is not None:
+        visible = visible.expand(*visible.shape[:-2], T, S)
+    tops = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        if visible is None:  # later keys are not seen by anyone here
+            keys, seen = k[:, :, :end], torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)
+        else:
+            keys, seen = k, visible[..., start:end, :]
+        grouped = q[:, :, start:end].reshape(B, G, -1, K)  # a group's heads share its keys, uncopied
+        logits = (grouped @ keys.transpose(-1, -2)).view(B, H, end - start, -1)
+        tops.append(logits.masked_fill_(~seen, float("-inf")).amax((0, 2, 3)))
+    return at_least_fp32(torch.stack(tops).amax(0)) * scale
+
+
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig, *, window: int = 0):
         super().__init__()
@@ -67,6 +94,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.heads * self.width, cfg.d_model, bias=cfg.bias)
         self.q_norm = RMSNorm(self.width, eps=cfg.qk_norm_eps) if cfg.qk_norm else None
         self.k_norm = RMSNorm(self.width, eps=cfg.qk_norm_eps) if cfg.qk_norm else None
+        self.track_logits = False
+        self.max_logit: Tensor | None = None  # (H,), of all training forwards since it was last emptied
 
     def tags(self) -> dict[nn.Parameter, dict]:
         """What the optimizer's routing should know of the fused matrix: where q, k and v, and where single heads, begin."""
@@ -74,6 +103,18 @@ class Attention(nn.Module):
         return {
             self.qkv.weight: {"role": "matrix", "split": (0, [q, kv, kv]), "heads": (0, self.heads + 2 * self.kv_heads)}
         }
+
+    def qk_heads(self) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """What optim.qk_clip takes: views of q's weight (H, K, D) and bias (H, K), those of k, and max_logit."""
+        if self.q_norm is not None:
+            raise UserError(
+                "optim.qk_clip scales the query and key weights, but model.qk_norm = true divides any scale out "
+                "again: no logit would change, and QK-norm bounds them already. Use --optim.qk_clip 0, or "
+                "--model.qk_norm false"
+            )
+        heads = [p.detach().unflatten(0, (-1, self.width)) for p in (self.qkv.weight, self.qkv.bias) if p is not None]
+        H, G = self.heads, self.kv_heads
+        return [t[:H] for t in heads], [t[H : H + G] for t in heads], self.max_logit
 
     def init_state(self, batch: int, device=None, dtype=None) -> State:
         empty = torch.zeros(batch, self.kv_heads, 0, self.width, device=device, dtype=dtype)
@@ -109,8 +150,17 @@ class Attention(nn.Module):
         t = torch.arange(T, device=device)
         return (t[None, :] <= t[:, None]) & (t[None, :] > t[:, None] - self.window)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-        """q (B,H,T,K), k and v (B,G,S,K) -> (B,H,T,K). visible: bool, broadcastable to (B,1,T,S); None = causal with S = T."""
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, measured: Tensor | None = None
+    ) -> Tensor:
+        """q (B,H,T,K), k and v (B,G,S,K) -> (B,H,T,K).
+
+        visible: bool, broadcastable to (B,1,T,S); None = causal with S = T.
+        measured: the pairs that count for max_logit, where `visible` has others too.
+        """
+        if self.track_logits and self.training:
+            top = max_logits(q, k, visible if measured is None else measured, scale=self.width**-0.5)
+            self.max_logit = top if self.max_logit is None else torch.maximum(self.max_logit, top)
         dropout = self.cfg.dropout if self.training else 0.0
         cap = self.cfg.attn_softcap
         if not cap and not (q.device.type == "cpu" and k.shape[2] <= EXPLICIT_UP_TO.get(q.dtype, 0)):
@@ -154,10 +204,12 @@ class Attention(nn.Module):
             seen = key_real[:, None, :] & (key_position[:, None, :] <= positions[:, :, None]) & real[:, :, None]
             if self.window:
                 seen &= key_position[:, None, :] > positions[:, :, None] - self.window
+            # the makeshift pair of the next line is no logit of the model
+            measured = seen[:, None].to(q.device, copy=True) if self.track_logits else None
             seen[..., 0] |= ~seen.any(
                 -1
             )  # a masked query must see something or softmax gives NaN; its output is zeroed
-            y = self._attend(q, keys.to(q.dtype), values.to(q.dtype), seen[:, None].to(q.device))
+            y = self._attend(q, keys.to(q.dtype), values.to(q.dtype), seen[:, None].to(q.device), measured)
             order = torch.argsort((~key_real).long(), dim=1, stable=True).to(q.device)  # real keys first, in order
             index = order[:, None, :, None].expand_as(keys)
             return y, self._trim(keys.gather(2, index), values.gather(2, index), new_length, start=base)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import UserError
+from .build import build_optimizer, create_muon_optimizer
 from .muon import Muon
 from .newton_schulz import newton_schulz
+from .qk_clip import qk_clip
 from .routing import RoutingPlan, route
 from .schedule import lr_scale, momentum_at, parse_momentum_warmup
 
@@ -21,79 +23,18 @@ __all__ = [
     "Muon",
     "RoutingPlan",
     "build_optimizer",
+    "create_muon_optimizer",
     "load_named_state",
     "lr_scale",
     "momentum_at",
     "named_state",
     "newton_schulz",
     "parse_momentum_warmup",
+    "qk_clip",
     "route",
 ]
 
 GROUP_STATE = ("step", "ns_chosen", "ns_budget")  # what a group remembers; its hyper-parameters come from the config
-
-
-def build_optimizer(
-    plan_or_model: RoutingPlan | nn.Module,
-    *,
-    name: str = "muon",
-    lr: float,
-    adamw_lr: float | None = None,
-    embed_lr: float | None = None,
-    head_lr: float | None = None,
-    scalar_lr: float | None = None,
-    wd: float = 0.0,
-    adamw_wd: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
-    momentum: float = 0.95,
-    momentum_warmup: str | None = None,
-    nesterov: bool = True,
-    cautious: bool = False,
-    ns_steps: int = 5,
-    coefficients: str = "polar_express",
-    ns_dtype: str = "auto",
-    lr_mode: str = "original",
-    decay: str = "2d",
-) -> torch.optim.Optimizer:
-    """Muon over the plan's groups, or torch.optim.AdamW(fused=True) with every parameter at `lr`.
-
-    decay   AdamW only: "2d" decays matrices, embeddings and the head by `wd`; "all" decays every parameter
-    """
-    plan = route(plan_or_model) if isinstance(plan_or_model, nn.Module) else plan_or_model
-    try:
-        if name == "muon":
-            groups = plan.groups(lr=lr, adamw_lr=adamw_lr, embed_lr=embed_lr, head_lr=head_lr, scalar_lr=scalar_lr, wd=wd,
-                                 adamw_wd=adamw_wd, betas=betas, eps=eps)  # fmt: skip
-            schedule = parse_momentum_warmup(momentum_warmup) if momentum_warmup else None
-            return Muon(groups, lr=lr, momentum=momentum, nesterov=nesterov, momentum_schedule=schedule, cautious=cautious,
-                        ns_steps=ns_steps, coefficients=coefficients, ns_dtype=ns_dtype, lr_mode=lr_mode)  # fmt: skip
-        if name == "adamw":
-            return torch.optim.AdamW(_adamw_groups(plan, lr, wd, decay), lr=lr, betas=tuple(betas), eps=eps, fused=True)
-    except UserError:
-        raise
-    except ValueError as error:  # the values came from a recipe or a flag
-        raise UserError(f"[optim] {error}") from None
-    raise UserError(f"unknown optimizer {name!r}; use --optim.name muon or --optim.name adamw")
-
-
-def _adamw_groups(plan: RoutingPlan, lr: float, wd: float, decay: str) -> list[dict]:
-    if decay not in ("all", "2d"):
-        raise UserError(f'optim.decay={decay!r} is unknown; use "2d" (matrices, embeddings, head) or "all"')
-    groups = {"decay": [], "no_decay": []}
-    for d in plan.decisions:
-        if d.route in ("muon", "adamw"):
-            decayed = decay == "all" or (d.role != "scalar" and d.param.ndim >= 2)
-            groups["decay" if decayed else "no_decay"].append((d.name, d.param))
-    if not any(groups.values()):
-        raise UserError(
-            "no parameter is left to train: all are frozen or excluded; remove an --optim.route ...=exclude"
-        )
-    return [
-        {"params": params, "name": name, "lr": lr, "base_lr": lr, "weight_decay": wd if name == "decay" else 0.0}
-        for name, params in groups.items()
-        if params
-    ]
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
