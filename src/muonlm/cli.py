@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     except Exception as error:
         name = type(error).__name__
-        if name == "RunFailed":
+        if name in ("RunFailed", "MuonInactive"):
             return fail(error, 1, debug, json_mode)
         if name in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(
             error
@@ -483,9 +483,33 @@ def info(argv: list[str]) -> int:
     parser.add_argument("--smoke", action="store_true", help="as it is with --smoke")
     parser.add_argument("--toml", action="store_true", help="print the resolved recipe, to copy and edit")
     parser.add_argument("--keys", action="store_true", help="every config key with its default and meaning")
+    parser.add_argument(
+        "--convert-lr",
+        metavar="LR",
+        help="the same update in another lr mode: --convert-lr 0.02 --from original --to adamw",
+    )
+    parser.add_argument(
+        "--from", dest="from_mode", metavar="MODE", help="original, match_rms_adamw, spectral, none or adamw"
+    )
+    parser.add_argument("--to", metavar="MODE", help="as --from")
+    parser.add_argument("--shape", metavar="ROWSxCOLUMNS", help="of the matrix; without it, a table of usual shapes")
+    parser.add_argument("--wd", metavar="WD", help="weight decay, converted too: lr x wd stays the same")
     args = parser.parse(argv, also=tuple("--" + key for key in keys()))
     from . import info as inform
 
+    if args.convert_lr is not None:
+        if args.what or flags:
+            raise UserError(
+                f"--convert-lr takes no recipe and no key, found {args.what or '--' + next(iter(flags))!r}; leave it out."
+            )
+        facts = inform.rates(args.convert_lr, args.wd, args.from_mode, args.to, args.shape)
+        print(json.dumps(facts) if args.json else inform.rates_as_text(facts))
+        return 0
+    for flag, value in (("--from", args.from_mode), ("--to", args.to), ("--shape", args.shape), ("--wd", args.wd)):
+        if value is not None:
+            raise UserError(
+                f"{flag} belongs to --convert-lr; add the rate, as in --convert-lr 0.02 --from original --to adamw"
+            )
     if args.keys:
         table = inform.describe_keys()
         print(

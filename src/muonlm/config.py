@@ -443,10 +443,14 @@ class LogConfig:
     """Steps between lines of metrics.jsonl (the console's live line follows them)."""
     diagnostics: int = 100
     """Steps between measurements of Muon (update sizes, orthogonality, advice; optim/diagnostics.py). 0 = off."""
+    spectra: int = 1000
+    """Steps between spectra of one layer's momentum, rounded up to a multiple of diagnostics. 0 = none."""
+    advice: bool = True
+    """Say what the measurements suggest: a rate that is too high, a layer that does not move, …"""
 
     def __post_init__(self):
         _at_least("log", 1, every=self.every)
-        _at_least("log", 0, diagnostics=self.diagnostics)
+        _at_least("log", 0, diagnostics=self.diagnostics, spectra=self.spectra)
 
 
 @dataclass(kw_only=True)

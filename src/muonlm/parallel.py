@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import UserError
+from .optim.distributed import is_sharded, local
 
 # Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets; the key is a part of torch.cuda.get_device_name().
 PEAK_FLOPS = {
@@ -131,19 +132,51 @@ def choose_dtype(step, device: torch.device) -> tuple[str, str]:
     )
 
 
-def clip(parameters: list[nn.Parameter], mode: str, limit: float) -> Tensor:
+def clip(
+    parameters: list[nn.Parameter], mode: str, limit: float, scope: str = "all", groups: list[dict] | None = None
+) -> Tensor:
     """Apply the clip mode to the gradients in place; return their global norm before it.
 
-    Called after synchronisation, so every rank sees the same norm (never a local one).
+    scope   what is changed, by a factor that is always that of the norm over all `parameters`, each counted once: "all", or
+            "aux", all but the matrices of Muon, whose step does not depend on the size of a gradient; needs the
+            optimizer's `groups`. "all" still damps a spike in Muon's momentum
+    Called after synchronisation, so every rank sees the same norm (never a local one); of DTensors it is that of the whole.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(grads)
+    if scope not in ("all", "aux"):
+        raise UserError(
+            f'optim.clip_scope = {scope!r} is unknown; use "all", or "aux" to leave Muon\'s matrices as they are'
+        )
+    parameters = [p for p in dict.fromkeys(parameters) if p.grad is not None]
+    grads = [local(p.grad) for p in parameters]
+    norms = _whole_norms(parameters, torch._foreach_norm(grads))
     total = torch.linalg.vector_norm(torch.stack(norms))
-    if mode == "normalize_per_param":
+    if scope == "aux":
+        matrices = {p for group in groups if group.get("use_muon") for p in group["params"]}
+        grads, norms = (
+            [x for p, x in zip(parameters, values, strict=True) if p not in matrices] for values in (grads, norms)
+        )
+    if grads and mode == "normalize_per_param":
         torch._foreach_div_(grads, [norm.clamp(min=torch.finfo(norm.dtype).tiny) for norm in norms])
-    elif mode == "clip":
+    elif grads and mode == "clip":
         torch._foreach_mul_(grads, (limit / (total + 1e-6)).clamp(max=1.0))
     return total
+
+
+def _whole_norms(parameters: list[nn.Parameter], norms: list[Tensor]) -> list[Tensor]:
+    """Norms of whole gradients from those of this rank's shards: one all-reduce for all tensors that are sharded alike."""
+    norms = list(norms)
+    alike = {}
+    for i, p in enumerate(parameters):
+        if is_sharded(p):
+            alike.setdefault((p.device_mesh, p.placements), []).append(i)
+    for (mesh, placements), places in alike.items():
+        squares = torch.stack([norms[i] for i in places]).square()
+        for dim, placement in enumerate(placements):
+            if placement.is_shard():
+                dist.all_reduce(squares, group=mesh.get_group(dim))
+        for i, norm in zip(places, squares.sqrt(), strict=True):
+            norms[i] = norm
+    return norms
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -5,9 +5,11 @@
 `train()` is read from top to bottom. Batch n is a pure function of (seed, n), dropout of (seed, n, rank), rates of n, and the
 optimizer's state is saved whole: a resumed run repeats the unbroken one bit for bit on the same device and number of ranks.
 
-Raises   UserError before anything is allocated or trained; RunFailed when the loss is no longer finite (nothing was updated).
+Raises   UserError before anything is allocated or trained; RunFailed when the loss is no longer finite (nothing was
+updated); MuonInactive when the activity check of optim/diagnostics.py fails.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -28,9 +30,10 @@ from .generate import generate
 from .model import build_model, count_parameters
 from .objectives import OBJECTIVES
 from .optim import RoutingPlan, build_optimizer, load_named_state, lr_scale, named_state, qk_clip, route
+from .optim.activity import ActivityCheck
+from .optim.diagnostics import Diagnostics
 from .parallel import Dist
 from .run import Run, default_directory, duration
-
 
 # arguments of Muon that are keys of [optim] by the same name
 MUON_KEYS = ("momentum", "momentum_form", "nesterov", "variant", "beta2", "cautious", "wd_follows_lr", "ns_steps", "coefficients",
@@ -75,7 +78,7 @@ def train(
             checkpoint.load_weights(model, checkpoint.read(source, state=False)[0], str(source))
         objective = OBJECTIVES[cfg.train.objective]
         plan = plan_routes(cfg, model)
-        optimizer = make_optimizer(cfg, plan)
+        optimizer = make_optimizer(cfg, plan, process_group="world" if dist.world > 1 else None)
         step, counters = 0, {"train_seconds": 0.0, "tokens": 0, "best_loss": math.inf, "best_step": 0}
         if saved:
             tensors, state, meta = saved
@@ -88,14 +91,14 @@ def train(
             load_named_state(optimizer, model, state, meta["optimizer"])
             step, counters = meta["step"], meta["counters"]
         if cfg.optim.name == "muon":
-            own = optimizer.choose_methods()
-            for mine, chosen in zip(own, dist.broadcast(own)):
-                mine.update(chosen)
+            optimizer.assign_owners()  # brings rank 0's choices, too
+            optimizer.choose_methods()
         if cfg.train.dtype == "auto":
             dtype, why = choose_dtype(model, objective, data, cfg, dist)
             cfg = run.cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, dtype=dtype))
             say(f"dtype: {dtype} ({why})")
         clipped = layers_to_clip(cfg, model)
+        diagnostics, check = watch(cfg, optimizer)
         if dist.main:
             begin_run(run, cfg, plan, optimizer, data, step, started, dist, say)
         dist.barrier()
@@ -122,17 +125,18 @@ def train(
                         say(f"eval step {step:,}: " + "  ".join(f"{k} {v:.4f}" for k, v in result.items()))
                     window = (time.perf_counter(), counters["tokens"], step)
                 due = last or stopping or best or (cfg.train.save_every and step % cfg.train.save_every == 0)
-                if due and dist.main and step > 0 and step != resumed_at:
-                    tensors, meta = named_state(optimizer, model)
-                    checkpoint.save(
-                        path,
-                        step,
-                        dict(model.named_parameters()),
-                        tensors,
-                        {"optimizer": meta, "counters": counters, "data": data.fingerprint, "world": dist.world},
-                        best=best,
-                        keep=cfg.train.keep,
-                    )
+                if due and step > 0 and step != resumed_at:
+                    tensors, meta = named_state(optimizer, model)  # all ranks send rank 0 what they own
+                    if dist.main:
+                        checkpoint.save(
+                            path,
+                            step,
+                            dict(model.named_parameters()),
+                            tensors,
+                            {"optimizer": meta, "counters": counters, "data": data.fingerprint, "world": dist.world},
+                            best=best,
+                            keep=cfg.train.keep,
+                        )
                     window = (time.perf_counter(), counters["tokens"], step)
                 if last or stopping:
                     break
@@ -152,7 +156,9 @@ def train(
                         (loss_sum * (dist.world / count)).backward()
                     for name, value in {"loss": loss_sum, **metrics}.items():
                         sums[name] = sums.get(name, 0) + value.detach()
-                norm = parallel.clip(parameters, cfg.optim.clip_mode, cfg.optim.grad_clip)
+                norm = parallel.clip(
+                    parameters, cfg.optim.clip_mode, cfg.optim.grad_clip, cfg.optim.clip_scope, optimizer.param_groups
+                )
                 # one small all-reduce carries the loss, the metrics and whether any rank was told to stop
                 told = torch.tensor(float(signals.pending), device=dist.device)
                 *totals, votes = dist.sum(torch.stack([*(value.float() for value in sums.values()), told])).tolist()
@@ -163,7 +169,8 @@ def train(
                 scale = lr_scale(step, steps=cfg.train.steps, **dataclasses.asdict(cfg.sched))
                 for group in optimizer.param_groups:
                     group["lr"] = group["base_lr"] * scale
-                optimizer.step()
+                with check(step + 1):
+                    optimizer.step()
                 optimizer.zero_grad()
                 if clipped:
                     means |= qk_clip([layer.qk_heads() for layer in clipped], tau=cfg.optim.qk_clip)
@@ -171,6 +178,12 @@ def train(
                 step += 1
                 counters["tokens"] += count
                 counters["train_seconds"] += time.perf_counter() - begin
+                if diagnostics:
+                    signals_of_muon = diagnostics.collect() if diagnostics.due(step) else {}  # all ranks
+                    if dist.main and signals_of_muon:
+                        run.log({"step": step, **signals_of_muon})
+                    for line in diagnostics.advise(step, loss=means["loss"]):
+                        say(f"advice: {line}")
                 if dist.main and (step % cfg.log.every == 0 or step == cfg.train.steps):
                     seconds, tokens, steps = (
                         now - then for now, then in zip((time.perf_counter(), counters["tokens"], step), window)
@@ -247,11 +260,12 @@ def resolve(cfg: Config, vocab_size: int, samples: int, world: int) -> Config:
         )
     # a schedule that does not fit is refused here, not in the loop
     lr_scale(0, steps=steps, **dataclasses.asdict(cfg.sched))
-    # train.dtype = float32 means all of it
-    ns_dtype = "float32" if cfg.optim.ns_dtype == "auto" and t.dtype == "float32" else cfg.optim.ns_dtype
+    # train.dtype = float32 means all of it, and nothing that a timing decides: such a run can be repeated
+    exact = {"ns_dtype": "float32", "ns_method": "aol" if cfg.optim.coefficients.startswith("aol") else "direct"}
+    exact = {key: value for key, value in exact.items() if t.dtype == "float32" and getattr(cfg.optim, key) == "auto"}
     return dataclasses.replace(
         cfg,
-        optim=dataclasses.replace(cfg.optim, ns_dtype=ns_dtype),
+        optim=dataclasses.replace(cfg.optim, **exact),
         model=dataclasses.replace(cfg.model, vocab_size=max(vocab_size, cfg.model.vocab_size)),
         train=dataclasses.replace(
             t,
@@ -308,11 +322,27 @@ def plan_routes(cfg: Config, model: torch.nn.Module) -> RoutingPlan:
     return route(model, overrides=overrides, split_fused=cfg.optim.split_fused, per_head=cfg.optim.per_head)
 
 
-def make_optimizer(cfg: Config, plan: RoutingPlan) -> torch.optim.Optimizer:
+def make_optimizer(cfg: Config, plan: RoutingPlan, process_group=None) -> torch.optim.Optimizer:
     o = cfg.optim
     roles = {f"{role}_lr": getattr(o, f"{role}_lr") or None for role in ("embed", "head", "scalar")}
     same = ("name", "lr", "adamw_lr", "wd", "adamw_wd", "decay", "betas", "eps", *MUON_KEYS)
-    return build_optimizer(plan, momentum_warmup=o.momentum_warmup or None, **roles, **{key: getattr(o, key) for key in same})
+    return build_optimizer(plan, momentum_warmup=o.momentum_warmup or None, process_group=process_group, **roles,
+                           **{key: getattr(o, key) for key in same})  # fmt: skip
+
+
+def watch(cfg: Config, optimizer: torch.optim.Optimizer):
+    """(Diagnostics or None, a function of the step that gives the context of its optimizer step: the activity check)."""
+    if cfg.optim.name != "muon":
+        return None, lambda step: contextlib.nullcontext()
+    diagnostics = None
+    if cfg.log.diagnostics:
+        every = cfg.log.diagnostics
+        spectra = -(-cfg.log.spectra // every) * every  # the next multiple
+        diagnostics = Diagnostics(every, spectra, cfg.log.advice, cfg.optim.adaptive_ns, cfg.seed)
+        diagnostics.attach(optimizer)
+    elif cfg.optim.adaptive_ns:
+        raise UserError("optim.adaptive_ns needs measurements; use --log.diagnostics 100, or --optim.adaptive_ns false")
+    return diagnostics, ActivityCheck(optimizer)
 
 
 def layers_to_clip(cfg: Config, model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -321,7 +351,9 @@ def layers_to_clip(cfg: Config, model: torch.nn.Module) -> list[torch.nn.Module]
         return []
     layers = [module for module in model.modules() if hasattr(module, "qk_heads")]
     if not layers:
-        raise UserError(f"optim.qk_clip = {cfg.optim.qk_clip:g}, but this model has no attention to clip; leave it out.")
+        raise UserError(
+            f"optim.qk_clip = {cfg.optim.qk_clip:g}, but this model has no attention to clip; leave it out."
+        )
     for layer in layers:
         layer.qk_heads()  # refuses QK-norm
         layer.track_logits = True
@@ -359,6 +391,8 @@ def begin_run(run: Run, cfg: Config, plan, optimizer, data: Splits, step: int, s
         for line in table.splitlines():
             if line.startswith(("Muon o", "AdamW o", "Using")):
                 say(line)
+        if optimizer.replicas:
+            say(optimizer.replicas.describe())
     rows, block = cfg.train.global_batch // cfg.model.block_size, cfg.model.block_size
     epochs = (
         cfg.train.steps * rows / len(data.train)

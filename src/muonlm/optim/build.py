@@ -1,9 +1,9 @@
 """Optimizers for a whole model: `build_optimizer` from a routing plan, `create_muon_optimizer` in one call.
 
-    plan = route(model)
-    optimizer = build_optimizer(plan, lr=0.02, adamw_lr=3e-4, cautious=True, variant="normuon")
+plan = route(model)
+optimizer = build_optimizer(plan, lr=0.02, adamw_lr=3e-4, cautious=True, variant="normuon")
 
-    optimizer = create_muon_optimizer(model, lr=3e-3)                    prints who is trained by what
+optimizer = create_muon_optimizer(model, lr=3e-3)                    prints who is trained by what
 """
 
 import torch
@@ -85,7 +85,9 @@ def create_muon_optimizer(
     aux = lr if aux_lr is None else aux_lr
     plan = route(model)
     groups = plan.groups(lr=lr, adamw_lr=aux, wd=weight_decay, adamw_wd=weight_decay)
-    optimizer = Muon(groups, lr, momentum, nesterov, decoupled_wd=decoupled_wd, lr_mode="match_rms_adamw", **BACKENDS[backend])
+    optimizer = Muon(
+        groups, lr, momentum, nesterov, decoupled_wd=decoupled_wd, lr_mode="match_rms_adamw", **BACKENDS[backend]
+    )
     if verbose:
         print(plan.table(optimizer.param_groups), end="")
     return optimizer

@@ -36,8 +36,6 @@ Source   Keller Jordan, github.com/KellerJordan/Muon; classical momentum, match_
          decay: Chen et al., arXiv 2510.12402. `compat="torch"`: torch.optim.Muon bit for bit, with its defaults and names.
 """
 
-import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -46,59 +44,19 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .newton_schulz import check_method, iterate, orthogonalise, triples
-from .probe import NS_DTYPES, choose, dtype_name
-from .schedule import check_momentum_schedule, momentum_at
-from .variants import VARIANTS, adapt, second_momentum_size, stay_on_sphere
+from .blocks import LR_MODES, Block, block_shapes, blocks, shape_factor
+from .distributed import GRADS, Owners, check_sharding, cost, is_sharded, like, local
+from .groups import check_group, check_splits
+from .newton_schulz import iterate, orthogonalise, triples
+from .probe import choose
+from .schedule import momentum_at
+from .variants import adapt, second_momentum_size, stay_on_sphere
 
-LR_MODES = ("original", "match_rms_adamw", "spectral", "none")
+__all__ = ["LR_MODES", "Muon", "Observation", "blocks", "shape_factor"]
+
 ADAMW_DEFAULTS = {"betas": (0.9, 0.95), "eps": 1e-10}
 TORCH_DEFAULTS = {"lr": 1e-3, "weight_decay": 0.1}  # of torch.optim.Muon, for compat="torch"
 DEFAULTS = {"lr": 0.02, "weight_decay": 0.0}
-
-
-def shape_factor(lr_mode: str | Callable[[int, int], float], A: int, B: int, rms_target: float = 0.2) -> float:
-    """s(A, B) of the module docstring, for a block of A rows (fan out) and B columns (fan in)."""
-    match lr_mode:
-        case "original":
-            return math.sqrt(max(1.0, A / B))
-        case "match_rms_adamw":
-            return rms_target * math.sqrt(max(A, B))
-        case "spectral":
-            return math.sqrt(A / B)
-        case "none":
-            return 1.0
-    if callable(lr_mode):
-        return float(lr_mode(A, B))
-    raise ValueError(f"unknown lr_mode {lr_mode!r}: use one of {', '.join(LR_MODES)}")
-
-
-def blocks(t: Tensor, split: dict | None) -> list[Tensor]:
-    """The matrices of a parameter (or of its gradient or momentum) as 2-D views, in a fixed order."""
-    split = split or {}
-    if t.ndim > 3 or split.get("flatten"):
-        return [t.flatten(1)]
-    matrices = [t] if t.ndim == 2 else list(t.unbind(0))
-    if "split" in split:
-        dim, sizes = split["split"]
-    elif "heads" in split:
-        dim, sizes = split["heads"][0], t.shape[split["heads"][0]] // split["heads"][1]
-    else:
-        return matrices
-    return [block for matrix in matrices for block in matrix.split(sizes, dim - t.ndim)]
-
-
-@dataclass
-class _Block:
-    """One matrix of the current step; all views have the parameter's orientation."""
-
-    name: str
-    weight: Tensor  # where - lr s O is added: the parameter, or its fp32 twin
-    grad: Tensor
-    momentum: Tensor  # fp32 after this step's update
-    second: Tensor | None  # flat, state of the variant
-    factor: float
-    steps: int
 
 
 @dataclass
@@ -121,7 +79,9 @@ class Muon(torch.optim.Optimizer):
     lr, weight_decay   0.02 and 0.0 if left out (compat="torch": 1e-3 and 0.1)
     ns_method          "auto" picks among direct, hybrid and gram by a probe; ns_dtype "auto" among fp32 and bf16
     rms_target         of match_rms_adamw and adamuon; sqrt((1 - b1) / (1 + b1)) of the AdamW to match is another choice
-    wd_follows_lr      wd_t = wd lr_t / lr_0, with lr_0 the group's first lr (its "base_lr" or "initial_lr" if set)
+    wd_follows_lr      wd_t = wd lr_t / peak; peak: the group's "base_lr", OneCycleLR's "max_lr", "initial_lr", or its first lr
+    process_group      None, "world" or a ProcessGroup: matrices are shared out among its ranks, see distributed.py; `grads` says
+                       whether gradients arrive "averaged" (by DDP) or "local". FSDP2's DTensors bring their own group
     none_grad          a parameter without gradient is skipped, or ("zero") treated as if it had a zero one
     diagnostics        see optim/diagnostics.py
     """
@@ -140,7 +100,7 @@ class Muon(torch.optim.Optimizer):
         cautious: bool = False,
         wd_follows_lr: bool = False,
         ns_steps: int = 5,
-        coefficients: str | list[tuple[float, float, float]] = "polar_express",
+        coefficients: str | list[tuple[float, float, float]] | None = None,
         ns_method: str = "auto",
         ns_dtype: str | torch.dtype = "auto",
         lr_mode: str | Callable[[int, int], float] = "original",
@@ -155,6 +115,8 @@ class Muon(torch.optim.Optimizer):
         param_dtype_comp: bool = True,
         none_grad: str = "skip",
         diagnostics=None,
+        process_group=None,
+        grads: str = "averaged",
         compat: str | None = None,
         ns_coefficients: tuple[float, float, float] | None = None,
         adjust_lr_fn: str | None = None,
@@ -165,12 +127,20 @@ class Muon(torch.optim.Optimizer):
             )
         if compat is None and (ns_coefficients is not None or adjust_lr_fn is not None):
             raise ValueError(
-                'ns_coefficients and adjust_lr_fn are names of torch.optim.Muon; here they are coefficients=[(a, b, c)] and '
+                "ns_coefficients and adjust_lr_fn are names of torch.optim.Muon; here they are coefficients=[(a, b, c)] and "
                 'lr_mode="original" or "match_rms_adamw" (or pass compat="torch")'
+            )
+        if grads not in GRADS:
+            raise ValueError(
+                f'grads={grads!r} is unknown; use "averaged" (DDP did it) or "local" (nobody did, Muon shall)'
             )
         base = DEFAULTS
         if compat == "torch":
             base = TORCH_DEFAULTS
+            for key, value, unset in (("coefficients", coefficients, None), ("ns_method", ns_method, "auto"),
+                                      ("ns_dtype", ns_dtype, "auto")):  # fmt: skip
+                if value != unset:
+                    raise ValueError(f'{key}={value!r} does not go with compat="torch", which fixes it; leave it out')
             coefficients = [tuple(ns_coefficients)] if ns_coefficients else "keller"
             ns_method, ns_dtype, lr_mode = "direct", "bfloat16", adjust_lr_fn or lr_mode
         muon = {
@@ -182,7 +152,7 @@ class Muon(torch.optim.Optimizer):
             "cautious": cautious,
             "wd_follows_lr": wd_follows_lr,
             "ns_steps": ns_steps,
-            "coefficients": coefficients,
+            "coefficients": "polar_express" if coefficients is None else coefficients,
             "ns_method": ns_method,
             "ns_dtype": ns_dtype,
             "lr_mode": lr_mode,
@@ -203,6 +173,9 @@ class Muon(torch.optim.Optimizer):
         }
         self.ns_calls = 0
         self.diagnostics = diagnostics
+        self.replicas = Owners.of(process_group, grads)
+        self.shards = None  # the owners of DTensor parameters
+        self.settled = False  # whether all matrices have an owner, see `assign_owners`
         defaults = {
             "lr": base["lr"] if lr is None else lr,
             "weight_decay": base["weight_decay"] if weight_decay is None else weight_decay,
@@ -214,19 +187,40 @@ class Muon(torch.optim.Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         self.__dict__.setdefault("ns_calls", 0)
-        self.__dict__.setdefault("diagnostics", None)
+        for name in ("diagnostics", "replicas", "shards"):
+            self.__dict__.setdefault(name, None)
+        self.__dict__.setdefault("settled", False)
+
+    def __getstate__(self):
+        if self.replicas or self.shards:
+            raise ValueError("a distributed Muon holds a part of the state and cannot be copied or pickled; "
+                             "use named_state, which gathers the whole")  # fmt: skip
+        return super().__getstate__()
 
     # ---------------------------------------------------------------------------------------------- groups
 
     def add_param_group(self, param_group: dict) -> None:
         group = dict(param_group)
         params = group["params"]
+        if isinstance(params, set):
+            raise TypeError(
+                "parameters must come in an order that is the same in every run; pass a list instead of a set"
+            )
         group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+        if strange := [type(p).__name__ for p in tensors if not isinstance(p, Tensor)]:
+            raise TypeError(f"a group holds tensors or (name, tensor) pairs, found {strange[0]}")
         group.setdefault("name", f"group{len(self.param_groups)}")
         names = [p[0] if isinstance(p, tuple) else f"#{i} of group {group['name']!r}" for i, p in enumerate(params)]
         if group["name"] in {g["name"] for g in self.param_groups}:
             raise ValueError(f"two groups are named {group['name']!r}; give each a name of its own")
+        seen = {id(p) for other in self.param_groups for p in other["params"]}
+        for name, p in zip(names, tensors, strict=True):
+            if id(p) in seen:
+                raise ValueError(
+                    f"parameter {name} is given twice and would be updated twice; remove it from one place"
+                )
+            seen.add(id(p))
         if "use_muon" not in group:
             for name, p in zip(names, tensors, strict=True):
                 if p.ndim != 2:
@@ -248,13 +242,15 @@ class Muon(torch.optim.Optimizer):
         shared = {key: self.defaults[key] for key in ("lr", "weight_decay")}
         for key, value in (shared | self.defaults[own]).items():
             group.setdefault(key, dict(value) if isinstance(value, dict) else value)
-        _check_group(group)
+        check_group(group)
         if group["use_muon"]:
-            group["splits"] = _splits(group.get("splits"), names, tensors)
+            group["splits"] = check_splits(group.get("splits"), names, tensors)
+            check_sharding(group, names, tensors)
             if any(split and split.get("adamw") for split in group["splits"]) and "slices" not in group:
                 raise ValueError(f"group {group['name']!r} leaves slices to AdamW but does not say how; set slices=dict(lr_ratio="
                                  f"adamw_lr / muon_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)")  # fmt: skip
         super().add_param_group(group)
+        self.settled = False
         for key in ("muon", "adamw"):
             del self.param_groups[-1][key]
 
@@ -262,12 +258,10 @@ class Muon(torch.optim.Optimizer):
         splits = [group.get("splits") for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, saved, split in zip(self.param_groups, state_dict["param_groups"], splits, strict=True):
-            # torch casts floating state to the parameter's dtype, lossy for bf16 weights, and leaves `step` where it was
-            keys = ("momentum_buffer", "second_momentum", "exp_avg", "exp_avg_sq") if group["use_muon"] else ()
+            # torch casts state to the parameter's dtype, lossy for bf16 weights, and does not copy what needs no cast
             for p, index in zip(group["params"], saved["params"], strict=True):
-                for key in (*keys, "step"):
-                    if key in state_dict["state"].get(index, ()):
-                        self.state[p][key] = state_dict["state"][index][key].to(p.device, copy=True)
+                for key, value in state_dict["state"].get(index, {}).items():
+                    self.state[p][key] = value.to(p.device, copy=True)
             if group["use_muon"]:
                 group["splits"] = split  # belongs to the model at hand, not to the file
 
@@ -281,51 +275,120 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.ns_calls = 0
+        gradients = self._gradients()
         for group in self.param_groups:
             if group["use_muon"]:
-                self._muon_step(group)
+                self._muon_step(group, gradients)
             else:
-                self._adamw_step(group)
+                self._adamw_step(group, gradients)
+        if self.replicas:
+            self.replicas.share_weights()
         return loss
 
-    def choose_methods(self) -> list[dict[str, str]]:
-        """Decide every "auto" now instead of at the first step; returns the groups' own dicts of choices.
+    def _gradients(self) -> dict[Tensor, Tensor]:
+        """Of every parameter that this rank shall update now, the gradient to use."""
+        params = {
+            p: name for group in self.param_groups for p, name in zip(group["params"], names_of(group), strict=True)
+        }
+        for p, name in params.items():
+            if p.grad is not None and p.grad.is_sparse:
+                raise ValueError(f"parameter {name} of shape {tuple(p.shape)} has a sparse gradient, which neither Newton-Schulz "
+                                 f"nor this AdamW can use; use sparse=False in its embedding")  # fmt: skip
+        self.assign_owners()
+        found = {p: p.grad for p in params if p.grad is not None}
+        if self.replicas and (whole := {p: name for p, name in params.items() if not is_sharded(p)}):
+            found = self.replicas.gradients(whole, found)
+        if self.shards:
+            found = self.shards.complete([p for p in params if is_sharded(p)], found)
+        for group in self.param_groups:
+            for p in group["params"] if group["use_muon"] and group["none_grad"] == "zero" else ():
+                if p not in found and self._updates(p):
+                    found[p] = torch.zeros_like(p)
+        return found
 
-        Ranks that hold the same parameters must take rank 0's choices, or their weights drift apart: broadcast and update.
+    def _updates(self, p: Tensor) -> bool:
+        """Whether this rank updates the matrix `p` (or its shard of it)."""
+        return not self.replicas or is_sharded(p) or self.replicas.owns(p)
+
+    def assign_owners(self) -> None:
+        """Give every matrix without an owner one, and let all ranks take rank 0's choice of methods: a collective call.
+
+        Nothing happens on one device, or when all have an owner. `step` and `load_named_state` call it.
         """
+        if self.settled:
+            return
+        self.settled, new = True, {True: [], False: []}
+        for group in (g for g in self.param_groups if g["use_muon"]):
+            for p, split, name in zip(group["params"], group["splits"], names_of(group), strict=True):
+                if self.replicas or is_sharded(p):
+                    new[is_sharded(p)].append((cost(block_shapes(p.shape, split)), name, p))
+        if new[True] and self.shards is None:
+            self.shards = Owners.of_mesh([p for *_, p in new[True]])
+        for owners, items in ((self.shards, new[True]), (self.replicas, new[False])):
+            if owners and owners.assign(items):
+                if owners.rank == 0:
+                    self.choose_methods()
+                own = [group["ns_chosen"] for group in self.param_groups if group["use_muon"]]
+                for mine, chosen in zip(own, owners.broadcast(own), strict=True):
+                    mine.update(chosen)
+
+    def choose_methods(self) -> list[dict[str, str]]:
+        """Decide every "auto" now instead of at the first step; returns the groups' own dicts of choices."""
         choices = []
         for group in (g for g in self.param_groups if g["use_muon"] and not g["compat"]):
             counts = defaultdict(int)
             for p, split in zip(group["params"], group["splits"], strict=True):
                 dtype = p.dtype if p.dtype == torch.float64 else torch.float32
-                for A, B in (block.shape for block in blocks(p, split)):
+                for A, B in block_shapes(p.shape, split):
                     counts[A, B, dtype, p.device] += 1
             for (A, B, dtype, device), count in counts.items():
                 choose(group, A, B, count, dtype, device)
             choices.append(group["ns_chosen"])
         return choices
 
-    def _muon_step(self, group: dict) -> None:
+    def _muon_step(self, group: dict, gradients: dict[Tensor, Tensor]) -> None:
         if group["momentum_schedule"] is not None:
             group["momentum"] = momentum_at(group["momentum_schedule"], group["step"])
         group["step"] += 1
-        found = []
-        for p, split, name in zip(group["params"], group["splits"], _names(group), strict=True):
-            if p.grad is not None and p.grad.is_sparse:
-                raise ValueError(f"parameter {name} of shape {tuple(p.shape)} has a sparse gradient, which Newton-Schulz cannot "
-                                 f"use; route it to AdamW or use sparse=False")  # fmt: skip
-            if p.grad is not None or group["none_grad"] == "zero":
-                found.append((p, torch.zeros_like(p) if p.grad is None else p.grad, split, name))
-        if found:
-            twins = self._twins(group, [p for p, *_ in found])
-            weights = [twins.get(p, p) for p, *_ in found]
-            work = self._momentum(group, found, weights)
-            self._update(group, work)
-            for p, twin in twins.items():
-                _store(p, self.state[p]["mantissa"], twin)
+        members = zip(group["params"], group["splits"], names_of(group), strict=True)
+        found = [(p, gradients[p], split, name) for p, split, name in members if p in gradients]
+        whole, shards = ([f for f in found if is_sharded(f[0]) == sharded] for sharded in (False, True))
+        for part, update in ((whole, self._update_whole), (shards, self._update_shards)):
+            if part:
+                twins = self._twins(group, [p for p, *_ in part])
+                weights = [twins.get(p, local(p)) for p, *_ in part]
+                update(group, part, weights, *self._momentum(group, part, weights))
+                for p, twin in twins.items():
+                    _store(local(p), local(self.state[p]["mantissa"]), twin)
+
+    def _update_whole(
+        self, group: dict, found: list[tuple], weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor]
+    ) -> None:
+        self._update(group, self._cut(group, found, weights, grads, momenta))
+
+    def _update_shards(
+        self, group: dict, found: list[tuple], weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor]
+    ) -> None:
+        """U's shards go to the owners, who step zero weights without decay: what comes back is the change of each shard."""
+        shards = {
+            f[0]: direction(group, G, M, torch.empty_like(M)) for f, G, M in zip(found, grads, momenta, strict=True)
+        }
+        owned = self.shards.to_owners(shards)
+        changes = {p: torch.zeros_like(U) for p, U in owned.items()}
+        plain = {**group, "nesterov": False, "weight_decay": 0.0}
+        mine, U = [f for f in found if f[0] in owned], list(owned.values())
+        self._update(plain, self._cut(plain, mine, list(changes.values()), U, U), watch=False)
+        deltas = self.shards.from_owners(changes, shards)
+        decay = decay_rate(group)
+        for weight, delta in zip(weights, deltas, strict=True):
+            if decay and group["cautious"]:
+                weight.sub_(weight * (delta * weight <= 0.0), alpha=float(group["lr"]) * decay)
+            elif decay:
+                weight.mul_(1.0 - group["lr"] * decay)
+            weight.add_(delta)
 
     def _twins(self, group: dict, params: list[Tensor]) -> dict[Tensor, Tensor]:
-        """fp32 twins of bf16 parameters, made of their 16 bits and the 16 of `mantissa`."""
+        """fp32 twins of bf16 parameters (of their shards), made of their 16 bits and the 16 of `mantissa`."""
         if not group["param_dtype_comp"] or group["compat"]:
             return {}
         twins = {}
@@ -333,23 +396,22 @@ class Muon(torch.optim.Optimizer):
             if p.dtype == torch.bfloat16:
                 state = self.state[p]
                 if "mantissa" not in state:
-                    state["mantissa"] = torch.zeros_like(p, dtype=torch.int16)
-                bits = p.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
-                twins[p] = bits.add_(state["mantissa"]).view(torch.float32)
+                    state["mantissa"] = like(p, torch.int16)
+                bits = local(p).view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+                twins[p] = bits.add_(local(state["mantissa"])).view(torch.float32)
         return twins
 
-    def _momentum(self, group: dict, found: list[tuple], weights: list[Tensor]) -> list[_Block]:
-        """Update the momentum of all parameters and cut everything into blocks; AdamW slices are stepped here and left out."""
+    def _momentum(self, group: dict, found: list[tuple], weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Update the momentum of all parameters (of their shards); return gradients and momenta, both fp32 or fp64."""
         mu, coupled = group["momentum"], not group["decoupled_wd"] and group["weight_decay"]
         momenta, grads = [], []
         for p, grad, split, _ in found:
-            state = self.state[p]
-            if "momentum_buffer" not in state:
+            if "momentum_buffer" not in self.state[p]:
                 self._new_state(p, split, group)
-            M = state["momentum_buffer"]
+            M = local(self.state[p]["momentum_buffer"])
             wide = M.dtype if M.dtype not in (torch.bfloat16, torch.float16) or group["compat"] else torch.float32
             momenta.append(M.to(wide))
-            grads.append(grad.to(wide))
+            grads.append(local(grad).to(wide))
         if coupled:
             grads = list(torch._foreach_add(grads, weights, alpha=group["weight_decay"]))
         if group["momentum_form"] == "ema":
@@ -357,16 +419,24 @@ class Muon(torch.optim.Optimizer):
         else:
             torch._foreach_mul_(momenta, mu)
             torch._foreach_add_(momenta, grads)
+        for (p, *_), M in zip(found, momenta, strict=True):
+            stored = local(self.state[p]["momentum_buffer"])
+            if M is not stored:
+                stored.copy_(M)
+        return grads, momenta
 
+    def _cut(
+        self, group: dict, found: list[tuple], weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor]
+    ) -> list[Block]:
+        """The blocks of whole parameters; AdamW slices are stepped here and left out."""
         work = []
-        for (p, _, split, name), weight, G, M in zip(found, weights, grads, momenta, strict=True):
+        for (p, grad, split, name), weight, G, M in zip(found, weights, grads, momenta, strict=True):
             state = self.state[p]
-            if M is not state["momentum_buffer"]:
-                state["momentum_buffer"].copy_(M)
             pieces = list(zip(blocks(weight, split), blocks(G, split), blocks(M, split), strict=True))
             aux = (split or {}).get("adamw", ())
             if aux:
-                self._slices_step(group, state, split, [pieces[i][:2] for i in aux])
+                plain = blocks(G, split) if group["decoupled_wd"] else blocks(local(grad).to(G.dtype), split)
+                self._slices_step(group, state, split, [(pieces[i][0], plain[i]) for i in aux])
             transposed, start = bool(split and split.get("transposed")), 0
             for i, (w, g, m) in enumerate(pieces):
                 if i in aux:
@@ -379,27 +449,39 @@ class Muon(torch.optim.Optimizer):
                 block = f"{name}[{i}]" if len(pieces) > 1 else name
                 factor = shape_factor(group["lr_mode"], *((B, A) if transposed else (A, B)), group["rms_target"])
                 steps = group["ns_budget"].get(block, group["ns_steps"])
-                work.append(_Block(block, w, g, m, second, factor, steps))
+                work.append(Block(block, w, g, m, second, factor, steps, transposed))
         return work
 
-    def _new_state(self, p: Tensor, split: dict | None, group: dict) -> None:
+    def state_layout(
+        self, p: Tensor, split: dict | None, group: dict
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """{key: (shape, dtype)} of the state of one whole Muon parameter; with the mantissa if it has one."""
         dtype = p.dtype if group["compat"] or p.dtype == torch.float64 else torch.float32
         stored = getattr(torch, group["state_dtype"]) if group["state_dtype"] and dtype == torch.float32 else dtype
-        state, aux = self.state[p], (split or {}).get("adamw", ())
-        state["momentum_buffer"] = torch.zeros_like(p, dtype=stored, memory_format=torch.contiguous_format)
-        shapes = [block.shape for i, block in enumerate(blocks(p, split)) if i not in aux]
-        if size := sum(second_momentum_size(group["variant"], A, B) for A, B in shapes):
-            state["second_momentum"] = torch.zeros(size, dtype=dtype, device=p.device)
-        if aux:
-            size = sum(block.numel() for i, block in enumerate(blocks(p, split)) if i in aux)
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros(size, dtype=dtype, device=p.device)
-            state["step"] = torch.zeros((), dtype=torch.float32)
+        layout = {"momentum_buffer": (tuple(p.shape), stored)}
+        if size := sum(second_momentum_size(group["variant"], A, B) for A, B in block_shapes(p.shape, split)):
+            layout["second_momentum"] = ((size,), dtype)
+        if (split or {}).get("adamw"):
+            size = p.numel() - sum(A * B for A, B in block_shapes(p.shape, split))
+            layout |= {"exp_avg": ((size,), dtype), "exp_avg_sq": ((size,), dtype), "step": ((), torch.float32)}
+        if p.dtype == torch.bfloat16 and group["param_dtype_comp"] and not group["compat"]:
+            layout["mantissa"] = (tuple(p.shape), torch.int16)
+        return layout
+
+    def _new_state(self, p: Tensor, split: dict | None, group: dict) -> None:
+        """All but the mantissa, which `_twins` makes. Of a sharded parameter what is not sharded is the owner's alone."""
+        for key, (shape, dtype) in self.state_layout(p, split, group).items():
+            if key == "momentum_buffer":
+                self.state[p][key] = like(p, dtype)
+            elif key != "mantissa" and (not is_sharded(p) or self.shards.owns(p)):
+                self.state[p][key] = torch.zeros(shape, dtype=dtype, device="cpu" if key == "step" else p.device)
 
     def _slices_step(self, group: dict, state: dict, split: dict, pieces: list[tuple[Tensor, Tensor]]) -> None:
         """AdamW on the slices of a fused matrix that are too thin for Newton-Schulz; their state lies flat, one after the other."""
         options, sizes = group["slices"], [w.numel() for w, _ in pieces]
-        moments = [[v.view(w.shape) for v, (w, _) in zip(state[key].split(sizes), pieces)] for key in ("exp_avg", "exp_avg_sq")]
+        moments = [
+            [v.view(w.shape) for v, (w, _) in zip(state[key].split(sizes), pieces)] for key in ("exp_avg", "exp_avg_sq")
+        ]
         steps = [state["step"].clone() for _ in pieces]
         adamw(
             [w for w, _ in pieces],
@@ -418,33 +500,40 @@ class Muon(torch.optim.Optimizer):
         )
         state["step"].copy_(steps[0])
 
-    def _update(self, group: dict, work: list[_Block]) -> None:
+    def _update(self, group: dict, work: list[Block], watch: bool = True) -> None:
         """Orthogonalise the blocks, batched by shape, and change their weights."""
-        decay = group["weight_decay"] if group["decoupled_wd"] else 0.0
-        if group["wd_follows_lr"]:
-            decay = decay * float(group["lr"]) / (group.get("base_lr") or group.get("initial_lr") or group["first_lr"])
+        decay = decay_rate(group)
         if decay and not group["cautious"]:
-            shrink = 1.0 - group["lr"] * decay
+            shrink = 1.0 - _rate(group) * decay
             torch._foreach_mul_([block.weight for block in work], shrink)
         buckets = defaultdict(list)
         for block in work:
-            key = (*block.weight.shape, block.factor, block.steps, block.momentum.dtype, block.momentum.device)
-            buckets[key if group["batch_by_shape"] else block.name].append(block)
+            key = (
+                *block.weight.shape,
+                block.factor,
+                block.steps,
+                block.transposed,
+                block.momentum.dtype,
+                block.momentum.device,
+            )
+            buckets[key if group["batch_by_shape"] else len(buckets)].append(block)
         for bucket in buckets.values():
             self.ns_calls += len(bucket)
             entries = bucket[0].weight.numel() * bucket[0].momentum.element_size()
             per_batch = max(1, group["max_batch_bytes"] // entries)
             for i in range(0, len(bucket), per_batch):
-                self._update_batch(group, bucket[i : i + per_batch], len(bucket), decay if group["cautious"] else 0.0)
+                self._update_batch(
+                    group, bucket[i : i + per_batch], len(bucket), decay if group["cautious"] else 0.0, watch
+                )
 
-    def _update_batch(self, group: dict, batch: list[_Block], count: int, cautious_decay: float) -> None:
+    def _update_batch(self, group: dict, batch: list[Block], count: int, cautious_decay: float, watch: bool) -> None:
         first, weights = batch[0], [block.weight for block in batch]
         if group["compat"] == "torch":
             assert len(batch) == 1
             O, variant = _torch_orthogonalise(first, group)[None], "muon"
         else:
             U = _stack(batch, group)
-            watched = self.diagnostics is not None and self.diagnostics.due(group["step"])
+            watched = watch and self.diagnostics is not None and self.diagnostics.due(group["step"])
             before = U.clone() if watched else None
             variant = group["variant"]
             if variant == "adamuon" and group["adamuon_sign"]:
@@ -460,10 +549,11 @@ class Muon(torch.optim.Optimizer):
                                 [b.factor for b in batch], float(group["lr"]), group["weight_decay"], group["step"])
                 )  # fmt: skip
             if variant in ("normuon", "adamuon"):
-                O = adapt(variant, O, [block.second for block in batch], group["beta2"], group["rms_target"])
-        lr = group["lr"]
+                second = [block.second for block in batch]
+                O = adapt(variant, O, second, group["beta2"], group["rms_target"], first.transposed)
+        lr = _rate(group)
         if variant == "hyperball":
-            stay_on_sphere(weights, O, [block.second for block in batch], lr)
+            stay_on_sphere([block.name for block in batch], weights, O, [block.second for block in batch], lr)
             return
         directions = list(O.unbind(0))
         if cautious_decay:
@@ -477,14 +567,11 @@ class Muon(torch.optim.Optimizer):
         else:
             torch._foreach_add_(weights, directions, alpha=-scale)
 
-    def _adamw_step(self, group: dict) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
+    def _adamw_step(self, group: dict, gradients: dict[Tensor, Tensor]) -> None:
+        params = [p for p in group["params"] if p in gradients]
         if not params:
             return
         for p in params:
-            if p.grad.is_sparse:
-                raise ValueError(f"a parameter of shape {tuple(p.shape)} in group {group['name']!r} has a sparse gradient; "
-                                 f"use sparse=False in its embedding, or torch.optim.SparseAdam for it")  # fmt: skip
             state = self.state[p]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -492,10 +579,10 @@ class Muon(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(p)
         states = [self.state[p] for p in params]
         adamw(
-            params,
-            [p.grad for p in params],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            [local(p) for p in params],
+            [local(gradients[p]) for p in params],
+            [local(s["exp_avg"]) for s in states],
+            [local(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
             fused=True,
@@ -509,7 +596,7 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def _names(group: dict) -> list[str]:
+def names_of(group: dict) -> list[str]:
     return group.get("param_names") or [f"#{i} of group {group['name']!r}" for i in range(len(group["params"]))]
 
 
@@ -521,28 +608,47 @@ def _store(p: Tensor, mantissa: Tensor, twin: Tensor) -> None:
     p.view(torch.int16).copy_(high)
 
 
-def _stack(batch: list[_Block], group: dict) -> Tensor:
+def _rate(group: dict) -> float | Tensor:
+    """lr, as a number under compat="torch": a tensor would round its bf16 updates once more."""
+    return float(group["lr"]) if group["compat"] else group["lr"]
+
+
+def decay_rate(group: dict) -> float:
+    """The decoupled decay of this step, before lr."""
+    decay = group["weight_decay"] if group["decoupled_wd"] else 0.0
+    if decay and group["wd_follows_lr"]:
+        peaks = (float(group[key]) for key in ("base_lr", "max_lr", "initial_lr", "first_lr") if group.get(key))
+        peak = next(peaks, 0.0)  # the loop's, OneCycleLR's, other schedulers', the constructor's
+        decay = decay * float(group["lr"]) / peak if peak else 0.0
+    return decay
+
+
+def direction(group: dict, G: Tensor, M: Tensor, out: Tensor) -> Tensor:
+    """U, written to `out`."""
+    if not group["nesterov"]:
+        return out.copy_(M)
+    if group["momentum_form"] == "ema":
+        return torch.lerp(G, M, group["momentum"], out=out)
+    return torch.add(G, M, alpha=group["momentum"], out=out)
+
+
+def _stack(batch: list[Block], group: dict) -> Tensor:
     """U of blocks that share a shape, as one contiguous batch (N, A, B)."""
-    mu, first = group["momentum"], batch[0].momentum
+    first = batch[0].momentum
     U = torch.empty(len(batch), *first.shape, dtype=first.dtype, device=first.device)
     for block, slot in zip(batch, U.unbind(0), strict=True):
-        if not group["nesterov"]:
-            slot.copy_(block.momentum)
-        elif group["momentum_form"] == "ema":
-            torch.lerp(block.grad, block.momentum, mu, out=slot)
-        else:
-            torch.add(block.grad, block.momentum, alpha=mu, out=slot)
+        direction(group, block.grad, block.momentum, slot)
     return U
 
 
-def _torch_orthogonalise(block: _Block, group: dict) -> Tensor:
+def _torch_orthogonalise(block: Block, group: dict) -> Tensor:
     """What torch.optim.Muon does, in its order of operations: bf16 first, then a norm clamped at 1e-7, one matrix a time."""
     g, m = block.grad, block.momentum
     X = (g.lerp(m, group["momentum"]) if group["nesterov"] else m).to(torch.bfloat16, copy=True)
     X = X.mT if g.shape[0] > g.shape[1] else X
     X.div_(X.norm().clamp(min=1e-7))
     O = iterate(X, triples(group["coefficients"], group["ns_steps"]))
-    return O.mT if g.shape[0] > g.shape[1] else O
+    return O.contiguous().mT if g.shape[0] > g.shape[1] else O  # a bf16 add_ rounds differently with other strides
 
 
 _compiled_orthogonalise = None
@@ -553,93 +659,3 @@ def _compiled():
     if _compiled_orthogonalise is None:
         _compiled_orthogonalise = torch.compile(orthogonalise, dynamic=False)
     return _compiled_orthogonalise
-
-
-# -------------------------------------------------------------------------------------------------- checks
-
-
-def _check_group(group: dict) -> None:
-    """ValueError for hyper-parameters that cannot work; rewrites dtypes and the schedule to plain, saveable values."""
-
-    def need(condition: bool, key: str, fix: str) -> None:
-        if not condition:
-            raise ValueError(f"{key}={group[key]!r} in group {group['name']!r} is not allowed; use {fix}")
-
-    for key in ("lr", "weight_decay"):
-        need(math.isfinite(group[key]) and group[key] >= 0.0, key, "a finite number >= 0")
-    if not group["use_muon"]:
-        need(len(group["betas"]) == 2 and all(0.0 <= b < 1.0 for b in group["betas"]), "betas", "two numbers in [0, 1)")
-        need(math.isfinite(group["eps"]) and group["eps"] >= 0.0, "eps", "a finite number >= 0")
-        return
-    group.setdefault("first_lr", float(group["lr"]))
-    need(0.0 <= group["momentum"] < 1.0, "momentum", "a number in [0, 1), e.g. 0.95")
-    need(group["momentum_form"] in ("ema", "classical"), "momentum_form", '"ema" or "classical"')
-    need(callable(group["lr_mode"]) or group["lr_mode"] in LR_MODES, "lr_mode", f"one of {', '.join(LR_MODES)}")
-    need(math.isfinite(group["rms_target"]) and group["rms_target"] > 0.0, "rms_target", "a number > 0, e.g. 0.2")
-    need(group["max_batch_bytes"] > 0, "max_batch_bytes", "a number of bytes > 0")
-    need(group["variant"] in VARIANTS, "variant", f"one of {', '.join(VARIANTS)}")
-    need(0.0 <= group["beta2"] < 1.0, "beta2", "a number in [0, 1), e.g. 0.95")
-    need(group["none_grad"] in ("skip", "zero"), "none_grad", '"skip" or "zero"')
-    hyperball = group["variant"] == "hyperball"
-    need(not (hyperball and group["weight_decay"]), "weight_decay", '0 with variant="hyperball", which fixes the norm')
-    if group["compat"]:
-        plain = group["variant"] == "muon" and group["momentum_form"] == "ema" and not group["state_dtype"]
-        need(plain, "compat", 'it with variant="muon", momentum_form="ema" and no state_dtype only: torch has no other')
-        group["batch_by_shape"] = False
-    triples(group["coefficients"], group["ns_steps"])
-    if group["ns_dtype"] != "auto":
-        group["ns_dtype"] = dtype_name(group["ns_dtype"], "ns_dtype")
-    if group["ns_method"] != "auto":
-        check_method(group["ns_method"], group["coefficients"], NS_DTYPES.get(group["ns_dtype"]))
-    elif isinstance(group["coefficients"], str) and group["coefficients"].startswith("aol"):
-        group["ns_method"] = "aol"
-    if group["state_dtype"] is not None:
-        group["state_dtype"] = dtype_name(group["state_dtype"], "state_dtype")
-    if group["momentum_schedule"] is not None:
-        check_momentum_schedule(group["momentum_schedule"])
-        group["momentum_schedule"] = [(int(step), float(mu)) for step, mu in group["momentum_schedule"]]
-    if not group["decoupled_wd"] and group["weight_decay"]:
-        need(not group["cautious"], "cautious", "False with decoupled_wd=False")
-        warnings.warn(
-            "decoupled_wd=False adds wd * W to the gradient, whose size Newton-Schulz forgets: wd is then no rate of decay. "
-            "Use decoupled_wd=True unless you must repeat an old run.",
-            stacklevel=4,
-        )
-
-
-def _splits(given: list[dict | None] | None, names: list[str], tensors: list[Tensor]) -> list[dict | None]:
-    """One checked split per parameter of a Muon group, from `given` or else from the parameters' tags."""
-    if given is None:
-        tags = [getattr(p, "muonlm", None) or {} for p in tensors]
-        kinds = ("split", "heads")
-        extra = ("adamw", "transposed")
-        given = [next(({k: tag[k]} | {e: tag[e] for e in extra if e in tag} for k in kinds if k in tag), None) for tag in tags]
-    if len(given) != len(tensors):
-        raise ValueError(f"splits has {len(given)} entries for {len(tensors)} parameters; give one (or None) for each")
-    for name, p, split in zip(names, tensors, given, strict=True):
-        if p.ndim < 2 or p.numel() == 0:
-            raise ValueError(f"parameter {name} of shape {tuple(p.shape)} is no matrix, so it has no orthogonal factor; "
-                             f"put it into a group with use_muon=False (a sharded, flattened matrix must be gathered first)")  # fmt: skip
-        flat = p.ndim > 3 or bool(split and split.get("flatten"))
-        if flat and not p.is_contiguous():
-            raise ValueError(f"parameter {name} of shape {tuple(p.shape)} is not contiguous, so it cannot be seen as a matrix; "
-                             f"call .contiguous() on it (no channels_last), or set use_muon=False")  # fmt: skip
-        if not split or not ("split" in split or "heads" in split):
-            continue
-        if flat:
-            raise ValueError(
-                f"parameter {name} of shape {tuple(p.shape)} is flattened and cannot be split; remove its split"
-            )
-        dim, parts = split.get("split") or split["heads"]
-        if not p.ndim - 2 <= dim < p.ndim:
-            raise ValueError(f"the split of parameter {name} is along dimension {dim} of shape {tuple(p.shape)}; "
-                             f"use {p.ndim - 2} or {p.ndim - 1}")  # fmt: skip
-        whole = p.shape[dim]
-        if "split" in split and (sum(parts) != whole or min(parts) < 1):
-            raise ValueError(f"the split {list(parts)} of parameter {name} does not add up to its {whole} entries along "
-                             f"dimension {dim}")  # fmt: skip
-        if "heads" in split and (parts < 1 or whole % parts):
-            raise ValueError(
-                f"{parts} heads do not divide the {whole} entries of parameter {name} along dimension {dim}"
-            )
-    return given

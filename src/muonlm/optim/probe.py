@@ -32,20 +32,28 @@ def choose(group: dict, A: int, B: int, count: int, dtype: torch.dtype, device: 
     if "auto" not in (method, ns_dtype):
         return method, NS_DTYPES[ns_dtype]
     m, n = min(A, B), max(A, B)
-    key = f"{m}x{n}"
-    if key not in group["ns_chosen"]:
-        chosen = fastest(m, n, count, group["coefficients"], group["ns_steps"], method, ns_dtype, device)
+    key = f"{m}x{n}" if dtype != torch.float64 else f"{m}x{n} float64"
+    options = candidates(m, n, group["coefficients"], group["ns_steps"], method, ns_dtype, device)
+    stored = group["ns_chosen"].get(key, " ").split(" ")
+    chosen = (stored[0], NS_DTYPES.get(stored[1]))
+    if chosen not in options:  # nothing stored, or it was chosen under settings that have changed since
+        chosen = fastest(m, n, count, group["coefficients"], group["ns_steps"], options, device)
         group["ns_chosen"][key] = f"{chosen[0]} {str(chosen[1]).removeprefix('torch.')}"
-    chosen_method, chosen_dtype = group["ns_chosen"][key].split()
-    return chosen_method, NS_DTYPES[chosen_dtype]
+    return chosen
 
 
-def candidates(m: int, n: int, coefficients, steps: int, method: str, ns_dtype: str, device: torch.device) -> list[Choice]:
+def candidates(
+    m: int, n: int, coefficients, steps: int, method: str, ns_dtype: str, device: torch.device
+) -> list[Choice]:
     """The legal choices among direct, hybrid and gram, float32 and (not on MPS) bfloat16, that the settings leave open."""
     methods = [method] if method != "auto" else ["direct"]
     if method == "auto" and 2 * n >= 3 * m and steps >= 3:
         methods += ["hybrid", "gram"]
-    dtypes = [ns_dtype] if ns_dtype != "auto" else {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16"]}.get(device.type, ["float32"])
+    dtypes = (
+        [ns_dtype]
+        if ns_dtype != "auto"
+        else {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16"]}.get(device.type, ["float32"])
+    )
     legal = []
     for choice in ((way, NS_DTYPES[name]) for name in dtypes for way in methods):
         try:
@@ -57,9 +65,10 @@ def candidates(m: int, n: int, coefficients, steps: int, method: str, ns_dtype: 
     return legal
 
 
-def fastest(m: int, n: int, count: int, coefficients, steps: int, method: str, ns_dtype: str, device: torch.device) -> Choice:
-    """Time the candidates on an m x n stand-in, interleaved so that a noisy neighbour hits all of them."""
-    options = candidates(m, n, coefficients, steps, method, ns_dtype, device)
+def fastest(
+    m: int, n: int, count: int, coefficients, steps: int, options: list[Choice], device: torch.device
+) -> Choice:
+    """Time the options on an m x n stand-in, interleaved so that a noisy neighbour hits all of them."""
     if len(options) == 1:
         return options[0]
     n = math.ceil(min(n / m, 4) * min(m, LARGEST))
@@ -75,7 +84,8 @@ def fastest(m: int, n: int, count: int, coefficients, steps: int, method: str, n
                 orthogonalise(U.clone(), coefficients, steps, *option)
                 if attempt:  # the first one warms up
                     best[option] = min(best[option], _now(device) - began)
-        cost = {option: t * (BF16_GAIN if option[1] == torch.bfloat16 and ns_dtype == "auto" else 1.0) for option, t in best.items()}
+        exact = any(dtype == torch.float32 for _, dtype in options)  # then bf16 must earn its rounding
+        cost = {option: t * (BF16_GAIN if exact and option[1] == torch.bfloat16 else 1.0) for option, t in best.items()}
         _measured[key] = min(options, key=cost.get)
     return _measured[key]
 

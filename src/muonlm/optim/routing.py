@@ -1,49 +1,56 @@
 """Which tensor is trained by Muon, which by AdamW, and why.
 
 Decision order, first match wins; every decision keeps its reason as a sentence:
-    1  an override (regex on any name of the tensor)      --optim.route "regex=adamw"
-    2  the tag of a model class, `p.muonlm = {"role": ..., "route": ..., "split": (dim, [sizes]), "heads": (dim, n)}`
+    1  an override (regex, route, settings) on any name of the tensor, or an argument of `route` (x_proj, lora)
+    2  the tag of a model class, `p.muonlm`: a dict with some of role, route, split, heads, adamw, lr_mult, wd
     3  the type of the module that owns it, by identity, so that a tied tensor is seen under all its names
     4  the exact last component of its name or of its module's name, never a substring (`norm_proj` is a projection)
     5  its shape
     6  default: AdamW
 
-Roles    matrix (Muon) · embed · head · scalar (norms, biases, vectors, learned positions and other leftovers)
-Routes   muon · adamw · exclude (trainable, but left out on request) · frozen (requires_grad=False; listed, never counted)
+Roles    matrix (Muon) · embed · head · scalar (norms, biases, vectors, gates, learned positions and other leftovers)
+Routes   muon · adamw · exclude (trainable, but left out on request) · frozen (requires_grad=False; never counted)
+Splits   A fused matrix is orthogonalised slice by slice: {"split": (dim, [sizes])}, or {"heads": (dim, n)} for n equal
+         ones. "adamw": [i, ...]: slices too thin for Muon (`min_dim`), which AdamW trains. "transposed": the tensor
+         stores (in, out). Where the slices begin is read from the tag, or else from the module around the matrix.
+Experts  (E, out, in): one matrix each. For a stack stored as (E, in, out) set `is_transposed = True` on its module.
 Units    predicted update RMS = lr s(A, B) / sqrt(max(A, B)) for a perfectly orthogonal update
-Raises   UserError for an override that matches nothing or cannot be followed, and for a Muon run without a Muon tensor
+Raises   UserError for an override that matches nothing or cannot be followed, for a Muon run without a Muon tensor, for
+         one on flattened shards, and for an optimizer that forgets a parameter
 """
 
 import math
 import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..config import UserError
+from .layouts import Flags, Place, is_ssm, is_x_proj, layout, names, splits_entry, transposed
 from .muon import blocks, shape_factor
 
 ROLES = ("matrix", "embed", "head", "scalar")
+SETTINGS = ("lr_mult", "wd", "split", "heads", "adamw")  # what an override may say beside the route
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BatchNorm, _NormBase)
-HEAD_NAMES = {"lm_head", "head", "output", "output_layer", "unembed", "unembedding", "embed_out", "classifier"}
-POSITION_NAMES = {"wpe", "pos_emb", "pos_embed", "pos_embedding", "position_embedding", "position_embeddings",
-                  "positional_embedding", "embed_positions"}  # fmt: skip
-SCALAR_NAMES = {
-    "bias",
-    "A_log",
-    "D",
-    "dt_bias",
-    "cls_token",
-    "mask_token",
-    "meta_tokens",
-    "prompt",
-    "prompt_embeddings",
-}
-SMALL_HEADS = {"dt_proj", "dt_head", "router"}  # modules whose weight is a matrix by shape, but no hidden map
 INPUT_CHANNELS = 4  # a convolution on so few channels reads pixels: an embedding rather than a hidden map
+
+
+WRAPPERS = names("_orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module base_layer")  # no part of a tensor's name
+HEADS_ANYWHERE = names("lm_head lm_heads unembed unembedding embed_out")
+HEADS = HEADS_ANYWHERE | names("head output output_layer classifier score qa_outputs")  # only outside numbered layers
+POSITIONS = names("""wpe pos_emb pos_embed pos_embedding position_embedding position_embeddings positional_embedding
+                      embed_positions relative_attention_bias relative_position_bias_table""")
+SCALARS = names("""bias A_log D dt_bias cls_token class_embedding mask_token meta_tokens register_tokens query_tokens
+                    prompt prompt_embeddings time_decay time_first time_faaaa""")
+SMALL_HEADS = names("dt_proj dt_head shared_expert_gate")  # their weight is a matrix by shape, but no hidden map
+GATE_HEADS = names("a_proj b_proj beta_proj in_proj_a in_proj_b in_proj_ba")  # decay and beta of a Gated DeltaNet
+LORA = names("lora_A lora_B lora_a lora_b lora_embedding_A lora_embedding_B")
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,32 @@ class Decision:
     split: dict | None
     reason: str
     param: Tensor = field(repr=False, compare=False)
+    lr_mult: float = 1.0
+    wd: float | None = None  # None: its group's
+    flat: str = ""  # why it is no whole tensor
+
+    def block_shapes(self) -> list[tuple[int, int]]:
+        """(fan out, fan in) of every block that Muon orthogonalises."""
+        split = self.split or {}
+        cut = {key: split[key] for key in ("split", "heads", "flatten") if key in split} or None
+        every = blocks(torch.empty(self.shape, device="meta"), cut)
+        slices = len(split["split"][1]) if "split" in split else 1
+        kept = [b.shape for i, b in enumerate(every) if i % slices not in split.get("adamw", ())]
+        return [(B, A) if split.get("transposed") else (A, B) for A, B in kept]
+
+    def counts(self) -> dict[str, int]:
+        """Values trained by each: a tensor of Muon may have slices of AdamW."""
+        muon = sum(A * B for A, B in self.block_shapes()) if self.route == "muon" else 0
+        return {"muon": muon, "adamw": self.numel - muon if self.route in ("muon", "adamw") else 0}
 
 
 @dataclass(frozen=True)
 class RoutingPlan:
     decisions: list[Decision]
+
+    def counts(self) -> dict[str, int]:
+        """Values trained by Muon and by AdamW when this plan is followed."""
+        return {who: sum(d.counts()[who] for d in self.decisions) for who in ("muon", "adamw")}
 
     def groups(
         self,
@@ -75,52 +103,76 @@ class RoutingPlan:
         adamw_wd: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        allow_empty_muon: bool = False,
     ) -> list[dict]:
-        """Parameter groups "muon", "embed", "head", "scalar" for `Muon`; empty ones are dropped, scalars are never decayed."""
-        chosen = [d for d in self.decisions if d.route == "muon"]
-        if not chosen:
+        """Parameter groups "muon", "embed", "head", "scalar" for `Muon`; empty ones are dropped, scalars not decayed.
+
+        Tensors with their own lr_mult or wd get groups of their own, e.g. "muon x2" and "embed wd 0.1". AdamW's slices
+        of fused matrices stay in the Muon group, whose "slices" gives their rate as a multiple of the group's.
+        """
+        trained = [d for d in self.decisions if d.route in ("muon", "adamw")]
+        if flat := next((d for d in trained if d.flat), None):
+            raise UserError(
+                f"{flat.name} has shape {flat.shape}: {flat.flat}. Muon orthogonalises whole matrices, and a flat "
+                f"piece has neither rows nor columns; use DDP or FSDP2 (fully_shard keeps the shapes), or --optim.name adamw"
+            )
+        if not trained:
+            raise UserError(
+                "no parameter is left to train: all are frozen or excluded; set requires_grad=True on some, "
+                "or remove an --optim.route ...=exclude"
+            )
+        if not allow_empty_muon and all(d.route != "muon" for d in trained):
             raise UserError(
                 "this run asks for Muon but no parameter is routed to it (see the reasons in routing.txt); "
-                "use --optim.name adamw"
+                "use --optim.name adamw, or allow_empty_muon=True if that is intended"
             )
-        groups = [
-            {
-                "params": [(d.name, d.param) for d in chosen],
-                "splits": [d.split for d in chosen],
-                "name": "muon",
-                "use_muon": True,
-                "lr": lr,
-                "base_lr": lr,
-                "weight_decay": wd,
-            }
-        ]
-        for role, own_lr in (("embed", embed_lr), ("head", head_lr), ("scalar", scalar_lr)):
-            roles = ("scalar", "matrix") if role == "scalar" else (role,)  # a matrix kept from Muon joins the leftovers
-            params = [(d.name, d.param) for d in self.decisions if d.route == "adamw" and d.role in roles]
-            rate = adamw_lr if own_lr is None else own_lr
-            if not params:
-                continue
-            if rate is None:
+        rates = {"embed": embed_lr, "head": head_lr, "scalar": scalar_lr}
+        rates = {"muon": lr} | {role: adamw_lr if rate is None else rate for role, rate in rates.items()}
+        decays = {"muon": wd, "embed": adamw_wd, "head": adamw_wd, "scalar": 0.0}
+        sliced = any((d.split or {}).get("adamw") for d in trained if d.route == "muon")
+        members: dict[tuple, list[Decision]] = {(role, 1.0, decay): [] for role, decay in decays.items()}
+        for d in trained:
+            role = "muon" if d.route == "muon" else d.role if d.role in ("embed", "head") else "scalar"
+            if rates[role] is None or (sliced and rates["scalar"] is None):
+                role = role if rates[role] is None else "scalar"
                 raise UserError(f"the {role} parameters are trained by AdamW and need a rate of their own, found none; "
                                 f"set --optim.adamw_lr or --optim.{role}_lr")  # fmt: skip
-            decay = 0.0 if role == "scalar" else adamw_wd
-            rates = {"lr": rate, "base_lr": rate, "weight_decay": decay, "betas": tuple(betas), "eps": eps}
-            groups.append({"params": params, "name": role, "use_muon": False, **rates})
+            members.setdefault((role, d.lr_mult, decays[role] if d.wd is None else d.wd), []).append(d)
+
+        groups = []
+        for (role, mult, decay), chosen in sorted(members.items(), key=lambda item: list(decays).index(item[0][0])):
+            if not chosen:
+                continue
+            name = role + (f" x{mult:g}" if mult != 1.0 else "") + (f" wd {decay:g}" if decay != decays[role] else "")
+            rate = rates[role] * mult
+            params = [(d.name, d.param) for d in chosen]
+            group = {"params": params, "name": name, "use_muon": role == "muon", "weight_decay": decay}
+            group |= {"lr": rate, "base_lr": rate}
+            if role != "muon":
+                group |= {"betas": tuple(betas), "eps": eps}
+            else:
+                group["splits"] = [d.split for d in chosen]
+                if any((d.split or {}).get("adamw") for d in chosen):
+                    if not lr > 0.0:
+                        raise UserError(
+                            f"slices of group {name!r} are trained by AdamW at a multiple of Muon's rate, {lr}; "
+                            f"set --optim.lr above 0"
+                        )
+                    ratio = rates["scalar"] / lr
+                    group["slices"] = {"lr_ratio": ratio, "betas": tuple(betas), "eps": eps, "weight_decay": 0.0}
+            groups.append(group)
         return groups
 
     def table(self, groups: list[dict] | None = None) -> str:
-        """The text of routing.txt. With the optimizer's `param_groups` it also has rates, decay and predicted update RMS."""
-        tensors = {id(p[1] if isinstance(p, tuple) else p): g for g in groups or [] for p in g["params"]}
-        rows, totals = [], {"Muon": [0, 0], "AdamW": [0, 0]}
-        for d in self.decisions:
-            group = tensors.get(id(d.param))
-            kind = {"muon": "Muon", "adamw": "AdamW"}.get(d.route, d.route)
-            if groups is not None and d.route in ("muon", "adamw"):
-                kind = "Muon" if group is not None and group.get("use_muon") else "AdamW"
+        """The text of routing.txt. With the optimizer's `param_groups` also rates, decay and predicted update RMS."""
+        rows = list(self._rows(groups))
+        totals = {"Muon": [0, 0], "AdamW": [0, 0]}
+        for kind, d, _ in rows:
             if kind in totals:
-                totals[kind][0] += d.numel
+                muon = d.counts()["muon"] if kind == "Muon" else 0
+                totals["Muon"][0] += muon
+                totals["AdamW"][0] += d.numel - muon
                 totals[kind][1] += 1
-            rows.append((kind, d, group))
         everything = totals["Muon"][0] + totals["AdamW"][0]
         share = 100.0 * totals["Muon"][0] / everything if everything else 0.0
         lines = [f"[{kind}] Assigning: {d.name} (torch.Size({list(d.shape)}))" for kind, d, _ in rows]
@@ -130,69 +182,166 @@ class RoutingPlan:
         lines += _group_lines(groups or [])
         return "\n".join(lines) + "\n"
 
-    def to_dict(self) -> dict:
-        """The decisions and totals as plain JSON values."""
-        keys = ("name", "aliases", "shape", "numel", "route", "role", "split", "reason")
-        rows = [{k: list(v) if isinstance(v := getattr(d, k), tuple) else v for k in keys} for d in self.decisions]
-        muon, adamw = (sum(d.numel for d in self.decisions if d.route == r) for r in ("muon", "adamw"))
-        return {"tensors": rows, "muon_params": muon, "adamw_params": adamw, "muon_share": muon / max(1, muon + adamw)}
+    def to_dict(self, groups: list[dict] | None = None) -> dict:
+        """Decisions and totals as JSON values; with `param_groups` also lr, wd, s(A, B) and update RMS."""
+        tensors = []
+        for kind, d, group in self._rows(groups):
+            split = {k: list(v) if isinstance(v, tuple) else v for k, v in d.split.items()} if d.split else None
+            row = {"name": d.name, "aliases": d.aliases, "shape": list(d.shape), "numel": d.numel}
+            row |= {"route": kind.lower(), "role": d.role, "split": split, "lr_mult": d.lr_mult}
+            if group is not None:
+                row |= {"group": group["name"], "lr": float(group["lr"]), "wd": group["weight_decay"]}
+            if group is not None and kind == "Muon":
+                row["blocks"] = [{"shape": list(b), "s": s, "update_rms": rms} for b, s, rms in _predicted(d, group)]
+            tensors.append(row | {"reason": d.reason})
+        rows = list(self._rows(groups))
+        muon = sum(d.counts()["muon"] for kind, d, _ in rows if kind == "Muon")
+        adamw = sum(d.numel for kind, d, _ in rows if kind in ("Muon", "AdamW")) - muon
+        return {
+            "tensors": tensors,
+            "muon_params": muon,
+            "adamw_params": adamw,
+            "muon_share": muon / max(1, muon + adamw),
+        }
+
+    def _rows(self, groups: list[dict] | None) -> Iterator[tuple[str, Decision, dict | None]]:
+        """(Muon, AdamW, exclude or frozen; decision; group). Groups of torch.optim.AdamW overrule the plan."""
+        of = {id(p[1] if isinstance(p, tuple) else p): group for group in groups or [] for p in group["params"]}
+        for d in self.decisions:
+            kind, group = {"muon": "Muon", "adamw": "AdamW"}.get(d.route, d.route), of.get(id(d.param))
+            if groups is not None and d.route == "muon" and not (group or {}).get("use_muon"):
+                kind = "AdamW"
+            yield kind, d, group
+
+
+def assert_complete(optimizer: torch.optim.Optimizer, model_or_plan: nn.Module | RoutingPlan) -> None:
+    """UserError unless every trainable parameter is in exactly one group, by identity; a plan may leave some out."""
+    if isinstance(model_or_plan, RoutingPlan):
+        wanted = {id(d.param): d.name for d in model_or_plan.decisions if d.route in ("muon", "adamw")}
+    else:
+        wanted = {id(p): name for name, p in model_or_plan.named_parameters() if p.requires_grad}
+    found = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+    if lost := [name for key, name in wanted.items() if key not in found]:
+        raise UserError(
+            f"{lost[0]} is trainable but in no group of the optimizer ({len(lost)} in all), so it would stay as it is; "
+            f"build the groups with route(model).groups(...), or set requires_grad_(False) on it"
+        )
+    if twice := [wanted.get(key, "a tensor") for key, count in found.items() if count > 1]:
+        raise UserError(f"{twice[0]} is in two groups of the optimizer and would be updated twice; remove it from one")
+    if strangers := [key for key in found if key not in wanted]:
+        raise UserError(
+            f"the optimizer trains {len(strangers)} tensors that are not trainable parameters of this model; "
+            f"build it after the model is final: moved, wrapped, tied and frozen"
+        )
 
 
 def route(
     model: nn.Module,
     *,
-    overrides: list[tuple[str, str]] = (),
+    overrides: Sequence[tuple] = (),
     split_fused: bool = True,
     per_head: bool = False,
     min_dim: int = 16,
+    x_proj: str = "split",
+    lora: str = "adamw",
 ) -> RoutingPlan:
     """Decide for every parameter of `model`, once by identity.
 
-    overrides    [(regex, "muon" | "adamw" | "exclude"), ...], searched in every name of a tensor; the first match wins
+    overrides    [(regex, "muon" | "adamw" | "exclude"[, settings]), ...], searched in every name of a tensor; the first
+                 match wins. settings: some of lr_mult, wd, split, heads, adamw; its cut beats the flags below
     split_fused  orthogonalise fused matrices (q|k|v) slice by slice; per_head: head by head; neither: as one matrix
     min_dim      a matrix with fewer rows or columns goes to AdamW: its orthogonal factor says little more than its norm
+    x_proj       of Mamba and Longhorn: "split" into dt|B|C, "fused" as one matrix, or "adamw"
+    lora         "muon" orthogonalises LoRA factors of any rank above 1; "adamw"
     """
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for flag, value, allowed in (("x_proj", x_proj, ("split", "fused", "adamw")), ("lora", lora, ("muon", "adamw"))):
+        if value not in allowed:
+            raise UserError(f"{flag}={value!r} is unknown; use one of {', '.join(allowed)}")
+    places: dict[int, list[Place]] = {}
     tensors: dict[int, Tensor] = {}
-    for module_name, module in model.named_modules(remove_duplicate=False):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for module_name, module in modules.items():
+        outer = module_name
+        while outer.rpartition(".")[2] in WRAPPERS:
+            outer = outer.rpartition(".")[0]
+        parent = modules[outer.rpartition(".")[0]] if outer else None
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
             full = f"{module_name}.{name}" if module_name else name
-            owners.setdefault(id(p), []).append((full, module))
+            path = [part for part in full.split(".") if part not in WRAPPERS]
+            places.setdefault(id(p), []).append(Place(full, path, module, parent))
             tensors[id(p)] = p
-    rules = _compile(overrides, [name for places in owners.values() for name, _ in places])
-    embeddings = {(m.num_embeddings, m.embedding_dim) for m in model.modules() if isinstance(m, nn.Embedding)}
+    rules = _compile(overrides, [place.name for found in places.values() for place in found])
+    flags = Flags(split_fused, per_head, min_dim, x_proj, lora)
+    head, first = _head_by_shape(places, tensors), next(iter(places), None)
 
     decisions = []
-    for key, places in owners.items():
+    for key, found in places.items():
         p = tensors[key]
-        places = sorted(places, key=lambda place: not isinstance(place[1], nn.Embedding | nn.EmbeddingBag))  # stable
-        names = [name for name, _ in places]
+        found = sorted(found, key=lambda place: not isinstance(place.module, nn.Embedding | nn.EmbeddingBag))  # stable
         if not p.requires_grad:
-            taken, role, split, reason = "frozen", "scalar", None, "requires_grad is False"
+            verdict = {"route": "frozen", "role": "scalar", "split": None, "reason": "requires_grad is False"}
         else:
-            taken, role, split, reason = _decide(p, places, rules, embeddings, split_fused, per_head, min_dim)
-        decisions.append(Decision(names[0], names[1:], tuple(p.shape), p.numel(), taken, role, split, reason, p))
+            verdict = _decide(p, found, rules, flags, is_head=key == head, is_first=key == first)
+        names = [place.name for place in found]
+        decisions.append(Decision(names[0], names[1:], tuple(p.shape), p.numel(), param=p, **verdict))
     assert {id(d.param) for d in decisions} == {id(p) for p in model.parameters()}
     return RoutingPlan(decisions)
 
 
-def _decide(p, places, rules, embeddings, split_fused, per_head, min_dim) -> tuple[str, str, dict | None, str]:
-    """(route, role, split, reason) of one trainable tensor."""
+Choice = tuple[str, str, str]  # route, role, reason
+
+
+def _decide(p: Tensor, places: list[Place], rules: list, flags: Flags, *, is_head: bool, is_first: bool) -> dict:
+    """Everything of a `Decision` that is decided, for one trainable tensor."""
     tag = getattr(p, "muonlm", None) or {}
-    natural = _by_tag(tag) or _by_owner(places, embeddings) or _by_name(places, p) or _by_shape(p, places, min_dim)
-    taken, role, reason = natural
-    for pattern, wanted in rules:
-        if hit := next((name for name, _ in places if pattern.search(name)), None):
-            if wanted == "muon" and p.ndim < 2:
-                raise UserError(f'the override "{pattern.pattern}=muon" matches {hit} of shape {tuple(p.shape)}, which is no matrix; '
-                                f'narrow the regex or write "{pattern.pattern}=adamw"')  # fmt: skip
-            taken, reason = wanted, f'override "{pattern.pattern}={wanted}"'
+    taken, role, reason = (
+        _by_flag(p, places, flags)
+        or _by_tag(tag)
+        or _by_owner(p, places, is_head, is_first)
+        or _by_name(places)
+        or _by_shape(p, places, flags.min_dim)
+    )
+    settings = {key: tag[key] for key in ("lr_mult", "wd") if key in tag}
+    cut, own = {}, next(((rule, at.name) for rule in rules for at in places if rule[0].search(at.name)), None)
+    if own:
+        (pattern, taken, given), name = own
+        if taken == "muon" and p.ndim < 2:
+            raise UserError(
+                f'the override "{pattern.pattern}=muon" matches {name} of shape {tuple(p.shape)}, which is no matrix; '
+                f'narrow the regex or write "{pattern.pattern}=adamw"'
+            )
+        reason = f'override "{pattern.pattern}={taken}"'
+        settings |= {key: given[key] for key in ("lr_mult", "wd") if key in given}
+        cut = {key: given[key] for key in ("split", "heads", "adamw") if key in given}
+    split = None
     if taken == "muon":
         role = "matrix"
-    return taken, role, _split(p, tag, places, split_fused, per_head) if taken == "muon" else None, reason
+        if cut:
+            split = _check_cut(name, p, cut) | ({"transposed": True} if transposed(p, places[0].module) else {})
+        else:
+            if flags.x_proj == "fused" and is_x_proj(places):
+                found, why = {}, "x_proj=fused"
+            else:
+                found, why = (tag, "") if "split" in tag or "heads" in tag else layout(p, places[0], flags)
+            split, refusal = (None, why) if found is None else splits_entry(p, places[0], found, flags)
+            if refusal and not own:
+                taken, reason = "adamw", refusal
+            elif why and found is not None:
+                reason += f"; {why}"
+    flat = _flattened(p, places)
+    return {"route": taken, "role": role, "split": split, "reason": flat or reason, "flat": flat, **settings}
 
 
-def _by_tag(tag: dict) -> tuple[str, str, str] | None:
+def _by_flag(p: Tensor, places: list[Place], flags: Flags) -> Choice | None:
+    """What an argument of `route` says of tensors of one name; it is the user's word, so it comes before a tag."""
+    if flags.x_proj == "adamw" and is_x_proj(places):
+        return "adamw", "matrix", "x_proj=adamw"
+    for factor in LORA.intersection(part for place in places for part in place.path):
+        return (flags.lora if p.ndim == 2 and min(p.shape) > 1 else "adamw"), "matrix", f"{factor}, lora={flags.lora}"
+    return None
+
+
+def _by_tag(tag: dict) -> Choice | None:
     role, taken = tag.get("role"), tag.get("route")
     if role is None and taken is None:
         return None
@@ -201,17 +350,18 @@ def _by_tag(tag: dict) -> tuple[str, str, str] | None:
     return taken or ("muon" if role == "matrix" else "adamw"), role, f"tagged {role} by its model class"
 
 
-def _by_owner(places: list[tuple[str, nn.Module]], embeddings: set[tuple[int, int]]) -> tuple[str, str, str] | None:
-    for name, module in places:
-        kind, path = type(module).__name__, name.split(".")
-        last = path[-1]
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            if path[-2:-1] and path[-2] in POSITION_NAMES:
-                return "adamw", "scalar", f"learned positions ({path[-2]}, {kind})"
-            tied = f", tied to {', '.join(n for n, _ in places[1:])}" if len(places) > 1 else ""
+def _by_owner(p: Tensor, places: list[Place], is_head: bool, is_first: bool) -> Choice | None:
+    for place in places:
+        module, kind, last = place.module, type(place.module).__name__, place.last
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) or (kind.endswith("Embedding") and p.ndim == 2):
+            if place.owner in POSITIONS or "Position" in kind:
+                return "adamw", "scalar", f"learned positions ({place.owner}, {kind})"
+            tied = f", tied to {', '.join(other.name for other in places[1:])}" if len(places) > 1 else ""
             return "adamw", "embed", f"owned by {kind}{tied}"
-        if isinstance(module, NORMS):
+        if isinstance(module, NORMS) or re.search(r"(RMS|Layer|Group|Batch)Norm(Gated)?$", kind):
             return "adamw", "scalar", f"owned by {kind}, a norm"
+        if re.search(r"(Router|TopkGate|MoEGate)$", kind):
+            return "adamw", "scalar", f"owned by {kind}, a router"
         if isinstance(module, _ConvNd) and last == "weight":
             if isinstance(module, _ConvTransposeNd):
                 return "adamw", "scalar", f"owned by {kind}: its rows are not its outputs"
@@ -219,67 +369,89 @@ def _by_owner(places: list[tuple[str, nn.Module]], embeddings: set[tuple[int, in
                 return "adamw", "scalar", f"owned by {kind} with {module.groups} groups: no full matrix"
             if module.in_channels <= INPUT_CHANNELS:
                 return "adamw", "embed", f"owned by {kind} on {module.in_channels} input channels: reads the raw input"
-            return None  # an ordinary convolution is decided by its flattened shape
+            if is_first:
+                return "adamw", "embed", f"owned by {kind}, the first module: reads the raw input"
         if isinstance(module, nn.MultiheadAttention) and last.endswith("proj_weight"):
             return "muon", "matrix", f"projection of {kind}"
-        if isinstance(module, nn.Linear) and last == "weight":
-            inside = any(part.isdigit() for part in path)  # layers.3.attn.output is a hidden projection
-            if not inside and path[-2:-1] and path[-2] in HEAD_NAMES:
-                return "adamw", "head", f"output head: Linear named {path[-2]}"
-            if not inside and (module.out_features, module.in_features) in embeddings:
-                return (
-                    "adamw",
-                    "head",
-                    f"output head: Linear with the shape of the embedding {tuple(module.weight.shape)}",
-                )
+        if isinstance(module, nn.Linear) and last == "weight" and _named_head(place):
+            return "adamw", "head", f"output head: Linear named {place.owner}"
+    if is_head:
+        return "adamw", "head", f"output head: Linear with the shape of the embedding {tuple(p.shape)}"
     return None
 
 
-def _by_name(places: list[tuple[str, nn.Module]], p: Tensor) -> tuple[str, str, str] | None:
-    for name, _ in places:
-        path = name.split(".")
-        if path[-1] in SCALAR_NAMES | POSITION_NAMES:
-            return "adamw", "scalar", f"named {path[-1]}"
-        if path[-1] == "weight" and path[-2:-1] and path[-2] in SMALL_HEADS:
-            return "adamw", "scalar", f"weight of a {path[-2]}"
+def _named_head(place: Place) -> bool:
+    """layers.3.attn.output is a hidden projection, output the head; lm_head and lm_heads.2 are heads anywhere."""
+    path = place.path[:-1]
+    name = path[-2] if len(path) > 1 and path[-1].isdigit() else path[-1] if path else ""
+    return name in HEADS_ANYWHERE or (place.owner in HEADS and not any(part.isdigit() for part in path))
+
+
+def _head_by_shape(places: dict[int, list[Place]], tensors: dict[int, Tensor]) -> int | None:
+    """The last Linear outside numbered layers with the shape of an embedding, if no head is known by name or by tie."""
+    shapes, found = set(), None
+    for key, where in places.items():
+        linear = [place for place in where if isinstance(place.module, nn.Linear)]
+        table = [place for place in where if isinstance(place.module, nn.Embedding) and place.owner not in POSITIONS]
+        if (linear and table) or any(_named_head(place) for place in linear):
+            return None
+        if table and len(set(tensors[key].shape)) > 1:  # a square one would say nothing
+            shapes.add(tensors[key].shape)
+    for key, where in places.items():
+        inside = any(part.isdigit() for part in where[0].path[:-1]) and len(where[0].path) > 2  # 2: Sequential(...)
+        if isinstance(where[0].module, nn.Linear) and not inside and tensors[key].shape in shapes:
+            found = key
+    return found
+
+
+def _by_name(places: list[Place]) -> Choice | None:
+    for place in places:
+        if place.last in SCALARS | POSITIONS or place.last.endswith("_bias"):
+            return "adamw", "scalar", f"named {place.last}"
+        if "router" in place.path[:-1] or (place.owner == "gate" and hasattr(place.parent, "experts")):
+            return "adamw", "scalar", "weight of a router"
+        gate = place.owner in GATE_HEADS and is_ssm(place.parent)
+        if place.last == "weight" and (gate or place.owner in SMALL_HEADS):
+            return "adamw", "scalar", f"weight of {place.owner}"
     return None
 
 
-def _by_shape(p: Tensor, places: list[tuple[str, nn.Module]], min_dim: int) -> tuple[str, str, str]:
-    conv = isinstance(places[0][1], _ConvNd)
+def _by_shape(p: Tensor, places: list[Place], min_dim: int) -> Choice:
+    module = places[0].module
+    conv = isinstance(module, _ConvNd)
     if p.ndim < 2:
         return "adamw", "scalar", f"{p.ndim}-D"
-    if p.ndim == 2 or (conv and p.ndim > 2):
-        rows, columns = p.shape[0], p[0].numel()
+    if p.ndim == 2 or conv:
+        rows, columns = p.shape[0], math.prod(p.shape[1:])
         if min(rows, columns) < min_dim:
             return "adamw", "matrix", f"{rows}x{columns} is under {min_dim} in one dimension"
-        return (
-            "muon",
-            "matrix",
-            f"convolution flattened to {rows}x{columns}" if conv else f"hidden matrix {rows}x{columns}",
-        )
-    if p.ndim == 3 and any("experts" in name.split(".") for name, _ in places) and min(p.shape[1:]) >= min_dim:
+        return "muon", "matrix", ("convolution flattened to" if conv else "hidden matrix") + f" {rows}x{columns}"
+    stacked = any("experts" in place.path for place in places) or type(module).__name__.endswith("Experts")
+    if p.ndim == 3 and (stacked or getattr(module, "num_experts", 1) == p.shape[0] > 1):
+        if min(p.shape[1:]) < min_dim:
+            return "adamw", "matrix", f"experts of {p.shape[1]}x{p.shape[2]}, under {min_dim} in one dimension"
         return "muon", "matrix", f"{p.shape[0]} stacked experts, one matrix each"
     return "adamw", "scalar", f"{p.ndim}-D and neither a convolution nor stacked experts: default"
 
 
-def _split(p: Tensor, tag: dict, places: list[tuple[str, nn.Module]], split_fused: bool, per_head: bool) -> dict | None:
-    module, last = places[0][1], places[0][0].split(".")[-1]
-    if isinstance(module, _ConvNd):
-        return {"flatten": True}
-    if isinstance(module, nn.MultiheadAttention) and last == "in_proj_weight" and not tag:
-        tag = {"split": (0, [module.embed_dim] * 3), "heads": (0, 3 * module.num_heads)}
-    if per_head and "heads" in tag:
-        return {"heads": tuple(tag["heads"])}
-    if split_fused and "split" in tag:
-        return {"split": (tag["split"][0], list(tag["split"][1]))}
-    return None
+def _flattened(p: Tensor, places: list[Place]) -> str:
+    if hasattr(p, "ds_id"):
+        return "it is partitioned by DeepSpeed ZeRO-3"
+    if getattr(p, "_is_flat_param", False) or any(place.last in ("_flat_param", "flat_param") for place in places):
+        return "it is a flat shard of FSDP1"
+    if p.ndim < 2 and any(isinstance(at.module, nn.Linear | nn.Embedding) and at.last == "weight" for at in places):
+        return "the weight of a matrix module has been flattened (FSDP1 with use_orig_params, or ZeRO)"
+    return ""
 
 
-def _compile(overrides: list[tuple[str, str]], names: list[str]) -> list[tuple[re.Pattern, str]]:
-    """Overrides in reverse, so that a later assignment in a plain loop leaves the first match; every one must match."""
+# -------------------------------------------------------------------------------- overrides
+
+
+def _compile(overrides: Sequence[tuple], names: list[str]) -> list[tuple[re.Pattern, str, dict]]:
+    """The overrides with their regexes compiled; every one must match a name and make sense."""
     rules = []
-    for regex, wanted in overrides:
+    for regex, wanted, *rest in overrides:
+        settings = dict(rest[0]) if rest else {}
         if wanted not in ("muon", "adamw", "exclude"):
             raise UserError(
                 f'the override "{regex}={wanted}" has no such route; write "{regex}=muon", "=adamw" or "=exclude"'
@@ -295,8 +467,51 @@ def _compile(overrides: list[tuple[str, str]], names: list[str]) -> list[tuple[r
             raise UserError(
                 f"the override {regex!r} matches no parameter; did you mean {near[0] if near else 'another model'}?"
             )
-        rules.insert(0, (pattern, wanted))
+        if unknown := sorted(set(settings) - set(SETTINGS)):
+            raise UserError(f"the override {regex!r} sets {unknown[0]!r}; it can set {', '.join(SETTINGS)}")
+        if cuts := sorted({"split", "heads", "adamw"}.intersection(settings) if wanted != "muon" else ()):
+            raise UserError(
+                f'the override "{regex}={wanted}" sets {cuts[0]!r}, which only Muon follows; write "{regex}=muon"'
+            )
+        if ("split" in settings and "heads" in settings) or ("adamw" in settings and "split" not in settings):
+            raise UserError(f"the override {regex!r} must give either split (with adamw, if need be) or heads")
+        for key, least in (("lr_mult", "above 0"), ("wd", "at least 0")):
+            value = settings.get(key, 1.0)
+            number = isinstance(value, int | float) and math.isfinite(value)
+            if not number or value < 0 or (value == 0 and key == "lr_mult"):
+                raise UserError(f"the override {regex!r} sets {key}={value!r}; use a finite number {least}")
+        rules.append((pattern, wanted, settings))
     return rules
+
+
+def _check_cut(name: str, p: Tensor, cut: dict) -> dict:
+    """The split of an override, with the types that the optimizer's groups have."""
+    dim, parts = cut.get("split") or cut["heads"]
+    whole = p.shape[dim] if p.ndim in (2, 3) and p.ndim - 2 <= dim < p.ndim else 0
+    fits = sum(parts) == whole and min(parts) > 0 if "split" in cut else parts > 0 and whole > 0 and whole % parts == 0
+    if not fits:
+        raise UserError(f"the override of {name} cuts dimension {dim} into {parts}, but its shape is {tuple(p.shape)}; "
+                        f"give sizes that add up to that dimension, or a number of heads that divides it")  # fmt: skip
+    thin = sorted(set(cut.get("adamw", ())))
+    if thin and not (0 <= thin[0] and thin[-1] < len(parts) and len(thin) < len(parts)):
+        raise UserError(f"the override of {name} gives slices {thin} of {len(parts)} to AdamW; "
+                        f"count from 0 and leave at least one to Muon")  # fmt: skip
+    if "heads" in cut:
+        return {"heads": (dim, parts)}
+    return {"split": (dim, list(parts))} | ({"adamw": thin} if thin else {})
+
+
+# -------------------------------------------------------------------------------- text
+
+
+def _predicted(d: Decision, group: dict) -> list[tuple[tuple[int, int], float, float]]:
+    """(shape, s(A, B), predicted update RMS) of every kind of block."""
+    found = []
+    for A, B in dict.fromkeys(d.block_shapes()):
+        mode = group.get("lr_mode", "original")
+        s = mode(A, B) if callable(mode) else shape_factor(mode, A, B, group.get("rms_target", 0.2))
+        found.append(((A, B), s, float(group["lr"]) * s / math.sqrt(max(A, B))))
+    return found
 
 
 def _row(kind: str, d: Decision, group: dict | None) -> str:
@@ -308,13 +523,10 @@ def _row(kind: str, d: Decision, group: dict | None) -> str:
     if kind == "Muon":
         if d.split:
             parts.append(" ".join(f"{k} {v}" for k, v in d.split.items()))
-        shapes = list(dict.fromkeys(tuple(b.shape) for b in blocks(d.param.detach(), d.split)))
         if group is not None:
-            mode, target = group.get("lr_mode", "original"), group.get("rms_target", 0.2)
-            factors = [shape_factor(mode, *shape, target) for shape in shapes]
-            parts.append("s(A,B) " + ", ".join(f"{A}x{B}: {s:.3f}" for (A, B), s in zip(shapes, factors, strict=True)))
-            rms = [group["lr"] * s / math.sqrt(max(shape)) for s, shape in zip(factors, shapes, strict=True)]
-            parts.append("predicted update RMS " + ", ".join(f"{r:.2e}" for r in rms))
+            predicted = _predicted(d, group)
+            parts.append("s(A,B) " + ", ".join(f"{A}x{B}: {s:.3f}" for (A, B), s, _ in predicted))
+            parts.append("predicted update RMS " + ", ".join(f"{rms:.2e}" for _, _, rms in predicted))
     return " | ".join([*parts, d.reason])
 
 
@@ -322,12 +534,14 @@ def _group_lines(groups: list[dict]) -> list[str]:
     lines = []
     for group in groups:
         count = sum((p[1] if isinstance(p, tuple) else p).numel() for p in group["params"])
-        text = f"group {group['name']}: {len(group['params'])} tensors, {_millions(count)}, lr={group['lr']:g}, wd={group['weight_decay']:g}"
+        text = f"group {group['name']}: {len(group['params'])} tensors, {_millions(count)}, "
+        text += f"lr={group['lr']:g}, wd={group['weight_decay']:g}"
+        if "slices" in group:
+            text += f"; AdamW trains thin slices of them at lr={group['lr'] * group['slices']['lr_ratio']:g}"
         lines.append(text)
-    if any(g.get("use_muon") for g in groups):
-        present = {g["name"] for g in groups}
+    if muon := next((g for g in groups if g.get("use_muon")), None):
+        present = {g["name"].split(" ")[0] for g in groups}
         lines += [f"group {role}: empty" for role in ("embed", "head", "scalar") if role not in present]
-        muon = next(g for g in groups if g.get("use_muon"))
         lines.append(
             f"Using Muon optimizer for 2D parameters (lr={muon['lr']:g}, momentum={muon.get('momentum', 0.95):g})"
         )

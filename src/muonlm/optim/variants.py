@@ -24,14 +24,20 @@ def second_momentum_size(variant: str, A: int, B: int) -> int:
     return {"muon": 0, "normuon": max(A, B), "adamuon": A * B, "hyperball": 1}[variant]
 
 
-def adapt(variant: str, O: Tensor, second: list[Tensor], beta2: float, rms_target: float) -> Tensor:
-    """O (N, A, B) fp32 or fp64, overwritten, after normuon or adamuon; `second`: the blocks' flat states, updated."""
+def adapt(
+    variant: str, O: Tensor, second: list[Tensor], beta2: float, rms_target: float, transposed: bool = False
+) -> Tensor:
+    """O (N, A, B) fp32 or fp64, overwritten, after normuon or adamuon; `second`: the blocks' flat states, updated.
+
+    transposed   O is stored (in, out): of a square block the columns are its rows
+    """
     N, A, B = O.shape
+    rows = A > B or (A == B and not transposed)
     v = torch.stack(second)
     if variant == "normuon":
-        v.lerp_(O.square().mean(2 if A >= B else 1), 1.0 - beta2)
+        v.lerp_(O.square().mean(2 if rows else 1), 1.0 - beta2)
         before = torch.linalg.vector_norm(O.flatten(1), dim=1)
-        O.div_(v.sqrt().add_(EPS).view(N, A, 1) if A >= B else v.sqrt().add_(EPS).view(N, 1, B))
+        O.div_(v.sqrt().add_(EPS).view(N, A, 1) if rows else v.sqrt().add_(EPS).view(N, 1, B))
     else:
         v.lerp_(O.square().flatten(1), 1.0 - beta2)
         before = rms_target * (A * B) ** 0.5
@@ -41,16 +47,16 @@ def adapt(variant: str, O: Tensor, second: list[Tensor], beta2: float, rms_targe
     return O.mul_((before / after.masked_fill(after == 0, 1.0))[:, None, None])
 
 
-def stay_on_sphere(weights: list[Tensor], O: Tensor, radii: list[Tensor], lr: float) -> None:
+def stay_on_sphere(names: list[str], weights: list[Tensor], O: Tensor, radii: list[Tensor], lr: float | Tensor) -> None:
     """The hyperball step of every block; `radii` hold 0 before the first step."""
     norms = torch._foreach_norm(weights)
-    for weight, norm, radius in zip(weights, norms, radii, strict=True):
+    for name, weight, norm, radius in zip(names, weights, norms, radii, strict=True):
         if not radius.is_cuda and radius == 0.0 and norm == 0.0:
-            raise ValueError(f'variant="hyperball" keeps the norm of a weight, but one of shape {tuple(weight.shape)} is all zero; '
+            raise ValueError(f'variant="hyperball" keeps the norm of a weight, but {name} of shape {tuple(weight.shape)} is all zero; '
                              f'initialise it, or put it into a group with variant="muon"')  # fmt: skip
         radius.copy_(torch.where(radius == 0.0, norm, radius))
     length = torch.linalg.vector_norm(O.flatten(1), dim=1)
     R = torch.cat(radii)
     O.mul_((R / length.masked_fill(length == 0, 1.0))[:, None, None])
-    torch._foreach_add_(weights, list(O.unbind(0)), alpha=-lr)
+    torch._foreach_sub_(weights, list(O.mul_(lr).unbind(0)))
     torch._foreach_mul_(weights, list((R / torch.stack(torch._foreach_norm(weights))).unbind(0)))

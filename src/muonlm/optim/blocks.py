@@ -1,0 +1,69 @@
+"""A parameter as matrices: how it is cut into blocks, and by how much the update of each is scaled.
+
+    s(A, B)   original: sqrt(max(1, A/B)) · match_rms_adamw: rms_target sqrt(max(A, B)) · spectral: sqrt(A/B) ·
+              none: 1 · or a function of (A, B)
+
+Shapes   2-D: one matrix · 3-D (E, A, B): E matrices · 4-D and above: flattened to (out, -1). A split (None, or a dict
+         with one of "split": (dim, [sizes]), "heads": (dim, n), "flatten": True) cuts further; see muon.py
+Raises   ValueError for an unknown lr_mode
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LR_MODES = ("original", "match_rms_adamw", "spectral", "none")
+
+
+def shape_factor(lr_mode: str | Callable[[int, int], float], A: int, B: int, rms_target: float = 0.2) -> float:
+    """s(A, B) of the module docstring, for a block of A rows (fan out) and B columns (fan in)."""
+    match lr_mode:
+        case "original":
+            return math.sqrt(max(1.0, A / B))
+        case "match_rms_adamw":
+            return rms_target * math.sqrt(max(A, B))
+        case "spectral":
+            return math.sqrt(A / B)
+        case "none":
+            return 1.0
+    if callable(lr_mode):
+        return float(lr_mode(A, B))
+    raise ValueError(f"unknown lr_mode {lr_mode!r}: use one of {', '.join(LR_MODES)}")
+
+
+def blocks(t: Tensor, split: dict | None) -> list[Tensor]:
+    """The matrices of a parameter (or of its gradient or momentum) as 2-D views, in a fixed order."""
+    split = split or {}
+    if t.ndim > 3 or split.get("flatten"):
+        return [t.flatten(1)]
+    matrices = [t] if t.ndim == 2 else list(t.unbind(0))
+    if "split" in split:
+        dim, sizes = split["split"]
+    elif "heads" in split:
+        dim, sizes = split["heads"][0], t.shape[split["heads"][0]] // split["heads"][1]
+    else:
+        return matrices
+    return [block for matrix in matrices for block in matrix.split(sizes, dim - t.ndim)]
+
+
+def block_shapes(shape: torch.Size, split: dict | None) -> list[tuple[int, int]]:
+    """(rows, columns) of the blocks that Newton-Schulz sees: all but the slices left to AdamW."""
+    aux = (split or {}).get("adamw", ())
+    return [tuple(b.shape) for i, b in enumerate(blocks(torch.empty(shape, device="meta"), split)) if i not in aux]
+
+
+@dataclass
+class Block:
+    """One matrix of the current step; all views have the parameter's orientation."""
+
+    name: str
+    weight: Tensor  # where - lr s O is added: the parameter, or its fp32 twin
+    grad: Tensor
+    momentum: Tensor  # fp32 after this step's update
+    second: Tensor | None  # flat, state of the variant
+    factor: float
+    steps: int
+    transposed: bool = False  # stored (in, out)

@@ -1,0 +1,141 @@
+"""Optimizer state as tensors named by parameter, whatever the order, the grouping or the number of ranks.
+
+    tensors, meta = named_state(optimizer, model)        "blocks.0.attn.qkv.weight/momentum_buffer" -> whole tensor
+    load_named_state(optimizer, model, tensors, meta)    bit for bit, also on another number of ranks; meta is JSON-able
+
+Ranks    under a distributed Muon both are collective calls. The tensors arrive on rank 0, one by one (it needs room for
+         the whole state, the others for one tensor), and the other ranks get an empty dict; `meta` is equal on all.
+         To load, every rank brings all tensors, as read from the file, and keeps what it owns, or its shard.
+         `optimizer.state_dict()` is a rank's own part instead: good for the same number of ranks with one file a rank.
+         torch.distributed.checkpoint can save it under FSDP2, where momenta are DTensors (variant="muon").
+Raises   UserError, before anything is changed, for state that does not fit, naming the tensor and the remedy
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..config import UserError
+from .distributed import is_sharded, sharded_like
+from .muon import Muon
+
+GROUP_STATE = (
+    "step",
+    "ns_chosen",
+    "ns_budget",
+    "ns_sigma",
+)  # what a group remembers; its hyper-parameters come from the config
+
+
+def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
+    """({"<parameter>/<key>": tensor}, meta). The tensors may be the optimizer's own: save them before stepping on."""
+    names = _names(optimizer, model)
+    tensors = {f"{name}/{key}": value for name, p in names.items() for key, value in optimizer.state.get(p, {}).items()}
+    assert all(isinstance(value, Tensor) for value in tensors.values())
+    groups = {g["name"]: _copied({key: g[key] for key in GROUP_STATE if key in g}) for g in optimizer.param_groups}
+    listed = list(tensors)
+    for owners in _owners(optimizer):
+        tensors, listed = _gathered(owners, names, tensors, listed)
+        for theirs in owners.gather_objects(groups):  # each owner knows the budgets of its own matrices
+            for name, values in theirs.items():
+                if "ns_budget" in values:
+                    groups[name]["ns_budget"].update(values["ns_budget"])
+    return tensors, {
+        "optimizer": type(optimizer).__name__,
+        "parameters": sorted(names),
+        "tensors": sorted(listed),
+        "groups": groups,
+    }
+
+
+def _gathered(
+    owners, names: dict[str, nn.Parameter], tensors: dict[str, Tensor], listed: list[str]
+) -> tuple[dict, list]:
+    """`tensors` with shards joined and owned ones fetched, on rank 0; {} elsewhere. And the names of all."""
+    joined = {}
+    for full in sorted(full for full in tensors if is_sharded(tensors[full])):
+        shard, dtype = tensors[full], tensors[full].dtype
+        whole = (shard.to(torch.int32) if dtype == torch.int16 else shard).full_tensor()  # no backend gathers int16
+        joined[full] = whole.to("cpu", dtype) if owners.rank == 0 else None
+    mine = {
+        full: t for full, t in tensors.items() if full not in joined and names[full.rpartition("/")[0]] in owners.owner
+    }
+    fetched, held = owners.gather(mine)
+    rest = {full: t for full, t in tensors.items() if full not in joined and full not in mine}
+    return (rest | joined | fetched if owners.rank == 0 else {}), sorted({*joined, *rest, *held, *listed})
+
+
+def load_named_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor], meta: dict
+) -> None:
+    """The inverse of `named_state`, for an optimizer over the same parameters; nothing changes if a name is wrong."""
+    names = _names(optimizer, model)
+    if meta["optimizer"] != type(optimizer).__name__:
+        raise UserError(f"the checkpoint holds {meta['optimizer']} state, this run uses {type(optimizer).__name__}; "
+                        f"resume with the same --optim.name, or start anew with --init-from")  # fmt: skip
+    _same("parameter", names, meta["parameters"])
+    _same("optimizer tensor", tensors, meta["tensors"])
+    _same("group", [g["name"] for g in optimizer.param_groups], meta["groups"])
+    layouts = _layouts(optimizer)
+    for full, value in tensors.items():
+        name, _, key = full.rpartition("/")
+        if name not in names:
+            raise UserError(f"the checkpoint's optimizer tensor {full} belongs to no parameter of this run")
+        layout = layouts[names[name]]
+        if key not in layout:
+            raise UserError(f"the checkpoint's {full} does not fit: {name} is now trained by "
+                            f"{'Muon' if 'momentum_buffer' in layout else 'AdamW'} and keeps {', '.join(layout)}; resume with "
+                            f"the same --optim.route and --optim.variant")  # fmt: skip
+        if value.shape != layout[key]:
+            raise UserError(f"the checkpoint's {full} has shape {tuple(value.shape)}, this run needs {tuple(layout[key])}; "
+                            f"resume with the same model and routing")  # fmt: skip
+    for group in optimizer.param_groups:
+        group.update(_copied(meta["groups"][group["name"]]))
+    if isinstance(optimizer, Muon):
+        optimizer.assign_owners()
+    optimizer.state.clear()
+    for full, value in tensors.items():
+        name, _, key = full.rpartition("/")
+        p = names[name]
+        if is_sharded(p) and value.shape == p.shape and value.ndim:
+            optimizer.state[p][key] = sharded_like(p, value)
+        elif all(p not in owners.owner or owners.owns(p) for owners in _owners(optimizer)):
+            optimizer.state[p][key] = value.to(p.device, copy=True)
+
+
+def _layouts(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, tuple[int, ...]]]:
+    """Per parameter the keys that its state may have, and their shapes."""
+    layouts = {}
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            layouts[p] = {"exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape), "step": ()}
+            if group.get("use_muon"):
+                layout = optimizer.state_layout(p, group["splits"][i], group)
+                layouts[p] = {key: shape for key, (shape, _) in layout.items()}
+    return layouts
+
+
+def _owners(optimizer: torch.optim.Optimizer) -> list:
+    """The groups of ranks over which a Muon is spread; none on one device and for other optimizers."""
+    return [owners for owners in (getattr(optimizer, key, None) for key in ("replicas", "shards")) if owners]
+
+
+def _copied(values: dict) -> dict:
+    return {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+
+
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter for everything the optimizer trains; a tied tensor goes by its first name in the model."""
+    of = {id(p): name for name, p in model.named_parameters()}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    assert all(id(p) in of for p in params), "the optimizer trains a tensor that is not in this model"
+    assert all("name" in group for group in optimizer.param_groups), "state is keyed by group name; use build_optimizer"
+    return {of[id(p)]: p for p in params}
+
+
+def _same(what: str, found, expected) -> None:
+    if missing := sorted(set(expected) - set(found)):
+        raise UserError(f"the checkpoint's {what} {missing[0]!r} is missing here ({len(missing)} in all); "
+                        f"resume with the same model and routing, from a complete checkpoint")  # fmt: skip
+    if extra := sorted(set(found) - set(expected)):
+        raise UserError(f"the {what} {extra[0]!r} is not in the checkpoint's list ({len(extra)} in all); "
+                        f"resume with the same model and routing, from a complete checkpoint")  # fmt: skip
