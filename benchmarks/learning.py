@@ -64,7 +64,8 @@ SHARED = {
 }
 TASKS = {
     "shakespeare": {"data.tokenizer": "char", "data.val": "tail:0.1", "train.steps": 400, "model.rope_theta": 100.0},
-    "sotu": {"data.source": "sotu", "data.tokenizer": "bpe:1024", "data.val": "hash:0.01", "train.steps": 400},
+    "sotu": {"data.source": "sotu", "data.tokenizer": "bpe:1024", "data.val": "hash:0.01", "train.steps": 800}
+    | {"train.global_batch": 1536},
 }
 RATES = [1e-4 * 2.0**k for k in range(14)]  # 1e-4 … 0.82
 KNOBS = {  # {knob: (ladder, starting index)}; they start near nanoGPT's AdamW and Keller Jordan's Muon
@@ -116,11 +117,9 @@ SEARCHES = {
     },
     "sotu": {
         "adamw": [
-            ("shakespeare", {k: KNOBS["adamw"][k] for k in ("optim.lr", "optim.adamw_lr", "warmup_share")}, 1.0, 14)
+            ("shakespeare", {k: KNOBS["adamw"][k] for k in ("optim.adamw_lr", "optim.lr", "warmup_share")}, 1.0, 7)
         ],
-        "muon": [
-            ("shakespeare", {k: SHORT[k] for k in ("optim.adamw_lr", "optim.lr", "optim.momentum")} | BETAS, 1.5, 14)
-        ],
+        "muon": [("shakespeare", {k: SHORT[k] for k in ("optim.adamw_lr", "optim.lr", "optim.momentum")}, 1.5, 7)],
     },
 }
 NAMES = ("muon", "normuon")  # ladders of names have no end
@@ -132,7 +131,7 @@ VARIANTS = {
     "wd 0.1 cautious": {"optim.wd": 0.1, "optim.cautious": True},
     "wd 0.1 cautious, follows lr": {"optim.wd": 0.1, "optim.cautious": True, "optim.wd_follows_lr": True},
     "keller, 5 steps": {"optim.coefficients": "keller"},
-    "spectrum4, 4 steps": {"optim.coefficients": "spectrum4", "optim.ns_steps": 4},
+    "polar_express4, 4 steps": {"optim.coefficients": "polar_express4", "optim.ns_steps": 4},
     "polar_express, 3 steps": {"optim.ns_steps": 3},
     "per-head q, k, v": {"optim.per_head": True},
     "fused q|k|v as one": {"optim.split_fused": False},

@@ -247,7 +247,7 @@ ARMS = {
     "ours-gram-fp32": our(ns_method="gram", ns_dtype="float32"),
     "ours-cayley": our(ns_method="cayley", ns_dtype="float32"),
     "ours-keller": our(coefficients="keller"),
-    "ours-spectrum4": our(main=True, coefficients="spectrum4", ns_steps=4),
+    "ours-polar_express4": our(main=True, coefficients="polar_express4", ns_steps=4),
     "heavyball": Arm(heavyball, "its set x5, bf16, eager on CPU"),
     "pytorch-optimizer": Arm(pytorch_optimizer, "keller x5, bf16"),
     "optimuon": Arm(optimuon(), "polar express x5, Gram fp16", fp16=True),

@@ -280,7 +280,7 @@ def test_classical_and_ema_momentum_give_the_same_weights_and_buffers_that_diffe
 @pytest.mark.parametrize(
     "coefficients, steps, method",
     [
-        ("spectrum4", 4, "auto"),
+        ("polar_express4", 4, "auto"),
         ("aol4", 4, "auto"),
         ("polar_express", 5, "cayley"),
         ("cubic", 5, "gram"),
@@ -296,7 +296,7 @@ def test_every_way_to_orthogonalise_reaches_the_weights(coefficients, steps, met
     O = (start - p.detach()).double()
     s = torch.linalg.svdvals(O)
     assert (
-        optimizer.ns_calls == 1 and float(s.max()) < 1.4 and (coefficients == "spectrum4" or float(s.min()) > 0.6)
+        optimizer.ns_calls == 1 and float(s.max()) < 1.4 and (coefficients == "polar_express4" or float(s.min()) > 0.6)
     )  # aspect 2.7: easy
     method = "aol" if coefficients == "aol4" else "direct" if method == "auto" else method
     torch.testing.assert_close(O, newton_schulz(p.grad.double(), steps, coefficients, method), rtol=0, atol=1e-4)
@@ -757,7 +757,7 @@ def test_a_zero_gradient_moves_nothing_and_tiny_ones_move_as_far_as_any(variant,
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-8, 1e8])
 @pytest.mark.parametrize("variant", ["muon", "normuon", "adamuon", "hyperball"])
-@pytest.mark.parametrize("coefficients, steps", [("polar_express", 5), ("spectrum4", 4)])
+@pytest.mark.parametrize("coefficients, steps", [("polar_express", 5), ("polar_express4", 4)])
 def test_the_scale_of_the_gradient_does_not_matter(scale, variant, coefficients, steps):
     a, b = tensors(), tensors()
     kwargs = {"variant": variant, "coefficients": coefficients, "ns_steps": steps, **EXACT}

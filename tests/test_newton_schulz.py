@@ -75,7 +75,7 @@ PUBLISHED = {  # name: (triples copied from the papers, divisor c0)
     ),
 }
 METHOD = {name: "aol" if name.startswith("aol") else "direct" for name in COEFFICIENTS}
-STEPS = {name: len(PUBLISHED[name][0]) for name in PUBLISHED} | {"spectrum4": 4}
+STEPS = {name: len(PUBLISHED[name][0]) for name in PUBLISHED} | {"polar_express4": 4}
 
 
 def gaussian(*shape, seed=0, dtype=torch.float64):
@@ -110,7 +110,7 @@ def reference(U, schedule, method="direct", c0=1.0):
         t = R.abs().sum(1) ** -0.5
         U = t[:, None] * U if U.shape[0] <= U.shape[1] else U * t
         c = 1.0
-    elif c0 is None:  # spectrum4: the Schatten-8 norm
+    elif c0 is None:  # polar_express4: the Schatten-8 norm
         c = 1.01 * (singular(U) ** 8).sum() ** 0.125
     else:
         c = c0 * U.norm()
@@ -136,7 +136,7 @@ def test_the_coefficients_are_the_published_ones(name):
 
 
 def test_every_set_we_ship_is_published_or_our_own():
-    assert set(COEFFICIENTS) == set(PUBLISHED) | {"spectrum4"}
+    assert set(COEFFICIENTS) == set(PUBLISHED) | {"polar_express4"}
 
 
 def test_a_short_schedule_repeats_its_last_triple_and_a_long_one_is_cut():
@@ -249,7 +249,7 @@ def test_bfloat16_changes_the_error_of_the_direct_form_by_little(name, limit):
     assert abs(exact - rounded) < limit
 
 
-@pytest.mark.parametrize("name, cosine", [("keller", 0.97), ("polar_express", 0.99), ("spectrum4", 0.98)])
+@pytest.mark.parametrize("name, cosine", [("keller", 0.97), ("polar_express", 0.99), ("polar_express4", 0.98)])
 @pytest.mark.parametrize("shape", [(96, 160), (160, 96), (128, 128)])
 def test_gaussian_matrices_come_close_to_their_polar_factor(name, cosine, shape):
     G = gaussian(*shape, seed=2, dtype=torch.float32)
@@ -274,7 +274,7 @@ def test_one_nonzero_singular_value_meets_the_closed_form_of_the_map():
 def test_every_set_equals_the_scalar_map_of_the_singular_values(name, shape):
     G = gaussian(*shape, seed=1)
     steps = STEPS[name]
-    schedule, c0 = PUBLISHED.get(name, (COEFFICIENTS["spectrum4"], None))
+    schedule, c0 = PUBLISHED.get(name, (COEFFICIENTS["polar_express4"], None))
     out = newton_schulz(G, steps, name, METHOD[name]).reshape(-1, *shape[-2:])
     for matrix, result in zip(G.reshape(-1, *shape[-2:]), out, strict=True):
         # fp64 roundings (1e-16) grown by slopes up to 1e5
@@ -284,8 +284,8 @@ def test_every_set_equals_the_scalar_map_of_the_singular_values(name, shape):
 METHOD_CASES = [("polar_express", m) for m in ("direct", "hybrid", "gram", "cayley")] + [
     ("cubic", "gram"),
     ("cubic", "hybrid"),
-    ("spectrum4", "direct"),
-    ("spectrum4", "hybrid"),
+    ("polar_express4", "direct"),
+    ("polar_express4", "hybrid"),
     ("aol4", "aol"),
 ]
 
@@ -394,7 +394,7 @@ def test_zero_is_zero_and_tiny_or_broken_neighbours_do_not_touch_a_batch(name, m
 @pytest.mark.parametrize("shape", [(1, 30), (30, 1), (1, 1)])
 def test_a_single_row_or_column_is_normalised(name, method, shape):
     x = gaussian(*shape, seed=11)
-    schedule, c0 = PUBLISHED.get(name, (COEFFICIENTS["spectrum4"], None))
+    schedule, c0 = PUBLISHED.get(name, (COEFFICIENTS["polar_express4"], None))
     length = 1.0 / (1.01 if c0 is None else c0)
     expected = (
         1.0
@@ -439,14 +439,14 @@ def test_gram_and_hybrid_equal_the_direct_form(name, shape):
         assert (single - direct).norm() <= 1e-3 * direct.norm()  # fp32: muon.md 9, test 8
 
 
-def test_spectrum4_hybrid_equals_spectrum4_direct():
+def test_polar_express4_hybrid_equals_polar_express4_direct():
     U = gaussian(48, 192, seed=15)
     torch.testing.assert_close(
-        newton_schulz(U, 4, "spectrum4", "hybrid"), newton_schulz(U, 4, "spectrum4"), rtol=0, atol=1e-9
+        newton_schulz(U, 4, "polar_express4", "hybrid"), newton_schulz(U, 4, "polar_express4"), rtol=0, atol=1e-9
     )
 
 
-@pytest.mark.parametrize("name", ["polar_express", "keller", "spectrum4"])
+@pytest.mark.parametrize("name", ["polar_express", "keller", "polar_express4"])
 @pytest.mark.parametrize("decaying", [False, True])
 def test_hybrid_in_bfloat16_is_as_good_as_direct_in_bfloat16(name, decaying):
     U = with_spectrum(1.0 / torch.arange(1, 65).double(), 256) if decaying else gaussian(64, 256, seed=16)
@@ -466,16 +466,16 @@ def test_gram_in_float16_is_usable_at_aspect_four():
     assert 0.7 < float(s.min()) and float(s.max()) < 1.3  # muon.md 1.6: .79 to 1.21
 
 
-def test_spectrum4_in_four_steps_beats_keller_in_five_and_polar_express_cut_to_four():
+def test_polar_express4_in_four_steps_beats_keller_in_five_and_polar_express_cut_to_four():
     for U in (gaussian(256, 256).float(), with_spectrum(1.0 / torch.arange(1, 257).double()).float()):
-        e = error(newton_schulz(U, 4, "spectrum4"))[0]
+        e = error(newton_schulz(U, 4, "polar_express4"))[0]
         assert e < error(newton_schulz(U, 5, "keller"))[0] and e < error(newton_schulz(U, 4, "polar_express"))[0]
 
 
-def test_spectrum4_loses_no_direction():
+def test_polar_express4_loses_no_direction():
     """Whatever the second singular value is beside the first, from a hundredth of it to all of it."""
     x = torch.linspace(0.01, 1.0, 400, dtype=torch.float64)
-    out = newton_schulz(torch.diag_embed(torch.stack([torch.ones_like(x), x], -1)), 4, "spectrum4").diagonal(
+    out = newton_schulz(torch.diag_embed(torch.stack([torch.ones_like(x), x], -1)), 4, "polar_express4").diagonal(
         dim1=1, dim2=2
     )
     assert (
@@ -499,8 +499,8 @@ REFUSED = [
     ({"method": "cayley", "dtype": torch.bfloat16}, 'ns_dtype="float32"'),
     ({"method": "cayley", "dtype": torch.float16}, 'ns_dtype="float32"'),
     ({"coefficients": "aol4"}, 'use ns_method="aol"'),
-    ({"coefficients": "spectrum4", "method": "gram"}, "ns_method"),
-    ({"coefficients": "spectrum4", "dtype": torch.float16}, 'use "bfloat16"'),
+    ({"coefficients": "polar_express4", "method": "gram"}, "ns_method"),
+    ({"coefficients": "polar_express4", "dtype": torch.float16}, 'use "bfloat16"'),
 ]
 
 
@@ -545,7 +545,7 @@ def test_the_candidates_are_the_legal_methods_and_dtypes_that_are_left_open():
         ("hybrid", "bfloat16"),
     }
     assert ("gram", "bfloat16") not in wide
-    assert name(probe.candidates(64, 256, "spectrum4", 4, "auto", "float32", CPU)) == {
+    assert name(probe.candidates(64, 256, "polar_express4", 4, "auto", "float32", CPU)) == {
         ("direct", "float32"),
         ("hybrid", "float32"),
     }
@@ -576,4 +576,4 @@ def test_bfloat16_is_chosen_only_if_it_is_clearly_faster(monkeypatch):
 
 
 def test_whole_schedules_are_named():
-    assert set(WHOLE) == {"deepseek", "accurate12", "spectrum4", "aol4", "aol4_dion"} and "direct" in METHODS
+    assert set(WHOLE) == {"deepseek", "accurate12", "polar_express4", "aol4", "aol4_dion"} and "direct" in METHODS

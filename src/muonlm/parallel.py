@@ -150,7 +150,7 @@ def clip(
     grads = [local(p.grad) for p in parameters]
     norms = _whole_norms(parameters, torch._foreach_norm(grads))
     total = torch.linalg.vector_norm(torch.stack(norms))
-    if scope == "aux":
+    if scope == "aux" and mode == "clip":
         matrices = {p for group in groups if group.get("use_muon") for p in group["params"]}
         grads, norms = (
             [x for p, x in zip(parameters, values, strict=True) if p not in matrices] for values in (grads, norms)

@@ -65,7 +65,7 @@ def train(
             Run.refuse_used(path)
         dist.barrier()  # nobody creates the directory before all have looked
         data = open_data(cfg, dist)
-        cfg = resolve(cfg, data.vocab_size, len(data.train), dist.world)
+        cfg = resolve(cfg, data.vocab_size, len(data.train), dist.world, started=started)
         run = Run(path, cfg, steps=cfg.train.steps, json_mode=json_mode)
         say = run.say if dist.main else (lambda text: None)
 
@@ -91,8 +91,9 @@ def train(
             load_named_state(optimizer, model, state, meta["optimizer"])
             step, counters = meta["step"], meta["counters"]
         if cfg.optim.name == "muon":
-            optimizer.assign_owners()  # brings rank 0's choices, too
-            optimizer.choose_methods()
+            with user_errors():
+                optimizer.assign_owners()  # brings rank 0's choices, too
+                optimizer.choose_methods()
         if cfg.train.dtype == "auto":
             dtype, why = choose_dtype(model, objective, data, cfg, dist)
             cfg = run.cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, dtype=dtype))
@@ -240,8 +241,8 @@ def global_rows(cfg: Config, world: int) -> int:
     return rows
 
 
-def resolve(cfg: Config, vocab_size: int, samples: int, world: int) -> Config:
-    """The config with every derived value filled in: vocabulary, batch in tokens and rows, steps."""
+def resolve(cfg: Config, vocab_size: int, samples: int, world: int, started: bool = False) -> Config:
+    """The config with every derived value filled in: vocabulary, batch in tokens and rows, steps. A `started` run has them."""
     if cfg.model.vocab_size and cfg.model.vocab_size < vocab_size:
         raise UserError(
             f"model.vocab_size = {cfg.model.vocab_size} is smaller than the tokenizer's {vocab_size}; "
@@ -262,7 +263,11 @@ def resolve(cfg: Config, vocab_size: int, samples: int, world: int) -> Config:
     lr_scale(0, steps=steps, **dataclasses.asdict(cfg.sched))
     # train.dtype = float32 means all of it, and nothing that a timing decides: such a run can be repeated
     exact = {"ns_dtype": "float32", "ns_method": "aol" if cfg.optim.coefficients.startswith("aol") else "direct"}
-    exact = {key: value for key, value in exact.items() if t.dtype == "float32" and getattr(cfg.optim, key) == "auto"}
+    exact = {
+        key: value
+        for key, value in exact.items()
+        if t.dtype == "float32" and not started and getattr(cfg.optim, key) == "auto"
+    }
     return dataclasses.replace(
         cfg,
         optim=dataclasses.replace(cfg.optim, **exact),
@@ -328,6 +333,17 @@ def make_optimizer(cfg: Config, plan: RoutingPlan, process_group=None) -> torch.
     same = ("name", "lr", "adamw_lr", "wd", "adamw_wd", "decay", "betas", "eps", *MUON_KEYS)
     return build_optimizer(plan, momentum_warmup=o.momentum_warmup or None, process_group=process_group, **roles,
                            **{key: getattr(o, key) for key in same})  # fmt: skip
+
+
+@contextlib.contextmanager
+def user_errors():
+    """A method that cannot go with a dtype is known only once the device is: it came from a recipe, a flag or the environment."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"[optim] {error}") from None
 
 
 def watch(cfg: Config, optimizer: torch.optim.Optimizer):

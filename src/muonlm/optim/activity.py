@@ -48,8 +48,8 @@ class ActivityCheck:
             )
 
     @contextlib.contextmanager
-    def __call__(self, step: int, expected: int | None = None):
-        """Around optimizer step number `step` (the first is 1). `expected`: blocks, if it is not to be counted here."""
+    def __call__(self, step: int):
+        """Around optimizer step number `step` (the first is 1)."""
         if step != 1 and (not self.every or step % self.every):
             yield
             return
@@ -66,7 +66,7 @@ class ActivityCheck:
             before = [found for group in groups for found in self._before(group)]
         yield
         with torch.no_grad():
-            self._count([name for _, name, *_ in before], expected)
+            self._count([name for _, name, *_ in before])
             for found in before:
                 if found[5] is not None:
                     self._check(*found)
@@ -74,28 +74,32 @@ class ActivityCheck:
     def _before(self, group: dict) -> Iterator[tuple]:
         """The arguments of _check for every block with a gradient."""
         alive = [p for p in group["params"] if p.grad is not None or group["none_grad"] == "zero"]
-        old = {p: w.clone() for p, w in self._weights(group, [p for p in alive if not is_sharded(p)]).items()}
+        mine = [
+            p
+            for p in alive
+            if not is_sharded(p) and (not isinstance(self.optimizer, Muon) or self.optimizer.updates(p))
+        ]
+        old = {p: w.clone() for p, w in self._weights(group, mine).items()}
         for name, p, split, i, factor in block_list(group):
             if p in old:
                 yield group, name, p, split, i, blocks(old[p], split)[i].double(), factor
             elif any(p is q for q in alive):
-                yield group, name, p, split, i, None, factor  # sharded: counted, but not whole on any rank
+                yield group, name, p, split, i, None, factor  # sharded, or another rank's: counted here, checked there
 
     def _weights(self, group: dict, params: list[Tensor]) -> dict[Tensor, Tensor]:
         """What the optimizer really updates: the parameter, or the fp32 numbers of a bf16 one and its mantissa."""
         twins = self.optimizer._twins(group, params) if isinstance(self.optimizer, Muon) else {}
         return {p: twins.get(p, p.detach()) for p in params}
 
-    def _count(self, names: list[str], expected: int | None) -> None:
+    def _count(self, names: list[str]) -> None:
         calls, owners = getattr(self.optimizer, "ns_calls", 0), self._owners()
         if owners:
             ranks = owners.gather_objects((calls, names))
             calls, names = sum(c for c, _ in ranks), {name for _, there in ranks for name in there}
-        expected = len(names) if expected is None else expected
-        if calls != expected:
+        if calls != len(names):
             some = ", ".join(sorted(names)[:2])
             raise MuonInactive(
-                f"Muon inactive: {calls} Newton-Schulz calls for {expected} blocks that have a gradient "
+                f"Muon inactive: {calls} Newton-Schulz calls for {len(names)} blocks that have a gradient "
                 f"({some}, …). Does a wrapper step in Muon's place? Call muonlm.optim.Muon.step itself"
             )
 

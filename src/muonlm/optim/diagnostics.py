@@ -225,7 +225,7 @@ class Diagnostics:
         }
         if weight_rms > 0.0:
             values["u_w"] = values["update_rms"] / weight_rms
-        values["nonfinite"] = float(not math.isfinite(norm_o))
+        values["nonfinite"] = float(not (math.isfinite(norm_o) and math.isfinite(norm_w)))
         values["zero_update"] = float(norm_u == 0.0)
         return {key: value for key, value in values.items() if math.isfinite(value)}
 
@@ -348,7 +348,7 @@ def update_budget(group: dict, name: str, sigma_05: float) -> None:
 
 def scalar_map(sigma: Tensor, coefficients: str | list, steps: int) -> Tensor:
     """What Newton-Schulz makes of the singular values `sigma` (of U / ||U||_F) in exact arithmetic."""
-    if coefficients == "spectrum4":
+    if coefficients == "polar_express4":
         s = sigma / (SCHATTEN_MARGIN * torch.linalg.vector_norm(sigma, 8).clamp(min=torch.finfo(sigma.dtype).tiny))
     else:
         s = sigma / (SAFETY.get(coefficients, 1.0) if isinstance(coefficients, str) else 1.0)

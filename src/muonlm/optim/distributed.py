@@ -224,7 +224,14 @@ class Owners:
         """Compare norms over the ranks; all come to the same verdict. Postponed while gradients are zero or not finite."""
         tensors = [found.get(p) for p in params] + list(params)
         zero = next(iter(params)).new_zeros((), dtype=torch.float32)
-        norms = torch.stack([zero if t is None else torch.linalg.vector_norm(t, dtype=torch.float32) for t in tensors])
+        norms = torch.stack(
+            [
+                zero
+                if t is None
+                else torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).float()
+                for t in tensors
+            ]
+        )
         both = torch.cat([norms, -norms])
         dist.all_reduce(both, dist.ReduceOp.MAX, group=self.group)
         high, low = both.tolist()[: len(norms)], [-x for x in both.tolist()[len(norms) :]]
@@ -309,7 +316,7 @@ class Owners:
         """What each rank holds -> all of it on rank 0 (what it receives: on its CPU), nothing elsewhere; and all names."""
         held = [None] * self.size
         dist.all_gather_object(held, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, group=self.group)
-        device = next(iter(self.owner)).device
+        device = next((p.device for p in self.owner), torch.device("cpu"))
         whole = {}
         for rank, index in enumerate(held):
             for name, (shape, dtype) in index.items():  # one by one, as bytes: no backend sends every dtype

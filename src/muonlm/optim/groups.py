@@ -8,7 +8,7 @@ import warnings
 
 from torch import Tensor
 
-from .blocks import LR_MODES
+from .blocks import LR_MODES, blocks
 from .newton_schulz import check_method, triples
 from .probe import NS_DTYPES, dtype_name
 from .schedule import check_momentum_schedule
@@ -70,13 +70,13 @@ def check_group(group: dict) -> None:
 def check_splits(given: list[dict | None] | None, names: list[str], tensors: list[Tensor]) -> list[dict | None]:
     """One checked split per parameter of a Muon group, from `given` or else from the parameters' tags."""
     if given is None:
+        cuts = ("split", "heads", "flatten", "adamw", "transposed")
         tags = [getattr(p, "muonlm", None) or {} for p in tensors]
-        kinds = ("split", "heads")
-        extra = ("adamw", "transposed")
-        given = [
-            next(({k: tag[k]} | {e: tag[e] for e in extra if e in tag} for k in kinds if k in tag), None)
-            for tag in tags
-        ]
+        given = [{key: tag[key] for key in cuts if key in tag} for tag in tags]
+        for split in given:
+            if "split" in split:
+                split.pop("heads", None)  # a tag may offer both; single heads are asked of `route`
+        given = [split or None for split in given]
     if len(given) != len(tensors):
         raise ValueError(f"splits has {len(given)} entries for {len(tensors)} parameters; give one (or None) for each")
     for name, p, split in zip(names, tensors, given, strict=True):
@@ -109,3 +109,11 @@ def check_splits(given: list[dict | None] | None, names: list[str], tensors: lis
                 f"{parts} heads do not divide the {whole} entries of parameter {name} along dimension {dim}"
             )
     return given
+
+
+def check_spheres(splits: list[dict | None], names: list[str], tensors: list[Tensor]) -> None:
+    """ValueError for a block of norm 0, which hyperball could never move."""
+    for name, p, split in zip(names, tensors, splits, strict=True):
+        if not p.is_meta and any(not block.any() for block in blocks(p.detach(), split)):
+            raise ValueError(f'variant="hyperball" keeps the norm of a weight, but {name} of shape {tuple(p.shape)} is, or has a '
+                             f'block that is, all zero; initialise it, or put it into a group with variant="muon"')  # fmt: skip

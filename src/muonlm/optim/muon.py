@@ -39,6 +39,7 @@ Source   Keller Jordan, github.com/KellerJordan/Muon; classical momentum, match_
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ from torch.optim.adamw import adamw
 
 from .blocks import LR_MODES, Block, block_shapes, blocks, shape_factor
 from .distributed import GRADS, Owners, check_sharding, cost, is_sharded, like, local
-from .groups import check_group, check_splits
+from .groups import check_group, check_spheres, check_splits
 from .newton_schulz import iterate, orthogonalise, triples
 from .probe import choose
 from .schedule import momentum_at
@@ -79,6 +80,7 @@ class Muon(torch.optim.Optimizer):
     lr, weight_decay   0.02 and 0.0 if left out (compat="torch": 1e-3 and 0.1)
     ns_method          "auto" picks among direct, hybrid and gram by a probe; ns_dtype "auto" among fp32 and bf16
     rms_target         of match_rms_adamw and adamuon; sqrt((1 - b1) / (1 + b1)) of the AdamW to match is another choice
+    schedulers         OneCycleLR needs cycle_momentum=False: momentum has its own schedule here
     wd_follows_lr      wd_t = wd lr_t / peak; peak: the group's "base_lr", OneCycleLR's "max_lr", "initial_lr", or its first lr
     process_group      None, "world" or a ProcessGroup: matrices are shared out among its ranks, see distributed.py; `grads` says
                        whether gradients arrive "averaged" (by DDP) or "local". FSDP2's DTensors bring their own group
@@ -231,6 +233,25 @@ class Muon(torch.optim.Optimizer):
             if not p.is_floating_point():
                 raise ValueError(f"parameter {name} is {p.dtype}; Muon and AdamW train real floating-point tensors only, "
                                  f"so leave it out of the groups")  # fmt: skip
+        known = {
+            *self.defaults["muon"],
+            *self.defaults["adamw"],
+            *self.defaults,
+            "params",
+            "name",
+            "use_muon",
+            "splits",
+            "slices",
+        }
+        for key in sorted(
+            set(group) - known - {"base_lr", "max_lr", "initial_lr", "first_lr", "param_names", "ns_sigma"}
+        ):
+            if near := get_close_matches(key, known, n=1, cutoff=0.75):
+                raise ValueError(
+                    f"group {group['name']!r} has a key {key!r}, which nothing reads; did you mean {near[0]!r}?"
+                )
+        if group.get("compat") and not self.defaults["muon"]["compat"]:
+            raise ValueError('compat="torch" is for a whole optimizer: pass it to Muon, not to a group')
         own, other = ("muon", "adamw") if group["use_muon"] else ("adamw", "muon")
         if stray := sorted(set(group) & set(self.defaults[other])):
             raise ValueError(f"group {group['name']!r} has use_muon={group['use_muon']} but sets {', '.join(stray)}, "
@@ -246,6 +267,8 @@ class Muon(torch.optim.Optimizer):
         if group["use_muon"]:
             group["splits"] = check_splits(group.get("splits"), names, tensors)
             check_sharding(group, names, tensors)
+            if group["variant"] == "hyperball":
+                check_spheres(group["splits"], names, tensors)
             if any(split and split.get("adamw") for split in group["splits"]) and "slices" not in group:
                 raise ValueError(f"group {group['name']!r} leaves slices to AdamW but does not say how; set slices=dict(lr_ratio="
                                  f"adamw_lr / muon_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)")  # fmt: skip
@@ -302,11 +325,11 @@ class Muon(torch.optim.Optimizer):
             found = self.shards.complete([p for p in params if is_sharded(p)], found)
         for group in self.param_groups:
             for p in group["params"] if group["use_muon"] and group["none_grad"] == "zero" else ():
-                if p not in found and self._updates(p):
+                if p not in found and self.updates(p):
                     found[p] = torch.zeros_like(p)
         return found
 
-    def _updates(self, p: Tensor) -> bool:
+    def updates(self, p: Tensor) -> bool:
         """Whether this rank updates the matrix `p` (or its shard of it)."""
         return not self.replicas or is_sharded(p) or self.replicas.owns(p)
 
@@ -553,7 +576,7 @@ class Muon(torch.optim.Optimizer):
                 O = adapt(variant, O, second, group["beta2"], group["rms_target"], first.transposed)
         lr = _rate(group)
         if variant == "hyperball":
-            stay_on_sphere([block.name for block in batch], weights, O, [block.second for block in batch], lr)
+            stay_on_sphere(weights, O, [block.second for block in batch], lr)
             return
         directions = list(O.unbind(0))
         if cautious_decay:

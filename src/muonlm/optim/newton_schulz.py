@@ -9,17 +9,18 @@ for every s that is not tiny, so the result is close to P Q^T, and it does not d
 Methods  direct   the lines above. 2-byte dtypes are safe: each step starts from X, so rounding does not pile up
          hybrid   direct, but the last two steps in Gram form: two products with X instead of four. Safe in bfloat16, because the
                   polynomials before them have lifted the small singular values and none follows to amplify an error
-         gram     R <- X X^T once, Q = I; per step Q <- Q (aI + Z), R <- R (aI + Z)^2, Z = bR + cR^2; restarted from X <- QX after
-                  every second step. float32 or float16; in bfloat16 it overshoots up to 15-fold, so that is refused
+         gram     R = X X^T, Q = I; per step Q <- Q (aI + Z), R <- R (aI + Z)^2 with Z = bR + cR^2; X <- QX and a new start
+                  after two steps, then after every three. float32 or float16; in bfloat16 it overshoots 15-fold: refused
          aol      direct from X_0 = diag(t) U, t_i = (sum_j |U U^T|_ij)^(-1/2), whose singular values are <= 1 by Gershgorin: a row
                   scaling, so the limit is the polar factor of diag(t) U, not of U. Its own coefficient sets
          cayley   X <- 2t (I + t^2 X X^T)^(-1) X, t = l^(-1/2), l <- 2 sqrt(l) / (1 + l) from l = 1e-3: s -> 2ts / (1 + t^2 s^2), by
                   Cholesky, float32 or float64. Accurate; it takes no coefficients, `steps` counts solves
-Scale c  ||U||_F, times 1.02 for Polar Express, which was fitted with that margin. `spectrum4` instead measures its own first Gram
-         matrix: c = 1.01 ||R R||_F^(1/4), the Schatten-8 norm, a bound of the spectral norm that is up to 5 times closer than
-         ||U||_F and costs nothing, as R R is needed anyway. U is first divided by (a power of two near) its largest entry,
-         so squares neither underflow nor overflow. There is no floor such as 1e-7: a tiny gradient is a direction like any other.
-         An all-zero matrix gives exactly zero, without touching its neighbours in the batch; Inf or NaN gives NaN
+Scale c  ||U||_F, times 1.02 for Polar Express, which was fitted with that margin. `polar_express4` measures its own first
+         Gram matrix instead: c = 1.01 ||R R||_F^(1/4), the Schatten-8 norm of U, a bound of its spectral norm that is up to
+         5 times closer than ||U||_F and free, as R R is needed anyway. U is first multiplied by a power of two that brings
+         its largest entry near 1, so squares neither underflow nor overflow. There is no floor such as 1e-7: a tiny
+         gradient is a direction like any other. An all-zero matrix gives exactly zero, without touching its neighbours
+         in the batch; Inf or NaN gives NaN
 Shapes   G (..., A, B), leading dimensions are a batch. m = min(A, B), n = max(A, B): R is m x m, from the right if A > B
 Cost     flops a matrix: direct 4 m^2 n + 2 m^3 a step (4 m^2 n if c = 0); hybrid saves 4 m^2 n - 6 m^3, a gain for n > 1.5 m
 Raises   ValueError for an unknown set or method, bad triples, bad step counts, a dtype the method cannot use, tensors that are
@@ -28,8 +29,8 @@ Source   keller: github.com/KellerJordan/Muon · you: Jiacheng You, as in Megatr
          arXiv 2505.16932 (safety 2e-2, cushion 2; raw: safety 1.01) · cans: arXiv 2506.10935 · cubic: arXiv 2606.00371 ·
          deepseek: DeepSeek-V4 report · accurate12: modded-nanogpt, track 3 · classic: Taylor expansion of s -> sign(s) ·
          aol: arXiv 2512.04632, coefficients of Megatron and dion · Gram form: Dao's Gram Newton-Schulz ·
-         spectrum4: ours, four quintics composed as in Polar Express for [0.004, 1] of the closer scale (safety 1.01, cushion 0.024):
-         f stays within 1 +- 0.14 there, and bfloat16 rounding cannot leave the interval of the next step
+         polar_express4: ours, four quintics composed as in Polar Express for [0.004, 1] of the closer scale (safety 1.01,
+         cushion 0.024): f stays within 1 +- 0.14 there, and bfloat16 rounding cannot leave the next step's interval
 """
 
 import math
@@ -102,7 +103,7 @@ COEFFICIENTS: dict[str, list[Triple]] = {
         (2.7763, -2.3190, 0.5523),
         (2.4231, -2.2861, 0.8193),
     ],
-    "spectrum4": [
+    "polar_express4": [
         (8.104987549112458, -22.625272368504685, 16.262509252400395),
         (3.9199266491325537, -2.827463809125078, 0.5251319539802465),
         (3.3267934539450117, -2.4484843436878276, 0.49001539370739816),
@@ -112,7 +113,7 @@ COEFFICIENTS: dict[str, list[Triple]] = {
 """Triples (a, b, c) per step. A set shorter than the number of steps repeats its last triple; a longer one is cut, except
 those of WHOLE, whose last steps are the point of them."""
 
-WHOLE = ("deepseek", "accurate12", "spectrum4", "aol4", "aol4_dion")
+WHOLE = ("deepseek", "accurate12", "polar_express4", "aol4", "aol4_dion")
 SAFETY = {"polar_express": 1.02}
 METHODS = ("direct", "hybrid", "gram", "aol", "cayley")
 SCHATTEN_MARGIN = 1.01  # for the rounding of R R to bfloat16
@@ -134,10 +135,10 @@ def triples(coefficients: str | list[Triple], steps: int) -> list[Triple]:
             raise ValueError(f"coefficients={coefficients!r} is a schedule of {len(given)} steps, found ns_steps={steps}; "
                              f"use ns_steps={len(given)}")  # fmt: skip
     else:
-        given = [tuple(t) for t in coefficients]
+        given = [tuple(t) if isinstance(t, list | tuple) else () for t in coefficients]
         if not given or any(len(t) != 3 for t in given):
             raise ValueError(
-                f"coefficients must be a name or a non-empty list of triples (a, b, c), found {coefficients!r}"
+                f"coefficients must be a name or a non-empty list of triples [(a, b, c), ...], found {coefficients!r}"
             )
     return list(islice(chain(given, repeat(given[-1])), steps))
 
@@ -150,18 +151,18 @@ def check_method(method: str, coefficients: str | list[Triple], dtype: torch.dty
     named = coefficients if isinstance(coefficients, str) else ""
     if named.startswith("aol") and method != "aol":
         raise ValueError(f'coefficients={named!r} start from a row scaling; use ns_method="aol", or other coefficients')
-    if named == "spectrum4" and method not in ("direct", "hybrid"):
+    if named == "polar_express4" and method not in ("direct", "hybrid"):
         raise ValueError(
-            f'coefficients="spectrum4" choose their own scale; use ns_method="direct" or "hybrid", not {method!r}'
+            f'coefficients="polar_express4" choose their own scale; use ns_method="direct" or "hybrid", not {method!r}'
         )
     if dtype == torch.bfloat16 and method == "gram":
         raise ValueError('ns_method="gram" is not accurate in bfloat16 (singular values up to 15); use ns_dtype="float32" or '
                          '"float16", or ns_method="hybrid"')  # fmt: skip
     if dtype in (torch.bfloat16, torch.float16) and method == "cayley":
         raise ValueError('ns_method="cayley" solves by Cholesky, which needs ns_dtype="float32" or "float64"')
-    if dtype == torch.float16 and named == "spectrum4":
+    if dtype == torch.float16 and named == "polar_express4":
         raise ValueError(
-            'coefficients="spectrum4" squares a Gram matrix before scaling it, beyond float16; use "bfloat16"'
+            'coefficients="polar_express4" squares a Gram matrix before scaling it, beyond float16; use "bfloat16"'
         )
 
 
@@ -207,7 +208,7 @@ def normalise(X: Tensor, c0: float = 1.0, dtype: torch.dtype | None = None) -> T
 
 def iterate(X: Tensor, steps: list[Triple]) -> Tensor:
     """Apply the triples to normalised matrices, 2-D or 3-D, in X's dtype. X itself is overwritten."""
-    R, Y = None, torch.empty_like(X)  # two buffers for X, two for its polynomial: nothing is allocated inside the loop
+    R, Y = None, torch.empty_like(X)  # buffers for X are made once, not in each step
     for a, b, c in steps:
         R = _gram(X, out=R)
         if c == 0.0:
@@ -268,7 +269,7 @@ def _orthogonalise(U: Tensor, coefficients: str | list[Triple], steps: int, meth
     if method == "cayley":
         return _cayley(normalise(U, dtype=dtype), steps)
     schedule = triples(coefficients, steps)
-    if coefficients == "spectrum4":
+    if coefficients == "polar_express4":
         X = _scaled_first_step(U.mul_(power_of_two(U)).to(dtype), schedule.pop(0))
     elif method == "aol":
         X = _row_scaled(U.mul_(power_of_two(U))).to(dtype)

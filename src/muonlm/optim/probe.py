@@ -45,23 +45,27 @@ def choose(group: dict, A: int, B: int, count: int, dtype: torch.dtype, device: 
 def candidates(
     m: int, n: int, coefficients, steps: int, method: str, ns_dtype: str, device: torch.device
 ) -> list[Choice]:
-    """The legal choices among direct, hybrid and gram, float32 and (not on MPS) bfloat16, that the settings leave open."""
+    """The legal choices among direct, hybrid and gram, float32 and bfloat16, that the settings leave open."""
     methods = [method] if method != "auto" else ["direct"]
     if method == "auto" and 2 * n >= 3 * m and steps >= 3:
         methods += ["hybrid", "gram"]
     dtypes = (
         [ns_dtype]
         if ns_dtype != "auto"
-        else {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16"]}.get(device.type, ["float32"])
+        else {
+            "cpu": ["float32", "bfloat16"],
+            "cuda": ["float32"] if method in ("gram", "cayley") else ["bfloat16"],
+        }.get(device.type, ["float32"])
     )
-    legal = []
+    legal, refusal = [], None
     for choice in ((way, NS_DTYPES[name]) for name in dtypes for way in methods):
         try:
             check_method(choice[0], coefficients, choice[1])
             legal.append(choice)
-        except ValueError:
-            if method != "auto" and len(dtypes) == 1:
-                raise
+        except ValueError as error:
+            refusal = error
+    if not legal:
+        raise refusal
     return legal
 
 

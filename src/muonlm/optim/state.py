@@ -18,27 +18,23 @@ from ..config import UserError
 from .distributed import is_sharded, sharded_like
 from .muon import Muon
 
-GROUP_STATE = (
-    "step",
-    "ns_chosen",
-    "ns_budget",
-    "ns_sigma",
-)  # what a group remembers; its hyper-parameters come from the config
+# what a group remembers; its hyper-parameters come from the config
+GROUP_STATE = ("step", "ns_chosen", "ns_budget", "ns_sigma")
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
     """({"<parameter>/<key>": tensor}, meta). The tensors may be the optimizer's own: save them before stepping on."""
     names = _names(optimizer, model)
+    if isinstance(optimizer, Muon):
+        optimizer.assign_owners()
     tensors = {f"{name}/{key}": value for name, p in names.items() for key, value in optimizer.state.get(p, {}).items()}
     assert all(isinstance(value, Tensor) for value in tensors.values())
     groups = {g["name"]: _copied({key: g[key] for key in GROUP_STATE if key in g}) for g in optimizer.param_groups}
     listed = list(tensors)
     for owners in _owners(optimizer):
         tensors, listed = _gathered(owners, names, tensors, listed)
-        for theirs in owners.gather_objects(groups):  # each owner knows the budgets of its own matrices
-            for name, values in theirs.items():
-                if "ns_budget" in values:
-                    groups[name]["ns_budget"].update(values["ns_budget"])
+    if any(owners.rank for owners in _owners(optimizer)):
+        tensors = {}
     return tensors, {
         "optimizer": type(optimizer).__name__,
         "parameters": sorted(names),
@@ -57,11 +53,12 @@ def _gathered(
         whole = (shard.to(torch.int32) if dtype == torch.int16 else shard).full_tensor()  # no backend gathers int16
         joined[full] = whole.to("cpu", dtype) if owners.rank == 0 else None
     mine = {
-        full: t for full, t in tensors.items() if full not in joined and names[full.rpartition("/")[0]] in owners.owner
+        full: t for full, t in tensors.items() if full not in joined and owners.owns(names[full.rpartition("/")[0]])
     }
     fetched, held = owners.gather(mine)
-    rest = {full: t for full, t in tensors.items() if full not in joined and full not in mine}
-    return (rest | joined | fetched if owners.rank == 0 else {}), sorted({*joined, *rest, *held, *listed})
+    owned = {full for full in tensors if names[full.rpartition("/")[0]] in owners.owner}
+    rest = {full: t for full, t in tensors.items() if full not in joined and full not in owned}
+    return (rest | joined | fetched if owners.rank == 0 else rest), sorted({*joined, *rest, *held, *listed})
 
 
 def load_named_state(

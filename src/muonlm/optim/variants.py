@@ -7,7 +7,7 @@
     hyperball  V = W - lr R O / ||O||_F;   W <- R V / ||V||_F               R = ||W_0||_F stays fixed; wd must be 0
 
 State    normuon: v has max(A, B) entries a block · adamuon: as many as the block · hyperball: R, one number a block
-Raises   ValueError for hyperball on a block of norm 0, which has no sphere to stay on
+A block of norm 0 has no sphere to stay on: groups.py refuses it
 Source   NorMuon: arXiv 2510.05491, with the mean over the shorter side as in modded-nanogpt and nanochat (the paper takes rows);
          AdaMuon: arXiv 2507.11005; hyperball (MuonH): modded-nanogpt, track 3
 """
@@ -47,13 +47,9 @@ def adapt(
     return O.mul_((before / after.masked_fill(after == 0, 1.0))[:, None, None])
 
 
-def stay_on_sphere(names: list[str], weights: list[Tensor], O: Tensor, radii: list[Tensor], lr: float | Tensor) -> None:
+def stay_on_sphere(weights: list[Tensor], O: Tensor, radii: list[Tensor], lr: float | Tensor) -> None:
     """The hyperball step of every block; `radii` hold 0 before the first step."""
-    norms = torch._foreach_norm(weights)
-    for name, weight, norm, radius in zip(names, weights, norms, radii, strict=True):
-        if not radius.is_cuda and radius == 0.0 and norm == 0.0:
-            raise ValueError(f'variant="hyperball" keeps the norm of a weight, but {name} of shape {tuple(weight.shape)} is all zero; '
-                             f'initialise it, or put it into a group with variant="muon"')  # fmt: skip
+    for norm, radius in zip(torch._foreach_norm(weights), radii, strict=True):
         radius.copy_(torch.where(radius == 0.0, norm, radius))
     length = torch.linalg.vector_norm(O.flatten(1), dim=1)
     R = torch.cat(radii)
