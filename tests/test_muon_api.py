@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import lr_scheduler
 
-from muonlm.optim import Muon, create_muon_optimizer, probe
+from muonlm.optim import Muon, create_muon_optimizer, probe, route
 from muonlm.optim import muon as muon_module
 
 SHAPES = [(24, 24), (48, 24), (24, 64)]
@@ -653,7 +653,7 @@ BAD = [
     ({"coefficients": "kelly"}, "did you mean 'keller'"),
     ({"coefficients": [(1.0, 2.0)]}, "triples"),
     ({"coefficients": []}, "triples"),
-    ({"coefficients": "deepseek"}, "ns_steps=10"),
+    ({"coefficients": "deepseek", "ns_steps": 5}, "ns_steps=10"),
     ({"coefficients": "aol4", "ns_method": "direct"}, 'ns_method="aol"'),
     ({"ns_method": "gramm"}, "did you mean 'gram'"),
     ({"ns_dtype": "int8"}, "ns_dtype='int8'.*float32"),
@@ -871,3 +871,30 @@ def test_create_muon_optimizer_decays_by_the_lr_times_wd_and_trains():
 def test_an_unknown_backend_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown backend 'svd'.*newtonschulz5, newtonschulz10, cayley"):
         create_muon_optimizer(Tiny(), backend="svd")
+
+
+def test_a_rate_that_no_group_would_use_is_refused():
+    groups = [dict(params=tensors(), use_muon=True, lr=0.02, weight_decay=0.0)]
+    for given in ({"lr": 0.1}, {"weight_decay": 0.1}):
+        with pytest.raises(ValueError, match="every Muon group brings its own"):
+            Muon(groups, **given)
+    Muon(groups, lr=0.02)
+
+
+def test_a_model_or_a_plan_instead_of_groups_is_told_the_line_to_write():
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    for wrong in (model, route(model)):
+        with pytest.raises(TypeError, match=r"write Muon\(route\(model\).groups"):
+            Muon(wrong)
+
+
+def test_a_schedule_of_coefficients_brings_its_own_number_of_steps():
+    assert Muon(tensors(), coefficients="polar_express4").param_groups[0]["ns_steps"] == 4
+    assert Muon(tensors()).param_groups[0]["ns_steps"] == 5
+
+
+def test_the_environment_cannot_choose_a_dtype_that_the_method_refuses(monkeypatch):
+    monkeypatch.setenv("MUONLM_NS_DTYPE", "bfloat16")
+    params = tensors()
+    with pytest.raises(ValueError, match="not accurate in bfloat16"):
+        drive(Muon(params, ns_method="gram"), params, 1)

@@ -1014,7 +1014,7 @@ def test_groups_carry_their_own_rates_and_empty_ones_are_reported():
         ("head", 0.008, 0.008),
     ]
     assert "group scalar: empty" in plan.table(groups)
-    with pytest.raises(UserError, match="--optim.adamw_lr or --optim.embed_lr"):
+    with pytest.raises(UserError, match="pass adamw_lr=3e-4 or embed_lr"):
         plan.groups(lr=0.05)
 
 
@@ -1165,3 +1165,36 @@ def test_a_plan_feeds_the_optimizer_with_names_for_its_messages():
     optimizer = build_optimizer(GPT(), lr=0.02, adamw_lr=1e-3)
     assert isinstance(optimizer, Muon)
     assert optimizer.param_groups[0]["param_names"][0] == "blocks.0.qkv.weight"
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [{"role": "matirx"}, {"route": "Muon"}, "muon", {"split": [32, 32]}, {"lr_mult": "2"}, {"splits": (0, [32, 32])},
+     {"split": (0, [32, 32]), "adamw": [5]}, {"heads": (0, 5)}],
+    ids=str,
+)  # fmt: skip
+def test_a_tag_that_cannot_be_followed_is_refused_by_the_tensors_name(tag):
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64))
+    model[0].weight.muonlm = tag
+    with pytest.raises(UserError, match="0.weight"):
+        route(model)
+
+
+def test_the_gates_of_recurrent_layers_are_orthogonalised_apart():
+    plan = route(torch.nn.LSTM(32, 16))
+    assert [d.split for d in plan.decisions if d.route == "muon"] == [{"split": (0, [16] * 4)}] * 2
+    assert route(torch.nn.GRU(32, 16)).decisions[0].split == {"split": (0, [16] * 3)}
+
+
+@pytest.mark.parametrize("variant", ["adamuon", "hyperball"])
+def test_the_predicted_update_of_variants_is_the_measured_one(variant):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))
+    plan = route(model)
+    optimizer = Muon(plan.groups(lr=0.02), variant=variant, ns_dtype="float32")
+    [row] = plan.to_dict(optimizer.param_groups)["tensors"]
+    before = model[0].weight.detach().clone()
+    model[0].weight.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    moved = (model[0].weight - before).square().mean().sqrt().item()
+    # hyperball projects back to the sphere, which takes a part of the second order in lr
+    assert row["blocks"][0]["update_rms"] == pytest.approx(moved, rel=0.05)

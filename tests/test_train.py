@@ -499,3 +499,10 @@ def test_a_missing_tracker_does_not_stop_a_run(smoke, tmp_path, monkeypatch, cap
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert main(smoke(tmp_path / "run", "--track", "wandb")) == 0
     assert "going on with metrics.jsonl alone" in capsys.readouterr().out
+
+
+def test_float32_means_no_probe_in_a_new_run_and_changes_nothing_in_a_started_one():
+    cfg = load_recipe("quickstart", {"train.dtype": "float32"})
+    new, started = (resolve(cfg, 257, 1000, 1, started=old).optim for old in (False, True))
+    assert (new.ns_dtype, new.ns_method) == ("float32", "direct")
+    assert (started.ns_dtype, started.ns_method) == ("auto", "auto"), "its choices are in the checkpoint"

@@ -1,7 +1,7 @@
 """What a config means, without training: parameters, FLOPs, memory, routing, derived values; and the help of every key.
 
 Rates    the same update under another lr mode, or under AdamW: `rates`, for --convert-lr.
-Memory   fp32 masters 4 B and gradients 4 B a parameter; Muon state 4 B per parameter it takes, AdamW 8 B. Activations are not counted.
+Memory   fp32 masters 4 B and gradients 4 B a parameter; AdamW state 8 B, Muon's as its options make it (4 B, usually). Activations are not counted.
 """
 
 import ast
@@ -111,16 +111,23 @@ def describe(cfg: Config) -> dict:
     )
     facts["steps"] = steps or f"{cfg.train.epochs:g} epochs of the data"
     model = build_model(cfg.model, "meta")
-    muon = 0
+    muon, state = 0, 8 * counts["total"]
     if cfg.optim.name == "muon":
         plan = plan_routes(cfg, model)
         muon = plan.counts()["muon"]
-        facts["routing"] = plan.table(make_optimizer(cfg, plan).param_groups)
+        optimizer = make_optimizer(cfg, plan)
+        facts["routing"] = plan.table(optimizer.param_groups)
+        matrices = [
+            (p, split, g) for g in optimizer.param_groups if g["use_muon"] for p, split in zip(g["params"], g["splits"])
+        ]
+        layouts = [optimizer.state_layout(*matrix) for matrix in matrices]
+        state = sum(math.prod(shape) * dtype.itemsize for layout in layouts for shape, dtype in layout.values())
+        state += 8 * (counts["total"] - sum(p.numel() for p, *_ in matrices))
     facts["muon_share"] = muon / counts["total"]
     facts["memory_bytes"] = {
         "parameters": 4 * counts["total"],
         "gradients": 4 * counts["total"],
-        "optimizer_state": 4 * muon + 8 * (counts["total"] - muon),
+        "optimizer_state": state,
     }
     return facts
 

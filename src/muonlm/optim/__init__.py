@@ -8,8 +8,10 @@
 and a JSON-able `meta`; `load_named_state` puts it back bit for bit, whatever the order or grouping of the parameters is.
 """
 
+from .activity import ActivityCheck
 from .build import build_optimizer, create_muon_optimizer
-from .convert import convert_lr, from_muonlm, to_muonlm
+from .convert import convert_lr, from_muonlm, parameter_names, to_muonlm
+from .diagnostics import Diagnostics
 from .muon import Muon
 from .newton_schulz import newton_schulz
 from .qk_clip import qk_clip
@@ -18,6 +20,8 @@ from .schedule import lr_scale, momentum_at, parse_momentum_warmup
 from .state import load_named_state, named_state
 
 __all__ = [
+    "ActivityCheck",
+    "Diagnostics",
     "Muon",
     "RoutingPlan",
     "assert_complete",
@@ -30,6 +34,7 @@ __all__ = [
     "momentum_at",
     "named_state",
     "newton_schulz",
+    "parameter_names",
     "parse_momentum_warmup",
     "qk_clip",
     "route",

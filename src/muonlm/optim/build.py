@@ -49,7 +49,7 @@ def build_optimizer(
             groups = plan.groups(lr=lr, adamw_lr=adamw_lr, embed_lr=embed_lr, head_lr=head_lr, scalar_lr=scalar_lr, wd=wd,
                                  adamw_wd=adamw_wd, betas=betas, eps=eps)  # fmt: skip
             schedule = parse_momentum_warmup(momentum_warmup) if momentum_warmup else None
-            return Muon(groups, lr=lr, momentum_schedule=schedule, **muon)
+            return Muon(groups, momentum_schedule=schedule, **muon)
         if name == "adamw":
             return torch.optim.AdamW(_adamw_groups(plan, lr, wd, decay), lr=lr, betas=tuple(betas), eps=eps, fused=True)
     except UserError:
@@ -86,7 +86,7 @@ def create_muon_optimizer(
     plan = route(model)
     groups = plan.groups(lr=lr, adamw_lr=aux, wd=weight_decay, adamw_wd=weight_decay)
     optimizer = Muon(
-        groups, lr, momentum, nesterov, decoupled_wd=decoupled_wd, lr_mode="match_rms_adamw", **BACKENDS[backend]
+        groups, None, momentum, nesterov, decoupled_wd=decoupled_wd, lr_mode="match_rms_adamw", **BACKENDS[backend]
     )
     if verbose:
         print(plan.table(optimizer.param_groups), end="")

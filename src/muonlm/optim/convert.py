@@ -233,8 +233,12 @@ def from_muonlm(
             if name not in state:
                 if name in fresh:
                     continue
+                missing = [
+                    n for g, m in _members(groups, names, model) for _, n, _ in m if n not in state and n not in fresh
+                ]
                 raise UserError(
-                    f"there is no state for {name!r}; to start that tensor from zero, pass fresh=[{name!r}]"
+                    f"there is no state for {name!r} ({len(missing)} in all); join it, if another optimizer has it: "
+                    f"to_muonlm(muon, …) | to_muonlm(adamw, …); or start these tensors from zero: fresh={missing!r}"
                 )
             entry = state[name]
             muon = _takes_muon(layout, group, target["state"].get(index, {}), name)

@@ -77,6 +77,9 @@ def layout(p: Tensor, place: Place, flags: Flags) -> tuple[dict | None, str]:
     out = p.ndim - 1 if transposed(p, module) else p.ndim - 2
     if isinstance(module, nn.MultiheadAttention) and place.last == "in_proj_weight":
         return {"split": (0, [module.embed_dim] * 3), "heads": (0, 3 * module.num_heads)}, "q|k|v"
+    gates = {nn.LSTM: 4, nn.GRU: 3}.get(type(module), 0)
+    if gates and place.last.startswith(("weight_ih", "weight_hh")):
+        return {"split": (0, [len(p) // gates] * gates)}, f"{gates} gates"
     if p.ndim == 3 and place.last in GATE_UP:  # experts
         if not getattr(module, "is_concatenated", True):
             return {}, "gate and up alternate: one matrix"

@@ -24,7 +24,8 @@ Blocks   2-D: one matrix · 3-D (E, A, B): E matrices · 4-D and above (convolut
          {"transposed": True} says that it is stored (in, out), so that s takes (B, A); "adamw": [i, ...] beside "split" leaves
          those slices to AdamW, by group["slices"] = dict(lr_ratio=..., betas=..., eps=..., weight_decay=...).
          Blocks of equal shape share one batched Newton-Schulz, within `max_batch_bytes`.
-Memory   a step needs, beyond the state, about 4 x max_batch_bytes, or 4 x 4 bytes an entry of the largest parameter
+Memory   a step needs, beyond the state, about 4 x max_batch_bytes (8 x with 16-bit weights or momentum, which are widened as
+         many at a time), or as many fp32 copies of the largest parameter, if that is more
 State    Muon: `momentum_buffer` (fp32, or `state_dtype`; fp64 for fp64 parameters), variants `second_momentum`; bf16 parameters
          `mantissa`, the 16 bits that make them as exact as fp32 ones (param_dtype_comp=False: rounded each step instead).
          AdamW: `exp_avg`, `exp_avg_sq`, `step`. In the group: `step`, `ns_chosen` {"128x512": "hybrid bfloat16"}, what "auto"
@@ -37,7 +38,7 @@ Source   Keller Jordan, github.com/KellerJordan/Muon; classical momentum, match_
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -48,7 +49,7 @@ from torch.optim.adamw import adamw
 from .blocks import LR_MODES, Block, block_shapes, blocks, shape_factor
 from .distributed import GRADS, Owners, check_sharding, cost, is_sharded, like, local
 from .groups import check_group, check_spheres, check_splits
-from .newton_schulz import iterate, orthogonalise, triples
+from .newton_schulz import COEFFICIENTS, WHOLE, iterate, orthogonalise, triples
 from .probe import choose
 from .schedule import momentum_at
 from .variants import adapt, second_momentum_size, stay_on_sphere
@@ -58,6 +59,7 @@ __all__ = ["LR_MODES", "Muon", "Observation", "blocks", "shape_factor"]
 ADAMW_DEFAULTS = {"betas": (0.9, 0.95), "eps": 1e-10}
 TORCH_DEFAULTS = {"lr": 1e-3, "weight_decay": 0.1}  # of torch.optim.Muon, for compat="torch"
 DEFAULTS = {"lr": 0.02, "weight_decay": 0.0}
+ROUTED = "Muon(route(model).groups(lr=0.02, adamw_lr=3e-4)), with route from muonlm.optim"
 
 
 @dataclass
@@ -77,13 +79,16 @@ class Observation:
 class Muon(torch.optim.Optimizer):
     """See the module docstring. Hyper-parameters given here are the defaults of every group that does not set its own.
 
+    params_or_groups   a bare list trains all of it by Muon, embeddings too: let `route` choose
     lr, weight_decay   0.02 and 0.0 if left out (compat="torch": 1e-3 and 0.1)
+    ns_steps           5 if left out, or the length of a set that is a schedule (polar_express4: 4)
     ns_method          "auto" picks among direct, hybrid and gram by a probe; ns_dtype "auto" among fp32 and bf16
     rms_target         of match_rms_adamw and adamuon; sqrt((1 - b1) / (1 + b1)) of the AdamW to match is another choice
     schedulers         OneCycleLR needs cycle_momentum=False: momentum has its own schedule here
     wd_follows_lr      wd_t = wd lr_t / peak; peak: the group's "base_lr", OneCycleLR's "max_lr", "initial_lr", or its first lr
     process_group      None, "world" or a ProcessGroup: matrices are shared out among its ranks, see distributed.py; `grads` says
                        whether gradients arrive "averaged" (by DDP) or "local". FSDP2's DTensors bring their own group
+    compile            Newton-Schulz through torch.compile; torch gives up after 8 kinds of batch (recompile_limit)
     none_grad          a parameter without gradient is skipped, or ("zero") treated as if it had a zero one
     diagnostics        see optim/diagnostics.py
     """
@@ -101,7 +106,7 @@ class Muon(torch.optim.Optimizer):
         decoupled_wd: bool = True,
         cautious: bool = False,
         wd_follows_lr: bool = False,
-        ns_steps: int = 5,
+        ns_steps: int | None = None,
         coefficients: str | list[tuple[float, float, float]] | None = None,
         ns_method: str = "auto",
         ns_dtype: str | torch.dtype = "auto",
@@ -145,6 +150,8 @@ class Muon(torch.optim.Optimizer):
                     raise ValueError(f'{key}={value!r} does not go with compat="torch", which fixes it; leave it out')
             coefficients = [tuple(ns_coefficients)] if ns_coefficients else "keller"
             ns_method, ns_dtype, lr_mode = "direct", "bfloat16", adjust_lr_fn or lr_mode
+        if ns_steps is None and coefficients in WHOLE:  # a schedule that makes sense in its own length only
+            ns_steps = len(COEFFICIENTS[coefficients])
         muon = {
             "momentum": momentum,
             "nesterov": nesterov,
@@ -153,7 +160,7 @@ class Muon(torch.optim.Optimizer):
             "decoupled_wd": decoupled_wd,
             "cautious": cautious,
             "wd_follows_lr": wd_follows_lr,
-            "ns_steps": ns_steps,
+            "ns_steps": 5 if ns_steps is None else ns_steps,
             "coefficients": "polar_express" if coefficients is None else coefficients,
             "ns_method": ns_method,
             "ns_dtype": ns_dtype,
@@ -184,7 +191,16 @@ class Muon(torch.optim.Optimizer):
             "muon": muon,
             "adamw": dict(ADAMW_DEFAULTS),
         }
+        if isinstance(params_or_groups, torch.nn.Module) or hasattr(params_or_groups, "groups"):
+            raise TypeError(
+                f"Muon takes parameters or groups, found a {type(params_or_groups).__name__}; write {ROUTED}"
+            )
         super().__init__(params_or_groups, defaults)
+        for key, given in (("lr", lr), ("weight_decay", weight_decay)):
+            used = [float(group[key]) for group in self.param_groups if group["use_muon"]]
+            if given is not None and used and float(given) not in used:
+                raise ValueError(f"{key}={given} was given, but every Muon group brings its own ({used[0]:g}); set it there, "
+                                 f"e.g. plan.groups(lr=0.02, wd=0.1), and leave it out here")  # fmt: skip
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -227,7 +243,7 @@ class Muon(torch.optim.Optimizer):
             for name, p in zip(names, tensors, strict=True):
                 if p.ndim != 2:
                     raise ValueError(f"parameter {name} has shape {tuple(p.shape)} and its group does not say how to train it; "
-                                     f"set use_muon=True or use_muon=False, or let muonlm.optim.route decide")  # fmt: skip
+                                     f"set use_muon=True or use_muon=False, or write {ROUTED}")  # fmt: skip
             group["use_muon"] = True
         for name, p in zip(names, tensors, strict=True):
             if not p.is_floating_point():
@@ -377,10 +393,10 @@ class Muon(torch.optim.Optimizer):
         found = [(p, gradients[p], split, name) for p, split, name in members if p in gradients]
         whole, shards = ([f for f in found if is_sharded(f[0]) == sharded] for sharded in (False, True))
         for part, update in ((whole, self._update_whole), (shards, self._update_shards)):
-            if part:
-                twins = self._twins(group, [p for p, *_ in part])
-                weights = [twins.get(p, local(p)) for p, *_ in part]
-                update(group, part, weights, *self._momentum(group, part, weights))
+            for chunk in _chunks(group, part):
+                twins = self._twins(group, [p for p, *_ in chunk])
+                weights = [twins.get(p, local(p)) for p, *_ in chunk]
+                update(group, chunk, weights, *self._momentum(group, chunk, weights))
                 for p, twin in twins.items():
                     _store(local(p), local(self.state[p]["mantissa"]), twin)
 
@@ -621,6 +637,21 @@ class Muon(torch.optim.Optimizer):
 
 def names_of(group: dict) -> list[str]:
     return group.get("param_names") or [f"#{i} of group {group['name']!r}" for i in range(len(group["params"]))]
+
+
+def _chunks(group: dict, found: list[tuple]) -> Iterator[list[tuple]]:
+    """Parameters that need fp32 copies (16-bit weights or momentum): as many at a time as max_batch_bytes holds. Else all."""
+    chunk, size = [], 0
+    for item in found:
+        copied = min(item[0].element_size(), 2 if group["state_dtype"] in ("bfloat16", "float16") else 4) < 4
+        copies = 4 * item[0].numel() if copied else 0
+        if chunk and size + copies > group["max_batch_bytes"]:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(item)
+        size += copies
+    if chunk:
+        yield chunk
 
 
 def _store(p: Tensor, mantissa: Tensor, twin: Tensor) -> None:

@@ -151,6 +151,10 @@ def check_method(method: str, coefficients: str | list[Triple], dtype: torch.dty
     named = coefficients if isinstance(coefficients, str) else ""
     if named.startswith("aol") and method != "aol":
         raise ValueError(f'coefficients={named!r} start from a row scaling; use ns_method="aol", or other coefficients')
+    if method == "aol" and named and not named.startswith("aol"):
+        raise ValueError(
+            f'ns_method="aol" has sets of its own, found {named!r}; use coefficients="aol4" with ns_steps=4'
+        )
     if named == "polar_express4" and method not in ("direct", "hybrid"):
         raise ValueError(
             f'coefficients="polar_express4" choose their own scale; use ns_method="direct" or "hybrid", not {method!r}'

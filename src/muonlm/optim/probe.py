@@ -14,9 +14,9 @@ import torch
 from .newton_schulz import check_method, orthogonalise
 
 NS_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-BF16_GAIN = 1.3  # bf16 must be this much faster than fp32 to be worth its rounding
+BF16_GAIN = 1.3  # bf16 must be this much faster than fp32 in the same form to be worth its rounding
 LARGEST = 192  # rows of the stand-in
-STAND_IN_ENTRIES = 192 * 768  # of the whole batch
+STAND_IN_ENTRIES = 4 * 192 * 768  # of the whole batch
 
 Choice = tuple[str, torch.dtype]  # method, dtype
 _measured: dict[tuple, Choice] = {}
@@ -30,6 +30,7 @@ def choose(group: dict, A: int, B: int, count: int, dtype: torch.dtype, device: 
     if dtype == torch.float64:
         ns_dtype = "float64"
     if "auto" not in (method, ns_dtype):
+        check_method(method, group["coefficients"], NS_DTYPES[ns_dtype])  # the environment may have chosen the dtype
         return method, NS_DTYPES[ns_dtype]
     m, n = min(A, B), max(A, B)
     key = f"{m}x{n}" if dtype != torch.float64 else f"{m}x{n} float64"
@@ -88,18 +89,18 @@ def fastest(
                 orthogonalise(U.clone(), coefficients, steps, *option)
                 if attempt:  # the first one warms up
                     best[option] = min(best[option], _now(device) - began)
-        exact = any(dtype == torch.float32 for _, dtype in options)  # then bf16 must earn its rounding
-        cost = {option: t * (BF16_GAIN if exact and option[1] == torch.bfloat16 else 1.0) for option, t in best.items()}
-        _measured[key] = min(options, key=cost.get)
+        slow = {way: best.get((way, torch.float32), 0.0) for way, _ in options}
+        worth = [slow[way] / t for (way, dtype), t in best.items() if dtype == torch.bfloat16 and slow[way]]
+        if worth and max(worth) < BF16_GAIN:  # no native bf16 products: not worth the rounding in any form
+            options = [option for option in options if option[1] != torch.bfloat16]
+        _measured[key] = min(options, key=best.get)
     return _measured[key]
 
 
 def dtype_name(value, source: str) -> str:
     name = str(value).removeprefix("torch.")
     if name not in NS_DTYPES:
-        raise ValueError(
-            f"{source}={value!r} is not a dtype of the Newton-Schulz iteration; use one of {', '.join(NS_DTYPES)}"
-        )
+        raise ValueError(f"{source}={value!r} is no dtype that can be used here; use one of {', '.join(NS_DTYPES)}")
     return name
 
 

@@ -45,7 +45,7 @@ WRAPPERS = names("_orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module base
 HEADS_ANYWHERE = names("lm_head lm_heads unembed unembedding embed_out")
 HEADS = HEADS_ANYWHERE | names("head output output_layer classifier score qa_outputs")  # only outside numbered layers
 POSITIONS = names("""wpe pos_emb pos_embed pos_embedding position_embedding position_embeddings positional_embedding
-                      embed_positions relative_attention_bias relative_position_bias_table""")
+                      embed_positions pos pos_enc pos_encoding positions relative_attention_bias relative_position_bias_table""")
 SCALARS = names("""bias A_log D dt_bias cls_token class_embedding mask_token meta_tokens register_tokens query_tokens
                     prompt prompt_embeddings time_decay time_first time_faaaa""")
 SMALL_HEADS = names("dt_proj dt_head shared_expert_gate")  # their weight is a matrix by shape, but no hidden map
@@ -105,7 +105,7 @@ class RoutingPlan:
         eps: float = 1e-8,
         allow_empty_muon: bool = False,
     ) -> list[dict]:
-        """Parameter groups "muon", "embed", "head", "scalar" for `Muon`; empty ones are dropped, scalars not decayed.
+        """Parameter groups "muon", "embed", "head", "scalar" for `Muon`; empty ones are dropped, vectors not decayed.
 
         Tensors with their own lr_mult or wd get groups of their own, e.g. "muon x2" and "embed wd 0.1". AdamW's slices
         of fused matrices stay in the Muon group, whose "slices" gives their rate as a multiple of the group's.
@@ -123,12 +123,13 @@ class RoutingPlan:
             )
         if not allow_empty_muon and all(d.route != "muon" for d in trained):
             raise UserError(
-                "this run asks for Muon but no parameter is routed to it (see the reasons in routing.txt); "
+                "this run asks for Muon but no parameter is routed to it (see the reasons in plan.table(), routing.txt); "
                 "use --optim.name adamw, or allow_empty_muon=True if that is intended"
             )
         rates = {"embed": embed_lr, "head": head_lr, "scalar": scalar_lr}
         rates = {"muon": lr} | {role: adamw_lr if rate is None else rate for role, rate in rates.items()}
         decays = {"muon": wd, "embed": adamw_wd, "head": adamw_wd, "scalar": 0.0}
+        matrix_decay = adamw_wd  # of matrices that AdamW trains
         sliced = any((d.split or {}).get("adamw") for d in trained if d.route == "muon")
         members: dict[tuple, list[Decision]] = {(role, 1.0, decay): [] for role, decay in decays.items()}
         for d in trained:
@@ -136,8 +137,9 @@ class RoutingPlan:
             if rates[role] is None or (sliced and rates["scalar"] is None):
                 role = role if rates[role] is None else "scalar"
                 raise UserError(f"the {role} parameters are trained by AdamW and need a rate of their own, found none; "
-                                f"set --optim.adamw_lr or --optim.{role}_lr")  # fmt: skip
-            members.setdefault((role, d.lr_mult, decays[role] if d.wd is None else d.wd), []).append(d)
+                                f"pass adamw_lr=3e-4 or {role}_lr (--optim.adamw_lr, --optim.{role}_lr)")  # fmt: skip
+            usual = matrix_decay if role == "scalar" and d.role == "matrix" else decays[role]
+            members.setdefault((role, d.lr_mult, usual if d.wd is None else d.wd), []).append(d)
 
         groups = []
         for (role, mult, decay), chosen in sorted(members.items(), key=lambda item: list(decays).index(item[0][0])):
@@ -293,7 +295,7 @@ Choice = tuple[str, str, str]  # route, role, reason
 
 def _decide(p: Tensor, places: list[Place], rules: list, flags: Flags, *, is_head: bool, is_first: bool) -> dict:
     """Everything of a `Decision` that is decided, for one trainable tensor."""
-    tag = getattr(p, "muonlm", None) or {}
+    tag = _checked_tag(p, places[0].name)
     taken, role, reason = (
         _by_flag(p, places, flags)
         or _by_tag(tag)
@@ -341,11 +343,32 @@ def _by_flag(p: Tensor, places: list[Place], flags: Flags) -> Choice | None:
     return None
 
 
+def _checked_tag(p: Tensor, name: str) -> dict:
+    """`p.muonlm`, or UserError: a tag comes from the author of the model."""
+    tag = getattr(p, "muonlm", None) or {}
+    known = ("role", "route", "flatten", "transposed", *SETTINGS)
+    good = isinstance(tag, dict) and set(tag) <= set(known)
+    good = good and tag.get("role") in (*ROLES, None) and tag.get("route") in ("muon", "adamw", "exclude", None)
+    good = good and all(isinstance(tag.get(key, 0.0), int | float) for key in ("lr_mult", "wd"))
+    for key, kind in (("split", tuple | list), ("heads", int)):
+        pair = tag.get(key, (0, [] if key == "split" else 1)) if good else ()
+        good = good and isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], kind)
+    if not good:
+        raise UserError(
+            f"the tag of {name}, p.muonlm = {tag!r}, cannot be followed; write a dict with some of {', '.join(known)}: "
+            f"role one of {', '.join(ROLES)}; route muon, adamw or exclude; split (dim, [sizes]); heads (dim, n); numbers"
+        )
+    if "split" in tag:
+        _check_cut(name, p, {key: tag[key] for key in ("split", "adamw") if key in tag})
+    elif "heads" in tag:
+        _check_cut(name, p, {"heads": tag["heads"]})
+    return tag
+
+
 def _by_tag(tag: dict) -> Choice | None:
     role, taken = tag.get("role"), tag.get("route")
     if role is None and taken is None:
         return None
-    assert role in (*ROLES, None) and taken in ("muon", "adamw", "exclude", None), f"bad tag {tag}"
     role = role or ("matrix" if taken == "muon" else "scalar")
     return taken or ("muon" if role == "matrix" else "adamw"), role, f"tagged {role} by its model class"
 
@@ -450,8 +473,12 @@ def _flattened(p: Tensor, places: list[Place]) -> str:
 def _compile(overrides: Sequence[tuple], names: list[str]) -> list[tuple[re.Pattern, str, dict]]:
     """The overrides with their regexes compiled; every one must match a name and make sense."""
     rules = []
-    for regex, wanted, *rest in overrides:
-        settings = dict(rest[0]) if rest else {}
+    for rule in overrides:
+        if isinstance(rule, str) or not 2 <= len(rule) <= 3 or (len(rule) == 3 and not isinstance(rule[2], dict)):
+            raise UserError(
+                f'the override {rule!r} is no (regex, route) or (regex, route, settings); write ("attn", "adamw")'
+            )
+        regex, wanted, settings = *rule[:2], dict(rule[2]) if len(rule) == 3 else {}
         if wanted not in ("muon", "adamw", "exclude"):
             raise UserError(
                 f'the override "{regex}={wanted}" has no such route; write "{regex}=muon", "=adamw" or "=exclude"'
@@ -490,11 +517,11 @@ def _check_cut(name: str, p: Tensor, cut: dict) -> dict:
     whole = p.shape[dim] if p.ndim in (2, 3) and p.ndim - 2 <= dim < p.ndim else 0
     fits = sum(parts) == whole and min(parts) > 0 if "split" in cut else parts > 0 and whole > 0 and whole % parts == 0
     if not fits:
-        raise UserError(f"the override of {name} cuts dimension {dim} into {parts}, but its shape is {tuple(p.shape)}; "
+        raise UserError(f"the override or tag of {name} cuts dimension {dim} into {parts}, but its shape is {tuple(p.shape)}; "
                         f"give sizes that add up to that dimension, or a number of heads that divides it")  # fmt: skip
     thin = sorted(set(cut.get("adamw", ())))
     if thin and not (0 <= thin[0] and thin[-1] < len(parts) and len(thin) < len(parts)):
-        raise UserError(f"the override of {name} gives slices {thin} of {len(parts)} to AdamW; "
+        raise UserError(f"the override or tag of {name} gives slices {thin} of {len(parts)} to AdamW; "
                         f"count from 0 and leave at least one to Muon")  # fmt: skip
     if "heads" in cut:
         return {"heads": (dim, parts)}
@@ -510,7 +537,16 @@ def _predicted(d: Decision, group: dict) -> list[tuple[tuple[int, int], float, f
     for A, B in dict.fromkeys(d.block_shapes()):
         mode = group.get("lr_mode", "original")
         s = mode(A, B) if callable(mode) else shape_factor(mode, A, B, group.get("rms_target", 0.2))
-        found.append(((A, B), s, float(group["lr"]) * s / math.sqrt(max(A, B))))
+        rms = float(group["lr"]) * s / math.sqrt(max(A, B))
+        if group.get("variant") == "adamuon":
+            s, rms = 1.0, float(group["lr"]) * group["rms_target"]
+        elif group.get("variant") == "hyperball":  # lr times the RMS of the block's weights, which it keeps
+            s, rms = (
+                1.0,
+                float(group["lr"])
+                * (math.nan if d.param.is_meta else d.param.detach().float().square().mean().sqrt().item()),
+            )
+        found.append(((A, B), s, rms))
     return found
 
 
