@@ -18,6 +18,7 @@ from muonlm import train as train_function
 from muonlm.cli import main
 from muonlm.config import load_recipe
 from muonlm.objectives import OBJECTIVES
+from muonlm.train import resolve
 
 
 def metrics(run) -> list[dict]:
