@@ -55,4 +55,6 @@ for step in range(STEPS):
         print(f"step {step + 1} loss {mean:.6f}", flush=True)
 
 if world > 1:
+    del net, optimizer  # their threads first: DDP's must not outlive the process group
+    dist.barrier()
     dist.destroy_process_group()

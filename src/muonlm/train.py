@@ -209,6 +209,7 @@ def train(
         report = None
         if dist.main:
             report = finish(run, cfg, model, data, step, counters, stopped=stopping and not last, say=say)
+        del net  # DDP's threads must not outlive the process group
         dist.barrier()
         return report
 
