@@ -351,14 +351,11 @@ def watch(cfg: Config, optimizer: torch.optim.Optimizer):
     """(Diagnostics or None, a function of the step that gives the context of its optimizer step: the activity check)."""
     if cfg.optim.name != "muon":
         return None, lambda step: contextlib.nullcontext()
-    diagnostics = None
-    if cfg.log.diagnostics:
-        every = cfg.log.diagnostics
-        spectra = -(-cfg.log.spectra // every) * every  # the next multiple
+    diagnostics, every = None, cfg.log.diagnostics
+    if every or cfg.optim.adaptive_ns:  # which Diagnostics refuses without measurements
+        spectra = -(-cfg.log.spectra // every) * every if every else 0  # the next multiple
         diagnostics = Diagnostics(every, spectra, cfg.log.advice, cfg.optim.adaptive_ns, cfg.seed)
         diagnostics.attach(optimizer)
-    elif cfg.optim.adaptive_ns:
-        raise UserError("optim.adaptive_ns needs measurements; use --log.diagnostics 100, or --optim.adaptive_ns false")
     return diagnostics, ActivityCheck(optimizer)
 
 

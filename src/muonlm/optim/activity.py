@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .advice import HIGH_ERROR, RMS_BAND, ns_steps
-from .blocks import blocks
-from .diagnostics import PROBES, block_list, hutchinson_error, predicted_rms, probe_vectors, rms, scalar_map, unit
+from .blocks import blocks, predicted_rms
+from .diagnostics import PROBES, block_list, hutchinson_error, probe_vectors, rms, scalar_map, unit
 from .distributed import is_sharded
 from .muon import Muon, decay_rate, direction, names_of
 

@@ -8,7 +8,8 @@ import math
 from collections import deque
 from statistics import median
 
-FIXED = ("adamuon", "hyperball")  # variants whose update has a given size, whatever O is
+from .blocks import FIXED
+
 Layers = dict[str, dict[str, float]]  # layer -> signal -> value
 
 # A line is said beyond these.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 LR_MODES = ("original", "match_rms_adamw", "spectral", "none")
+FIXED = ("adamuon", "hyperball")  # variants whose update has a given size, whatever O is
 
 
 def shape_factor(lr_mode: str | Callable[[int, int], float], A: int, B: int, rms_target: float = 0.2) -> float:
@@ -32,6 +33,15 @@ def shape_factor(lr_mode: str | Callable[[int, int], float], A: int, B: int, rms
     if callable(lr_mode):
         return float(lr_mode(A, B))
     raise ValueError(f"unknown lr_mode {lr_mode!r}: use one of {', '.join(LR_MODES)}")
+
+
+def predicted_rms(group: dict, lr: float, factor: float, n: int, weight_rms: float) -> float:
+    """RMS of one update, before decay, of a block with the longer side n, if O is an exact polar factor."""
+    if group["variant"] == "adamuon":
+        return lr * group["rms_target"]
+    if group["variant"] == "hyperball":
+        return lr * weight_rms
+    return lr * factor / math.sqrt(n)
 
 
 def blocks(t: Tensor, split: dict | None) -> list[Tensor]:

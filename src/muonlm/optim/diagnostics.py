@@ -41,8 +41,8 @@ import torch
 from torch import Tensor
 
 from ..config import UserError
-from .advice import FIXED, Advice, Layers, adamw_beta1, ns_steps
-from .blocks import blocks, shape_factor
+from .advice import Advice, Layers, adamw_beta1, ns_steps
+from .blocks import FIXED, blocks, predicted_rms, shape_factor
 from .distributed import is_sharded
 from .muon import Muon, Observation, names_of
 from .newton_schulz import SAFETY, SCHATTEN_MARGIN, power_of_two, triples
@@ -69,15 +69,6 @@ def block_list(group: dict) -> Iterator[tuple[str, Tensor, dict | None, int, flo
                 A, B = reversed(w.shape) if cut.get("transposed") else w.shape
                 factor = shape_factor(group["lr_mode"], A, B, group["rms_target"])
                 yield (f"{name}[{i}]" if len(pieces) > 1 else name), p, split, i, factor
-
-
-def predicted_rms(group: dict, lr: float, factor: float, n: int, weight_rms: float) -> float:
-    """RMS of one update, before decay, of a block with the longer side n, if O is an exact polar factor."""
-    if group["variant"] == "adamuon":
-        return lr * group["rms_target"]
-    if group["variant"] == "hyperball":
-        return lr * weight_rms
-    return lr * factor / math.sqrt(n)
 
 
 def ns_flops(m: int, n: int, steps: int) -> float:

@@ -32,8 +32,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..config import UserError
+from .blocks import FIXED, blocks, predicted_rms, shape_factor
 from .layouts import Flags, Place, is_ssm, is_x_proj, layout, names, splits_entry, transposed
-from .muon import blocks, shape_factor
 
 ROLES = ("matrix", "embed", "head", "scalar")
 SETTINGS = ("lr_mult", "wd", "split", "heads", "adamw")  # what an override may say beside the route
@@ -129,7 +129,6 @@ class RoutingPlan:
         rates = {"embed": embed_lr, "head": head_lr, "scalar": scalar_lr}
         rates = {"muon": lr} | {role: adamw_lr if rate is None else rate for role, rate in rates.items()}
         decays = {"muon": wd, "embed": adamw_wd, "head": adamw_wd, "scalar": 0.0}
-        matrix_decay = adamw_wd  # of matrices that AdamW trains
         sliced = any((d.split or {}).get("adamw") for d in trained if d.route == "muon")
         members: dict[tuple, list[Decision]] = {(role, 1.0, decay): [] for role, decay in decays.items()}
         for d in trained:
@@ -138,7 +137,7 @@ class RoutingPlan:
                 role = role if rates[role] is None else "scalar"
                 raise UserError(f"the {role} parameters are trained by AdamW and need a rate of their own, found none; "
                                 f"pass adamw_lr=3e-4 or {role}_lr (--optim.adamw_lr, --optim.{role}_lr)")  # fmt: skip
-            usual = matrix_decay if role == "scalar" and d.role == "matrix" else decays[role]
+            usual = adamw_wd if role == "scalar" and d.role == "matrix" else decays[role]
             members.setdefault((role, d.lr_mult, usual if d.wd is None else d.wd), []).append(d)
 
         groups = []
@@ -168,13 +167,7 @@ class RoutingPlan:
     def table(self, groups: list[dict] | None = None) -> str:
         """The text of routing.txt. With the optimizer's `param_groups` also rates, decay and predicted update RMS."""
         rows = list(self._rows(groups))
-        totals = {"Muon": [0, 0], "AdamW": [0, 0]}
-        for kind, d, _ in rows:
-            if kind in totals:
-                muon = d.counts()["muon"] if kind == "Muon" else 0
-                totals["Muon"][0] += muon
-                totals["AdamW"][0] += d.numel - muon
-                totals[kind][1] += 1
+        totals = _totals(rows)
         everything = totals["Muon"][0] + totals["AdamW"][0]
         share = 100.0 * totals["Muon"][0] / everything if everything else 0.0
         lines = [f"[{kind}] Assigning: {d.name} (torch.Size({list(d.shape)}))" for kind, d, _ in rows]
@@ -186,8 +179,8 @@ class RoutingPlan:
 
     def to_dict(self, groups: list[dict] | None = None) -> dict:
         """Decisions and totals as JSON values; with `param_groups` also lr, wd, s(A, B) and update RMS."""
-        tensors = []
-        for kind, d, group in self._rows(groups):
+        rows, tensors = list(self._rows(groups)), []
+        for kind, d, group in rows:
             split = {k: list(v) if isinstance(v, tuple) else v for k, v in d.split.items()} if d.split else None
             row = {"name": d.name, "aliases": d.aliases, "shape": list(d.shape), "numel": d.numel}
             row |= {"route": kind.lower(), "role": d.role, "split": split, "lr_mult": d.lr_mult}
@@ -196,9 +189,7 @@ class RoutingPlan:
             if group is not None and kind == "Muon":
                 row["blocks"] = [{"shape": list(b), "s": s, "update_rms": rms} for b, s, rms in _predicted(d, group)]
             tensors.append(row | {"reason": d.reason})
-        rows = list(self._rows(groups))
-        muon = sum(d.counts()["muon"] for kind, d, _ in rows if kind == "Muon")
-        adamw = sum(d.numel for kind, d, _ in rows if kind in ("Muon", "AdamW")) - muon
+        muon, adamw = (total[0] for total in _totals(rows).values())
         return {
             "tensors": tensors,
             "muon_params": muon,
@@ -531,21 +522,29 @@ def _check_cut(name: str, p: Tensor, cut: dict) -> dict:
 # -------------------------------------------------------------------------------- text
 
 
+def _totals(rows: list[tuple[str, Decision, dict | None]]) -> dict[str, list[int]]:
+    """Values and tensors trained by each; slices left to AdamW count as its values."""
+    totals = {"Muon": [0, 0], "AdamW": [0, 0]}
+    for kind, d, _ in rows:
+        if kind in totals:
+            muon = d.counts()["muon"] if kind == "Muon" else 0
+            totals["Muon"][0] += muon
+            totals["AdamW"][0] += d.numel - muon
+            totals[kind][1] += 1
+    return totals
+
+
 def _predicted(d: Decision, group: dict) -> list[tuple[tuple[int, int], float, float]]:
-    """(shape, s(A, B), predicted update RMS) of every kind of block."""
-    found = []
+    """(shape, s(A, B), predicted update RMS) of every kind of block; s is 1 for variants that set the size themselves."""
+    variant, found = group.get("variant", "muon"), []
+    weight_rms = math.nan
+    if variant == "hyperball" and not d.param.is_meta:
+        weight_rms = d.param.detach().float().square().mean().sqrt().item()
     for A, B in dict.fromkeys(d.block_shapes()):
-        mode = group.get("lr_mode", "original")
-        s = mode(A, B) if callable(mode) else shape_factor(mode, A, B, group.get("rms_target", 0.2))
-        rms = float(group["lr"]) * s / math.sqrt(max(A, B))
-        if group.get("variant") == "adamuon":
-            s, rms = 1.0, float(group["lr"]) * group["rms_target"]
-        elif group.get("variant") == "hyperball":  # lr times the RMS of the block's weights, which it keeps
-            s, rms = (
-                1.0,
-                float(group["lr"])
-                * (math.nan if d.param.is_meta else d.param.detach().float().square().mean().sqrt().item()),
-            )
+        s = 1.0
+        if variant not in FIXED:
+            s = shape_factor(group.get("lr_mode", "original"), A, B, group.get("rms_target", 0.2))
+        rms = predicted_rms({"variant": "muon", **group}, float(group["lr"]), s, max(A, B), weight_rms)
         found.append(((A, B), s, rms))
     return found
 

@@ -46,7 +46,7 @@ def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dic
 def _gathered(
     owners, names: dict[str, nn.Parameter], tensors: dict[str, Tensor], listed: list[str]
 ) -> tuple[dict, list]:
-    """`tensors` with shards joined and owned ones fetched, on rank 0; {} elsewhere. And the names of all."""
+    """`tensors` with shards joined and owned ones fetched, on rank 0; elsewhere only what has no owner here. And the names of all."""
     joined = {}
     for full in sorted(full for full in tensors if is_sharded(tensors[full])):
         shard, dtype = tensors[full], tensors[full].dtype
