@@ -13,6 +13,7 @@ Raises   UserError: unknown key (with the nearest valid one), wrong type, imposs
 import dataclasses
 import difflib
 import json
+import math
 import re
 import tomllib
 import typing
@@ -76,12 +77,44 @@ def _at_least(section: str, low, **fields) -> None:
             raise UserError(f"{section}.{name} = {value} must be at least {low}.")
 
 
+MIXERS = {  # letter of a pattern -> name; lower case is the Muon form (velocity and normalised writes) of the same mixer
+    "A": "attention",
+    "W": "window_attention",
+    "M": "mamba",
+    "D": "mamba2",
+    "L": "longhorn",
+    "G": "gated_deltanet",
+    "m": "muon_mamba",
+    "d": "muon_mamba2",
+    "l": "muon_longhorn",
+    "g": "muon_gated_deltanet",
+    "V": "gdn_velocity_ns",
+    "S": "multiscale_attention",
+    "R": "stacked_recursion",
+}
+
+
+def _letters(pattern: str) -> str:
+    """A pattern as letters: 'MMA', or names separated by commas."""
+    by_name = {name: letter for letter, name in MIXERS.items()}
+    known = ", ".join(f"{letter} {name}" for letter, name in MIXERS.items())
+    words = [word.strip() for word in pattern.split(",")]
+    if all(word in by_name for word in words):
+        return "".join(by_name[word] for word in words)
+    if "," in pattern or (len(pattern) > 3 and not set(pattern) <= MIXERS.keys()):
+        unknown = next(word for word in words if word not in by_name)
+        raise UserError(f"model.pattern: {unknown!r} is no mixer.{nearest(unknown, by_name)} Known: {known}.")
+    if not pattern or (unknown := sorted(set(pattern) - MIXERS.keys())):
+        raise UserError(f"model.pattern = {pattern!r} has unknown letters {''.join(unknown) if pattern else ''!r}; known: {known}.")
+    return pattern
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     kind: str = "lm"
     """lm: a residual stream of blocks that predicts the next token. modular: the small post-norm grokking transformer."""
     pattern: str = "A"
-    """One letter per layer, tiled over the depth: A full attention, W sliding-window attention."""
+    """One letter per layer, tiled over the depth: A attention, W window attention, M mamba, D mamba2, L longhorn, G gated_deltanet; m, d, l, g their Muon forms; V gdn_velocity_ns, S multiscale_attention, R stacked_recursion. Or names: mamba,mamba,attention."""
     n_layer: int = 4
     """Blocks, ≥ 1."""
     d_model: int = 256
@@ -101,7 +134,7 @@ class ModelConfig:
     tie: bool = False
     """Use the embedding matrix as the output head."""
     mlp: str = "swiglu"
-    """swiglu, relu2 (squared ReLU) or gelu."""
+    """swiglu, relu2 (squared ReLU), gelu, or none: blocks of a mixer alone."""
     norm: str = "rmsnorm"
     """rmsnorm (learned gain), rmsnorm_plain (no parameters) or layernorm (gain; shift too if bias)."""
     norm_eps: float = 1e-6
@@ -118,6 +151,52 @@ class ModelConfig:
     """As norm_eps, for qk_norm."""
     window: int = 256
     """Keys that a W layer sees, itself included."""
+    d_state: int = 0
+    """State (key) width N of M, L and D layers. 0 = 16, or 128 for mamba2."""
+    d_conv: int = 4
+    """Taps of the short causal convolution in recurrent layers, ≥ 1."""
+    expand: int = 2
+    """Inner width of M, L and D layers in multiples of d_model."""
+    dt_rank: int = 0
+    """Rank of the step-size projection of M and L layers. 0 = ceil(d_model / 16)."""
+    ssm_head: int = 64
+    """mamba2: value width of a head, a divisor of expand·d_model."""
+    ssm_groups: int = 1
+    """mamba2: groups of heads that share keys and queries, a divisor of the heads."""
+    delta_heads: int = 9
+    """gated_deltanet: heads (n_head belongs to attention)."""
+    delta_key: int = 0
+    """gated_deltanet: key width of a head. 0 = 0.75·d_model / delta_heads."""
+    delta_value: int = 0
+    """gated_deltanet: value width of a head. 0 = 2·delta_key."""
+    neg_eigval: bool = False
+    """gated_deltanet: write rates in (0, 2) instead of (0, 1), so that the state can turn over."""
+    beta: float = 0.9
+    """Muon forms (m, d, l, g, V): decay of the velocity, in [0, 1). 0 = no velocity."""
+    alpha: float = 1.0
+    """Muon forms: scale of the write, outside its normalisation."""
+    write_norm: str = "newton_schulz"
+    """Muon forms: newton_schulz, frobenius or none. A token's write has rank one: newton_schulz is frobenius times a constant (docs/mixers.md)."""
+    ns_steps: int = 1
+    """Muon forms: Newton-Schulz iterations on the write."""
+    ns_poly: str = "quintic"
+    """Muon forms: polynomial of those iterations, quintic or cubic."""
+    write_eps: float = 1e-6
+    """Muon forms: writes with a smaller norm are not scaled up to size one."""
+    scan: str = "auto"
+    """How recurrences are computed: auto, reference, chunked (PyTorch), cpu (numba) or triton."""
+    scan_chunk: int = 0
+    """Tokens between stored states of a scan: memory falls, recomputation does not change. 0 = 64."""
+    loops: int = 1
+    """Times that the blocks are applied, with the same weights (shared recursion)."""
+    loop_blocks: str = ""
+    """"2:6" loops blocks 2 to 5 only. Empty = all."""
+    inject: bool = False
+    """Add the input of the looped blocks again before each further pass."""
+    recursion_depth: int = 3
+    """stacked_recursion: distinct sub-blocks, one after another."""
+    attention_scales: list[int] = field(default_factory=lambda: [1, 2, 4])
+    """multiscale_attention: tokens averaged to one key, for each scale."""
     attn_softcap: float = 0.0
     """s > 0 replaces attention logits by s·tanh(logits/s). 0 = off (and SDPA is used)."""
     logit_softcap: float = 0.0
@@ -129,19 +208,24 @@ class ModelConfig:
     res_scale: str = "none"
     """Multiply branches by 1/sqrt(2·n_layer): none, attn (attention branch only) or both."""
     init: str = "gpt2"
-    """gpt2: N(0, 0.02), branch outputs / sqrt(2·n_layer). zero_out: N(0, 1/fan_in), embedding N(0, 1), branch outputs and head 0."""
+    """gpt2: N(0, 0.02), branch outputs / sqrt(2·n_layer). zero_out: N(0, 1/fan_in), embedding N(0, 1), branch outputs and head 0. lm: uniform ±1/sqrt(fan_in), branch outputs / sqrt(branches). stack: as gpt2, for mixers without MLP. dt_small: lm with longhorn's steps small."""
 
     def __post_init__(self):
         _choice(
             "model",
             kind=(self.kind, ("lm", "modular")),
-            mlp=(self.mlp, ("swiglu", "relu2", "gelu")),
+            mlp=(self.mlp, ("swiglu", "relu2", "gelu", "none")),
             norm=(self.norm, ("rmsnorm", "rmsnorm_plain", "layernorm")),
-            init=(self.init, ("gpt2", "zero_out")),
+            init=(self.init, ("gpt2", "zero_out", "lm", "stack", "dt_small")),
+            write_norm=(self.write_norm, ("newton_schulz", "frobenius", "none")),
+            ns_poly=(self.ns_poly, ("quintic", "cubic")),
+            scan=(self.scan, ("auto", "reference", "chunked", "cpu", "triton")),
             positions=(self.positions, ("rope", "learned")),
             res_scale=(self.res_scale, ("none", "attn", "both")),
         )
-        _at_least("model", 1, n_layer=self.n_layer, d_model=self.d_model, n_head=self.n_head, window=self.window)
+        self.pattern = _letters(self.pattern)
+        positive = "n_layer d_model n_head window d_conv expand ssm_head ssm_groups delta_heads ns_steps loops recursion_depth"
+        _at_least("model", 1, **{name: getattr(self, name) for name in positive.split()})
         _at_least("model", 2, block_size=self.block_size)
         _at_least(
             "model",
@@ -152,12 +236,15 @@ class ModelConfig:
             vocab_size=self.vocab_size,
             attn_softcap=self.attn_softcap,
             logit_softcap=self.logit_softcap,
+            d_state=self.d_state,
+            dt_rank=self.dt_rank,
+            delta_key=self.delta_key,
+            delta_value=self.delta_value,
+            scan_chunk=self.scan_chunk,
+            write_eps=self.write_eps,
+            alpha=self.alpha,
         )
-        unknown = sorted(set(self.pattern) - set("AW"))
-        if unknown or not self.pattern:
-            raise UserError(
-                f"model.pattern = {self.pattern!r} has unknown letters {''.join(unknown)!r}; known: A (attention), W (window)."
-            )
+        self._check_recurrent()
         if self.d_model % self.n_head:
             near = max(1, round(self.d_model / self.n_head)) * self.n_head
             raise UserError(
@@ -177,6 +264,60 @@ class ModelConfig:
             raise UserError(f"model.dropout = {self.dropout} must be in [0, 1).")
         if not 0 < self.rotary_fraction <= 1:
             raise UserError(f"model.rotary_fraction = {self.rotary_fraction} must be in (0, 1].")
+
+    def _check_recurrent(self) -> None:
+        used = set(self.pattern)
+        if not 0 <= self.beta < 1:
+            raise UserError(f"model.beta = {self.beta} must be in [0, 1).")
+        if used & set("Dd") and self.inner_width % self.ssm_head:
+            raise UserError(
+                f"model.ssm_head = {self.ssm_head} does not divide expand × d_model = {self.inner_width}; "
+                f"use --model.ssm_head {math.gcd(self.ssm_head, self.inner_width)}"
+            )
+        if used & set("Dd") and (self.inner_width // self.ssm_head) % self.ssm_groups:
+            raise UserError(
+                f"model.ssm_groups = {self.ssm_groups} does not divide the {self.inner_width // self.ssm_head} heads of mamba2; "
+                f"use --model.ssm_groups 1"
+            )
+        if used & set("GgV") and not self.delta_key and 3 * self.d_model < 4 * self.delta_heads:
+            raise UserError(
+                f"model.d_model = {self.d_model} is too narrow for model.delta_heads = {self.delta_heads}; "
+                f"use --model.delta_heads {max(1, self.d_model // 32)}, or set --model.delta_key"
+            )
+        if not self.attention_scales or min(self.attention_scales) < 1:
+            raise UserError(f"model.attention_scales = {self.attention_scales} must be whole numbers of at least 1, such as 1,2,4.")
+        if self.loop_blocks:
+            match = re.fullmatch(r"(\d+):(\d+)", self.loop_blocks)
+            if not match or not int(match[1]) < int(match[2]) <= self.n_layer:
+                raise UserError(
+                    f"model.loop_blocks = {self.loop_blocks!r} must be FIRST:END with 0 <= FIRST < END <= n_layer = "
+                    f"{self.n_layer}, such as 1:{max(2, self.n_layer - 1)}."
+                )
+
+    @property
+    def layers(self) -> str:
+        """One letter per layer."""
+        return "".join(self.pattern[i % len(self.pattern)] for i in range(self.n_layer))
+
+    @property
+    def schedule(self) -> list[int]:
+        """Which block is applied, pass after pass: 0, 1, …, with the looped range repeated."""
+        first, end = map(int, self.loop_blocks.split(":")) if self.loop_blocks else (0, self.n_layer)
+        return [*range(first), *(list(range(first, end)) * self.loops), *range(end, self.n_layer)]
+
+    @property
+    def inner_width(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def step_rank(self) -> int:
+        return self.dt_rank or -(-self.d_model // 16)
+
+    @property
+    def delta_widths(self) -> tuple[int, int]:
+        """(key, value) width of a head of gated_deltanet."""
+        key = self.delta_key or 3 * self.d_model // (4 * self.delta_heads)
+        return key, self.delta_value or 2 * key
 
     @property
     def kv_heads(self) -> int:
@@ -516,6 +657,8 @@ def keys() -> dict[str, type]:
 def _convert(key: str, value, kind, where: str):
     """`value` (from TOML, JSON or a flag's text) as `kind`, or a UserError that names the key and the place."""
     wrong = UserError(f"{key} = {value!r} ({where}) should be {_describe(kind)}.")
+    if key == "model.pattern" and isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return ",".join(value)  # names, as TOML writes them
     if typing.get_origin(kind) in (list, tuple):
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
