@@ -898,3 +898,19 @@ def test_the_environment_cannot_choose_a_dtype_that_the_method_refuses(monkeypat
     params = tensors()
     with pytest.raises(ValueError, match="not accurate in bfloat16"):
         drive(Muon(params, ns_method="gram"), params, 1)
+
+
+def test_thin_slices_of_stacked_experts_are_adamws_in_every_expert():
+    """Slice 1 of each of three matrices: the table, the optimizer and its state have to count them alike."""
+    split = {"split": (1, [16, 4]), "adamw": [1]}
+    stack = nn.Parameter(torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0)))
+    before = stack.detach().clone()
+    slices = {"lr_ratio": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+    group = {"params": [stack], "use_muon": True, "splits": [split], "slices": slices}
+    optimizer = Muon([group], lr=0.02, **EXACT)
+    feed([stack], 0)
+    optimizer.step()
+    assert optimizer.ns_calls == 3
+    assert optimizer.state[stack]["exp_avg"].numel() == 3 * 4 * 8
+    moved = (stack.detach() - before)[:, 16:].abs()  # AdamW's first step moves every entry by its rate
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.02 * 0.1), rtol=1e-3, atol=0)

@@ -59,10 +59,17 @@ def blocks(t: Tensor, split: dict | None) -> list[Tensor]:
     return [block for matrix in matrices for block in matrix.split(sizes, dim - t.ndim)]
 
 
+def adamw_blocks(split: dict | None, count: int) -> set[int]:
+    """Which of a parameter's `count` blocks AdamW trains: the slices named by "adamw", in every matrix of a stack."""
+    aux = (split or {}).get("adamw", ())
+    return {i for i in range(count) if i % len(split["split"][1]) in aux} if aux else set()
+
+
 def block_shapes(shape: torch.Size, split: dict | None) -> list[tuple[int, int]]:
     """(rows, columns) of the blocks that Newton-Schulz sees: all but the slices left to AdamW."""
-    aux = (split or {}).get("adamw", ())
-    return [tuple(b.shape) for i, b in enumerate(blocks(torch.empty(shape, device="meta"), split)) if i not in aux]
+    every = blocks(torch.empty(shape, device="meta"), split)
+    aux = adamw_blocks(split, len(every))
+    return [tuple(b.shape) for i, b in enumerate(every) if i not in aux]
 
 
 @dataclass

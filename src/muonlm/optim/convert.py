@@ -57,7 +57,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import UserError, nearest
-from .muon import LR_MODES, blocks, shape_factor
+from .blocks import LR_MODES, block_shapes, shape_factor
 from .schedule import check_momentum_schedule, momentum_at
 from .variants import second_momentum_size
 
@@ -533,9 +533,7 @@ def _entry_for(
             wide = p.dtype if group.get("compat") or p.dtype == torch.float64 else torch.float32
             stored = group.get("state_dtype") if wide == torch.float32 else None
             out["momentum_buffer"] = M.to(getattr(torch, stored) if stored else wide, copy=True)
-            aux = split.get("adamw", ()) if split else ()
-            shapes = [block.shape for i, block in enumerate(blocks(p, split)) if i not in aux]
-            if size := sum(second_momentum_size(group["variant"], A, B) for A, B in shapes):
+            if size := sum(second_momentum_size(group["variant"], A, B) for A, B in block_shapes(p.shape, split)):
                 # flat, and there from the first step on: a variant that the source did not have starts from zero
                 fits = (
                     v is not None

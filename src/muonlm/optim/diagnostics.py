@@ -42,7 +42,7 @@ from torch import Tensor
 
 from ..config import UserError
 from .advice import Advice, Layers, adamw_beta1, ns_steps
-from .blocks import FIXED, blocks, predicted_rms, shape_factor
+from .blocks import FIXED, adamw_blocks, blocks, predicted_rms, shape_factor
 from .distributed import is_sharded
 from .muon import Muon, Observation, names_of
 from .newton_schulz import SAFETY, SCHATTEN_MARGIN, power_of_two, triples
@@ -65,7 +65,7 @@ def block_list(group: dict) -> Iterator[tuple[str, Tensor, dict | None, int, flo
     for name, p, split in zip(names_of(group), group["params"], group["splits"], strict=True):
         pieces, cut = blocks(torch.empty(p.shape, device="meta"), split), split or {}
         for i, w in enumerate(pieces):
-            if i not in cut.get("adamw", ()):
+            if i not in adamw_blocks(split, len(pieces)):
                 A, B = reversed(w.shape) if cut.get("transposed") else w.shape
                 factor = shape_factor(group["lr_mode"], A, B, group["rms_target"])
                 yield (f"{name}[{i}]" if len(pieces) > 1 else name), p, split, i, factor

@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .blocks import LR_MODES, Block, block_shapes, blocks, shape_factor
+from .blocks import LR_MODES, Block, adamw_blocks, block_shapes, blocks, shape_factor
 from .distributed import GRADS, Owners, check_sharding, cost, is_sharded, like, local
 from .groups import check_group, check_spheres, check_splits
 from .newton_schulz import COEFFICIENTS, WHOLE, iterate, orthogonalise, triples
@@ -472,10 +472,10 @@ class Muon(torch.optim.Optimizer):
         for (p, grad, split, name), weight, G, M in zip(found, weights, grads, momenta, strict=True):
             state = self.state[p]
             pieces = list(zip(blocks(weight, split), blocks(G, split), blocks(M, split), strict=True))
-            aux = (split or {}).get("adamw", ())
+            aux = adamw_blocks(split, len(pieces))
             if aux:
                 plain = blocks(G, split) if group["decoupled_wd"] else blocks(local(grad).to(G.dtype), split)
-                self._slices_step(group, state, split, [(pieces[i][0], plain[i]) for i in aux])
+                self._slices_step(group, state, split, [(pieces[i][0], plain[i]) for i in sorted(aux)])
             transposed, start = bool(split and split.get("transposed")), 0
             for i, (w, g, m) in enumerate(pieces):
                 if i in aux:

@@ -32,7 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..config import UserError
-from .blocks import FIXED, blocks, predicted_rms, shape_factor
+from .blocks import FIXED, adamw_blocks, blocks, predicted_rms, shape_factor
 from .layouts import Flags, Place, is_ssm, is_x_proj, layout, names, splits_entry, transposed
 
 ROLES = ("matrix", "embed", "head", "scalar")
@@ -73,8 +73,8 @@ class Decision:
         split = self.split or {}
         cut = {key: split[key] for key in ("split", "heads", "flatten") if key in split} or None
         every = blocks(torch.empty(self.shape, device="meta"), cut)
-        slices = len(split["split"][1]) if "split" in split else 1
-        kept = [b.shape for i, b in enumerate(every) if i % slices not in split.get("adamw", ())]
+        aux = adamw_blocks(split, len(every))
+        kept = [b.shape for i, b in enumerate(every) if i not in aux]
         return [(B, A) if split.get("transposed") else (A, B) for A, B in kept]
 
     def counts(self) -> dict[str, int]:
