@@ -44,6 +44,10 @@ ELSEWHERE = {  # what other trainers call it -> our name
     "warmup_steps": "warmup",
     "context_length": "block_size",
     "seq_len": "block_size",
+    "local_window": "window",
+    "mixer": "pattern",
+    "use_newton_schulz": "write_norm",
+    "intermediate_size": "d_ff",
 }
 
 
@@ -105,7 +109,9 @@ def _letters(pattern: str) -> str:
         unknown = next(word for word in words if word not in by_name)
         raise UserError(f"model.pattern: {unknown!r} is no mixer.{nearest(unknown, by_name)} Known: {known}.")
     if not pattern or (unknown := sorted(set(pattern) - MIXERS.keys())):
-        raise UserError(f"model.pattern = {pattern!r} has unknown letters {''.join(unknown) if pattern else ''!r}; known: {known}.")
+        raise UserError(
+            f"model.pattern = {pattern!r} has unknown letters {''.join(unknown) if pattern else ''!r}; known: {known}."
+        )
     return pattern
 
 
@@ -150,7 +156,13 @@ class ModelConfig:
     qk_norm_eps: float = 1e-6
     """As norm_eps, for qk_norm."""
     window: int = 256
-    """Keys that a W layer sees, itself included."""
+    """Keys that a W layer sees, itself included. 0 = all."""
+    gated_delta_per_layer: int = -1
+    """j > 0: layer i is gated_deltanet if j divides i, else attention (window attention if window > 0); replaces pattern."""
+    muon_longhorn_per_layer: int = -1
+    """The same for muon_longhorn."""
+    longhorn_per_layer: int = -1
+    """The same for longhorn."""
     d_state: int = 0
     """State (key) width N of M, L and D layers. 0 = 16, or 128 for mamba2."""
     d_conv: int = 4
@@ -223,8 +235,8 @@ class ModelConfig:
             positions=(self.positions, ("rope", "learned")),
             res_scale=(self.res_scale, ("none", "attn", "both")),
         )
-        self.pattern = _letters(self.pattern)
-        positive = "n_layer d_model n_head window d_conv expand ssm_head ssm_groups delta_heads ns_steps loops recursion_depth"
+        self.pattern = self._selected() or _letters(self.pattern)
+        positive = "n_layer d_model n_head d_conv expand ssm_head ssm_groups delta_heads ns_steps loops recursion_depth"
         _at_least("model", 1, **{name: getattr(self, name) for name in positive.split()})
         _at_least("model", 2, block_size=self.block_size)
         _at_least(
@@ -236,6 +248,7 @@ class ModelConfig:
             vocab_size=self.vocab_size,
             attn_softcap=self.attn_softcap,
             logit_softcap=self.logit_softcap,
+            window=self.window,
             d_state=self.d_state,
             dt_rank=self.dt_rank,
             delta_key=self.delta_key,
@@ -265,6 +278,18 @@ class ModelConfig:
         if not 0 < self.rotary_fraction <= 1:
             raise UserError(f"model.rotary_fraction = {self.rotary_fraction} must be in (0, 1].")
 
+    def _selected(self) -> str:
+        """The pattern that one of the *_per_layer selectors asks for; empty if none does."""
+        selectors = {"G": "gated_delta_per_layer", "l": "muon_longhorn_per_layer", "L": "longhorn_per_layer"}
+        active = {letter: key for letter, key in selectors.items() if getattr(self, key) > 0}
+        if len(active) > 1:
+            raise UserError(
+                f"model.{' and model.'.join(active.values())} both choose the mixers; set all but one to -1."
+            )
+        return "".join(
+            letter + ("W" if self.window else "A") * (getattr(self, key) - 1) for letter, key in active.items()
+        )
+
     def _check_recurrent(self) -> None:
         used = set(self.pattern)
         if not 0 <= self.beta < 1:
@@ -285,7 +310,9 @@ class ModelConfig:
                 f"use --model.delta_heads {max(1, self.d_model // 32)}, or set --model.delta_key"
             )
         if not self.attention_scales or min(self.attention_scales) < 1:
-            raise UserError(f"model.attention_scales = {self.attention_scales} must be whole numbers of at least 1, such as 1,2,4.")
+            raise UserError(
+                f"model.attention_scales = {self.attention_scales} must be whole numbers of at least 1, such as 1,2,4."
+            )
         if self.loop_blocks:
             match = re.fullmatch(r"(\d+):(\d+)", self.loop_blocks)
             if not match or not int(match[1]) < int(match[2]) <= self.n_layer:
@@ -300,10 +327,15 @@ class ModelConfig:
         return "".join(self.pattern[i % len(self.pattern)] for i in range(self.n_layer))
 
     @property
+    def looped(self) -> range:
+        """The blocks that `loops` repeats."""
+        return range(*map(int, self.loop_blocks.split(":"))) if self.loop_blocks else range(self.n_layer)
+
+    @property
     def schedule(self) -> list[int]:
-        """Which block is applied, pass after pass: 0, 1, …, with the looped range repeated."""
-        first, end = map(int, self.loop_blocks.split(":")) if self.loop_blocks else (0, self.n_layer)
-        return [*range(first), *(list(range(first, end)) * self.loops), *range(end, self.n_layer)]
+        """Which block is applied, one after another: 0, 1, …, with the looped range repeated."""
+        loop = self.looped
+        return [*range(loop.start), *(list(loop) * self.loops), *range(loop.stop, self.n_layer)]
 
     @property
     def inner_width(self) -> int:
@@ -341,7 +373,7 @@ class ModelConfig:
 @dataclass(kw_only=True)
 class DataConfig:
     source: str = ""
-    """What to train on: a .txt, .jsonl or .parquet file, a folder, a glob, a folder made by `muonlm prep`, `sotu`, or `modular`. `--data X` is short for it."""
+    """What to train on: a .txt, .jsonl or .parquet file, a folder, a glob, a folder made by `muonlm prep`, `sotu`, `modular` or `recall`. `--data X` is short for it."""
     tokenizer: str = "bpe:4096"
     """byte, char, bpe:N (trained on the text), gpt2:MERGES_FILE, or a tokenizer.json. Ignored for prepared folders."""
     columns: str = "text"
@@ -356,6 +388,10 @@ class DataConfig:
     """modular data: share of all pairs that is trained on."""
     operations: int = 9
     """modular data: operation tokens in the vocabulary: 9, or 6 for the plan's version."""
+    pairs: int = 8
+    """recall data: key-value pairs in a row, each asked for once."""
+    symbols: int = 256
+    """recall data: tokens in the vocabulary, half of them keys and half values."""
 
     def __post_init__(self):
         for name in ("source", "tokenizer", "val"):  # a run must find its text again from any folder
@@ -524,7 +560,7 @@ class TrainConfig:
     def __post_init__(self):
         _choice(
             "train",
-            objective=(self.objective, ("next_token", "classify")),
+            objective=(self.objective, ("next_token", "classify", "recall")),
             dtype=(self.dtype, ("auto", "float32", "bfloat16")),
             device=(self.device.partition(":")[0], ("auto", "cpu", "cuda", "mps")),
         )
@@ -616,6 +652,8 @@ class Config:
         _choice("config", track=(self.track, ("none", "wandb", "trackio", "tensorboard")))
         if self.model.kind == "modular" and (self.data.source != "modular" or self.train.objective != "classify"):
             raise UserError("model.kind = modular needs --data modular and --train.objective classify.")
+        if (self.data.source == "recall") != (self.train.objective == "recall"):
+            raise UserError("--data recall and --train.objective recall go together: only the answers are trained.")
         if self.data.source == "modular" and self.model.kind != "modular":
             raise UserError(
                 "data.source = modular is arithmetic for model.kind = modular; start from `muonlm train keller/grokking`."

@@ -3,7 +3,8 @@
     p(i) ∝ exp(z_i / τ), restricted to the top_k most likely tokens, then to the smallest set whose probability reaches top_p
 
 τ = 0 is greedy. The engine never looks inside a mixer's state: it repeats its rows and passes it on. When a row reaches the model's
-block_size, the last half of it is prefilled again, so any length can be generated in bounded memory.
+context, the last half of it is prefilled again, so any length can be generated in bounded memory; a model whose layers all have
+a state of constant size has no such limit.
 
 Raises   UserError: impossible sampling settings, a prompt that the tokenizer cannot express, a model without tokenizer.
 """
@@ -62,9 +63,9 @@ def stream(
     """Yield, step by step, the next token of each sample; None for one that has met a stop token."""
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, samples=samples, max_tokens=max_tokens)
     assert prompt, "a model needs at least one token to continue"
-    device, block = next(model.parameters()).device, model.cfg.block_size
+    device, context = next(model.parameters()).device, model.context
     generator = torch.Generator(device).manual_seed(seed)
-    rows = torch.tensor([prompt[-block:]], device=device)
+    rows = torch.tensor([prompt[-context:] if context else prompt], device=device)
     logits, state = model(rows)
     logits, state = logits[:, -1].expand(samples, -1), map_state(lambda t: t.repeat_interleave(samples, 0), state)
     rows = rows.expand(samples, -1)
@@ -76,9 +77,10 @@ def stream(
         yield [None if finished else int(i) for i, finished in zip(token, done)]
         if done.all() or remaining == 1:
             return
-        rows = torch.cat([rows, token[:, None]], 1)
-        if rows.shape[1] > block:
-            rows = rows[:, -max(1, block // 2) :]
+        if context:
+            rows = torch.cat([rows, token[:, None]], 1)
+        if context and rows.shape[1] > context:
+            rows = rows[:, -max(1, context // 2) :]
             logits, state = model(rows)
         else:
             logits, state = model(token[:, None], state=state)

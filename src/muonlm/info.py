@@ -77,6 +77,8 @@ def vocabulary(cfg: Config) -> tuple[int, str]:
         return cfg.model.vocab_size, "model.vocab_size"
     if cfg.data.source == "modular":
         return 2 + cfg.data.operations + cfg.data.prime, "end, =, operations and numbers"
+    if cfg.data.source == "recall":
+        return cfg.data.symbols, "data.symbols"
     spec = cfg.data.tokenizer
     sizes = {"byte": 257, "char": 65, "gpt2": 50257}
     kind, _, number = spec.partition(":")
@@ -91,8 +93,8 @@ def vocabulary(cfg: Config) -> tuple[int, str]:
 
 def describe(cfg: Config) -> dict:
     """Facts of a config as one JSON-able dict."""
-    from .model import build_model, count_parameters
-    from .train import global_rows, make_optimizer, plan_routes, train_flops_per_token
+    from .model import build_model, count_parameters, layer_parameters, train_flops_per_token
+    from .train import global_rows, make_optimizer, plan_routes
 
     size, source = vocabulary(cfg)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
@@ -102,7 +104,11 @@ def describe(cfg: Config) -> dict:
         "vocab_size": size,
         "vocab_source": source,
         "parameters": counts,
-        "train_flops_per_token": train_flops_per_token(cfg),
+        "layers": [
+            {"mixer": config.MIXERS[letter], "parameters": size}
+            for letter, size in zip(cfg.model.layers, layer_parameters(cfg.model))
+        ],
+        "train_flops_per_token": train_flops_per_token(cfg.model),
         "rows_per_step": global_rows(cfg, 1),
     }
     facts["tokens_per_step"] = facts["rows_per_step"] * cfg.model.block_size
@@ -143,6 +149,9 @@ def as_text(facts: dict) -> str:
         + ", ".join(f"{k.replace('_', ' ')} {v / 2**20:,.0f}" for k, v in memory.items())
         + "; activations come on top",
         f"Muon share     {facts['muon_share']:.1%} of the parameters",
+    ]
+    lines += [
+        f"layer {i:<8} {layer['mixer']}, {layer['parameters']:,} parameters" for i, layer in enumerate(facts["layers"])
     ]
     return "\n".join(lines + ([""] + [facts["routing"]] if "routing" in facts else []))
 

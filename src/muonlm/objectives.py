@@ -20,4 +20,13 @@ def classify(model, batch) -> tuple[Tensor, int, dict[str, Tensor]]:
     return loss, batch.count, {"acc": (logits.detach().argmax(-1) == batch.targets).sum()}
 
 
-OBJECTIVES = {"next_token": next_token, "classify": classify}
+def recall(model, batch) -> tuple[Tensor, int, dict[str, Tensor]]:
+    """Σ −log p(value | row so far) over the questions of data/recall.py; `acc` counts those whose most likely token is the value."""
+    logits, _ = model(batch.inputs)
+    asked = batch.targets >= 0
+    logits, targets = logits[asked].float(), batch.targets[asked]
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    return loss, batch.count, {"acc": (logits.detach().argmax(-1) == targets).sum()}
+
+
+OBJECTIVES = {"next_token": next_token, "classify": classify, "recall": recall}

@@ -26,14 +26,16 @@ from .config import Config, UserError
 from .data.modular import ModularData
 from .data.packed import PackedData
 from .data.prepare import bpb, prepared
+from .data.recall import RecallData
 from .generate import generate
-from .model import build_model, count_parameters
+from .model import build_model, count_parameters, train_flops_per_token
 from .objectives import OBJECTIVES
 from .optim import RoutingPlan, build_optimizer, load_named_state, lr_scale, named_state, qk_clip, route
 from .optim.activity import ActivityCheck
 from .optim.diagnostics import Diagnostics
 from .parallel import Dist
 from .run import Run, default_directory, duration
+from .scan import choose_backend
 
 # arguments of Muon that are keys of [optim] by the same name
 MUON_KEYS = ("momentum", "momentum_form", "nesterov", "variant", "beta2", "cautious", "wd_follows_lr", "ns_steps", "coefficients",
@@ -48,8 +50,8 @@ class RunFailed(RuntimeError):
 class Splits:
     """Data of a run: `train.batch(step, rank, world)`; named held-out (and for accuracy, training) splits to evaluate."""
 
-    train: PackedData | ModularData
-    evaluated: dict[str, PackedData | ModularData]  # prefix of the metric -> split read in order
+    train: PackedData | ModularData | RecallData
+    evaluated: dict[str, PackedData | ModularData | RecallData]  # prefix of the metric -> split read in order
     vocab_size: int
     fingerprint: str
 
@@ -66,6 +68,7 @@ def train(
         dist.barrier()  # nobody creates the directory before all have looked
         data = open_data(cfg, dist)
         cfg = resolve(cfg, data.vocab_size, len(data.train), dist.world, started=started)
+        scan = scan_choice(cfg, dist)
         run = Run(path, cfg, steps=cfg.train.steps, json_mode=json_mode)
         say = run.say if dist.main else (lambda text: None)
 
@@ -102,11 +105,13 @@ def train(
         diagnostics, check = watch(cfg, optimizer)
         if dist.main:
             begin_run(run, cfg, plan, optimizer, data, step, started, dist, say)
+            if scan:
+                say(f"scan: {scan}")
         dist.barrier()
 
         net = dist.wrap(torch.compile(model) if cfg.train.compile else model)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        flops, peak = train_flops_per_token(cfg), parallel.peak_flops(dist.device)
+        flops, peak = train_flops_per_token(cfg.model), parallel.peak_flops(dist.device)
         autocast = parallel.autocast(dist.device, cfg.train.dtype)
         resumed_at = step if saved else -1
         window = (time.perf_counter(), counters["tokens"], step)  # since the last log line: clock, tokens, step
@@ -304,6 +309,13 @@ def open_data(cfg: Config, dist: Dist) -> Splits:
             for split in ("train", "val")
         }
         return Splits(make["train"], make, make["train"].vocab_size, make["train"].fingerprint)
+    if cfg.data.source == "recall":
+        d, length = cfg.data, cfg.model.block_size
+        make = {
+            split: RecallData(pairs=d.pairs, length=length, vocab=d.symbols, rows=rows, seed=cfg.seed, split=split)
+            for split in ("train", "val")
+        }
+        return Splits(make["train"], {"val": make["val"]}, make["train"].vocab_size, make["train"].fingerprint)
     if not cfg.data.source:
         raise UserError(
             f"recipe {cfg.recipe} brings no text of its own. Name some: --data FILE_OR_FOLDER (.txt, .jsonl, .parquet, or a folder "
@@ -321,6 +333,13 @@ def open_data(cfg: Config, dist: Dist) -> Splits:
         for name in ("train", "val")
     }
     return Splits(split["train"], {"val": split["val"]}, split["train"].vocab_size, split["train"].fingerprint)
+
+
+def scan_choice(cfg: Config, dist: Dist) -> str:
+    """Which backend runs the recurrences, and whether it can; empty if no layer has one that can be chosen."""
+    if not set(cfg.model.layers) & set("MmLl"):
+        return ""
+    return choose_backend(cfg.model.scan, dist.device, torch.float32)
 
 
 def plan_routes(cfg: Config, model: torch.nn.Module) -> RoutingPlan:
@@ -467,13 +486,6 @@ def current_rates(optimizer) -> dict[str, float]:
         if muon:
             rates.setdefault("momentum", group["momentum"])
     return rates
-
-
-def train_flops_per_token(cfg: Config) -> float:
-    """Forward and backward: 6 per matrix parameter, and 12·L·T·D for attention's two products (Kaplan 2020; PaLM appendix B)."""
-    counts = count_parameters(cfg.model)
-    head = cfg.model.vocab_size * cfg.model.d_model
-    return 6 * (counts["blocks"] + head) + 12 * cfg.model.n_layer * cfg.model.block_size * cfg.model.d_model
 
 
 def diverged(step: int, loss: float, norm: float, cfg: Config, path: Path) -> RunFailed:

@@ -2,6 +2,8 @@
 
 build_model(cfg, device, seed)    allocate and initialise once
 count_parameters(cfg)             the true counts, without allocating
+layer_parameters(cfg)             those of each block
+train_flops_per_token(cfg)        what a step costs
 """
 
 import torch
@@ -53,3 +55,32 @@ def count_parameters(cfg: ModelConfig) -> dict[str, int]:
     tied = total if cfg.tie else total - table
     blocks = sum(p.numel() for p in model.blocks.parameters())
     return {"total": total, "tied": tied, "untied": tied + table, "blocks": blocks, "embedding": total - blocks}
+
+
+def layer_parameters(cfg: ModelConfig) -> list[int]:
+    """Parameters of each block, in order."""
+    return [sum(p.numel() for p in block.parameters()) for block in _on_meta(cfg).blocks]
+
+
+def train_flops_per_token(cfg: ModelConfig) -> float:
+    """Forward and backward: 6 for each parameter of a matrix each time that it is applied, and the work between the tokens.
+
+    Attention: 12·T·d for its two products over T keys (Kaplan 2020; PaLM appendix B). Diagonal scans: 35·N·D, recomputation included.
+    Heads (SSD, delta rule) in chunks of C: 3·H·(2C(N + P) + 4NP), for the delta rule C(3N + P) more.
+    """
+    T, d, C = cfg.block_size, cfg.d_model, cfg.scan_chunk or 64
+    key, value = cfg.delta_widths
+    heads = cfg.inner_width // cfg.ssm_head
+    ssd = lambda H, N, P: 3 * H * (2 * C * (N + P) + 4 * N * P)  # noqa: E731
+    between = {
+        "A": 12 * T * d,
+        "W": 12 * min(T, cfg.window) * d,
+        "S": sum(12 * T * d / s for s in cfg.attention_scales),
+    }
+    between |= dict.fromkeys("MmLl", 35 * (cfg.d_state or 16) * cfg.inner_width)
+    between |= dict.fromkeys("Dd", ssd(heads, cfg.d_state or 128, cfg.ssm_head))
+    between |= dict.fromkeys("GgV", ssd(cfg.delta_heads, key, value) + 3 * cfg.delta_heads * C * (3 * key + value))
+    sizes, layers = layer_parameters(cfg), cfg.layers
+    if cfg.kind != "lm":
+        return 6 * (sum(sizes) + cfg.vocab_size * d) + 12 * cfg.n_layer * T * d
+    return 6 * cfg.vocab_size * d + sum(6 * sizes[i] + between.get(layers[i], 0) for i in cfg.schedule)

@@ -104,6 +104,9 @@ class Attention(nn.Module):
             self.qkv.weight: {"role": "matrix", "split": (0, [q, kv, kv]), "heads": (0, self.heads + 2 * self.kv_heads)}
         }
 
+    def writers(self) -> list[nn.Linear]:
+        return [self.out]
+
     def qk_heads(self) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """What optim.qk_clip takes: views of q's weight (H, K, D) and bias (H, K), those of k, and max_logit."""
         if self.q_norm is not None:

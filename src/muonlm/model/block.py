@@ -1,8 +1,9 @@
-"""A block: one sequence mixer and one MLP on the residual stream, each behind a norm.
+"""A block: one sequence mixer and, unless cfg.mlp is none, one MLP on the residual stream, each behind a norm.
 
     x ← x + r_a · mixer(norm₁(x));   x ← x + r_m · mlp(norm₂(x))      r = 1/√(2·n_layer) where cfg.res_scale says so, else 1
 
-`MIXERS` maps the letters of a pattern to constructors; every mixer has `forward(x, state, mask) -> (y, state)` and `init_state`.
+`CONSTRUCTORS` maps the letters of a pattern to mixers. Every mixer has `forward(x, state, mask) -> (y, state)`, `init_state(batch)`,
+`writers()`, the Linear layers that write to the residual stream, and where needed `tags()` and `init_special()` (LM.init_weights).
 """
 
 import torch.nn.functional as F
@@ -10,29 +11,48 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from .attention import Attention
+from .gated_deltanet import GatedDeltaNet
+from .longhorn import Longhorn
+from .mamba import Mamba
+from .mamba2 import Mamba2
 from .mlp import MLP
 from .norm import make_norm
+from .recursive import MultiScaleAttention, StackedRecursion
 
-MIXERS = {
+CONSTRUCTORS = {
     "A": Attention,
     "W": lambda cfg: Attention(cfg, window=cfg.window),
+    "M": lambda cfg: Mamba(cfg, muon=False),
+    "m": lambda cfg: Mamba(cfg, muon=True),
+    "D": lambda cfg: Mamba2(cfg, muon=False),
+    "d": lambda cfg: Mamba2(cfg, muon=True),
+    "L": lambda cfg: Longhorn(cfg, muon=False),
+    "l": lambda cfg: Longhorn(cfg, muon=True),
+    "G": lambda cfg: GatedDeltaNet(cfg, form="plain"),
+    "g": lambda cfg: GatedDeltaNet(cfg, form="muon"),
+    "V": lambda cfg: GatedDeltaNet(cfg, form="velocity"),
+    "S": MultiScaleAttention,
+    "R": StackedRecursion,
 }
 
 
 class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, letter: str):
         super().__init__()
-        self.norm1, self.mixer = make_norm(cfg), MIXERS[letter](cfg)
-        self.norm2, self.mlp = make_norm(cfg), MLP(cfg)
+        self.norm1, self.mixer = make_norm(cfg), CONSTRUCTORS[letter](cfg)
+        self.norm2, self.mlp = (None, None) if cfg.mlp == "none" else (make_norm(cfg), MLP(cfg))
         self.dropout = cfg.dropout
         scale = (2 * cfg.n_layer) ** -0.5
         self.mixer_scale = scale if cfg.res_scale in ("attn", "both") else 1.0
         self.mlp_scale = scale if cfg.res_scale == "both" else 1.0
 
+    def writers(self) -> list[nn.Linear]:
+        return self.mixer.writers() + ([] if self.mlp is None else [self.mlp.down])
+
     def forward(self, x: Tensor, state=None, mask: Tensor | None = None):
         y, state = self.mixer(self.norm1(x), state, mask)
         x = self._add(x, y, self.mixer_scale)
-        return self._add(x, self.mlp(self.norm2(x)), self.mlp_scale), state
+        return (x if self.mlp is None else self._add(x, self.mlp(self.norm2(x)), self.mlp_scale)), state
 
     def _add(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
         if self.dropout:

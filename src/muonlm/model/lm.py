@@ -2,12 +2,19 @@
 
     h₀ = E[tokens] (+ P[position]), or norm(conv(E[tokens])) with a short causal convolution    h_l = block_l(h_{l−1})    logits = c(norm(h_L) Wᵀ),  c(z) = z or s·tanh(z/s)
 
-Shapes   tokens, targets (B,T) int64 · logits (B,T,V) · state: the mixers' states, the convolution's, tokens seen (B,)
+Loops    cfg.loops passes over the blocks (or a range of them) share weights, never state: a state per application, since one
+         that was shared would make a step after a prefill differ from a longer prefill. cfg.loops may change between runs.
+Shapes   tokens, targets (B,T) int64 · logits (B,T,V) · state: one per applied block, the convolution's, tokens seen (B,)
+Masks    (B,T) bool: a masked token is deleted. Rows are compacted once, real tokens first, and the output is put back.
 Loss     with `targets`, forward returns Σ −log p(target) over targets ≥ 0, in fp32 nats, instead of logits: one call holds the whole
          differentiable path, which data-parallel wrappers need. Logits are made and thrown away in chunks of rows, so memory is
          O(chunk·V), not O(B·T·V).
-Init     gpt2: every matrix N(0, .02), those that write to the stream / √(2L) (Radford 2019).
-         zero_out: matrices N(0, 1/fan_in), E from N(0, 1), those that write to the stream and the head 0 (muP-like; 2203.03466 §D).
+Init     R residual branches in all, loops counted; "writers" are the matrices that write to the stream.
+         gpt2: every matrix N(0, .02), writers / √R (Radford 2019).
+         zero_out: matrices N(0, 1/fan_in), E from N(0, 1), writers and the head 0 (muP-like; 2203.03466 §D).
+         lm: matrices U(±1/√fan_in), writers / √R, E from N(0, .02); dt_small: the same, with Longhorn's steps small (longhorn.py).
+         stack: matrices N(0, .02), writers / √(2L), convolutions N(0, 1/(D·W)).
+         Mixers fill what is theirs alone (A_log, D, step biases) afterwards: init_special.
 """
 
 import torch
@@ -19,6 +26,7 @@ from ..config import ModelConfig
 from .block import Block
 from .conv import ShortConv
 from .norm import RMSNorm, at_least_fp32, make_norm
+from .padding import compact
 
 LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of fp32 logits at a time
 
@@ -41,46 +49,60 @@ class LM(nn.Module):
     ):
         """Summed loss if `targets` are given, else (logits, state). `mask` (B,T): False tokens are treated as absent."""
         x = self.embed(tokens)
-        *layers, conv_state, count = [None] * (len(self.blocks) + 2) if state is None else state
+        schedule = self.cfg.schedule
+        *layers, conv_state, count = [None] * (len(schedule) + 2) if state is None else state
+        undo = None
+        if mask is not None:
+            x, lengths, undo = compact(x, mask)
+            mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         if self.conv is not None:
             x, conv_state = self.conv(x, conv_state, mask)
             x = self.conv_norm(x)
         if self.positions is not None:
-            x = x + self._positions(tokens, count, mask)
+            x = x + self._positions(x, count, mask)
         if self.cfg.dropout:
             x = F.dropout(x, self.cfg.dropout, self.training)
-        states = []
-        for i, block in enumerate(self.blocks):
-            x, layer = block(x, layers[i], mask)
+        first, entering, states = self.cfg.looped.start, None, []
+        for i, layer in zip(schedule, layers):
+            if i == first and self.cfg.inject:
+                x = x if entering is None else x + entering
+                entering = x if entering is None else entering
+            x, layer = self.blocks[i](x, layer, mask)
             if targets is None:
                 states.append(layer)
-        x = self.norm(x)
+        x = self.norm(x if undo is None else undo(x))
         if targets is not None:
             return self._loss_sum(x, targets)
         new = torch.full((len(tokens),), tokens.shape[1]) if mask is None else mask.sum(1).cpu()
         conv_state = x.new_zeros(len(x), 0) if conv_state is None else conv_state  # a state is tensors only
         return self._logits(x), [*states, conv_state, new if count is None else count + new]
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that a continuation may look back on; None where all layers carry a state of constant size."""
+        looks_back = set("AS" if self.cfg.window else "ASW")
+        return self.cfg.block_size if self.positions is not None or looks_back & set(self.cfg.layers) else None
+
     def init_state(self, batch: int, device=None, dtype=None) -> list:
-        """One mixer state per block, the convolution's (empty without one), and the tokens each row has seen (B,), on the CPU."""
+        """One mixer state per applied block, the convolution's (empty without one), and the tokens each row has seen (B,), on the CPU."""
         conv = (
             self.conv.init_state(batch, device, dtype)
             if self.conv is not None
             else torch.zeros(batch, 0, device=device, dtype=dtype)
         )
         return [
-            *(block.mixer.init_state(batch, device, dtype) for block in self.blocks),
+            *(self.blocks[i].mixer.init_state(batch, device, dtype) for i in self.cfg.schedule),
             conv,
             torch.zeros(batch, dtype=torch.long),
         ]
 
-    def _positions(self, tokens: Tensor, count: Tensor | None, mask: Tensor | None) -> Tensor:
-        real = torch.ones_like(tokens) if mask is None else mask.long()
-        index = (real.cumsum(1) - 1).clamp(min=0) + (0 if count is None else count[:, None].to(tokens.device))
+    def _positions(self, x: Tensor, count: Tensor | None, mask: Tensor | None) -> Tensor:
+        real = x.new_ones(x.shape[:2], dtype=torch.long) if mask is None else mask.long()
+        index = (real.cumsum(1) - 1).clamp(min=0) + (0 if count is None else count[:, None].to(x.device))
         assert int(index.max()) < self.cfg.block_size, (
             "learned positions end at block_size; the engine cuts the context"
         )
-        return self.positions[index] if mask is not None or count is not None else self.positions[: tokens.shape[1]]
+        return self.positions[index] if mask is not None or count is not None else self.positions[: x.shape[1]]
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = F.linear(x, self.embed.weight if self.head is None else self.head.weight)
@@ -102,27 +124,37 @@ class LM(nn.Module):
     def init_weights(self) -> None:
         """Fill every parameter once from torch's generator, and tag those that the optimizer's routing cannot read from their module."""
         cfg = self.cfg
-        zero_out = cfg.init == "zero_out"
+        zero_out, uniform = cfg.init == "zero_out", cfg.init in ("lm", "dt_small")
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                module.weight.normal_(0, module.in_features**-0.5 if zero_out else 0.02)
+                if uniform:
+                    bound = module.in_features**-0.5
+                    module.weight.uniform_(-bound, bound)
+                else:
+                    module.weight.normal_(0, module.in_features**-0.5 if zero_out else 0.02)
                 if module.bias is not None:
                     module.bias.zero_()
             elif isinstance(module, nn.Embedding):
                 module.weight.normal_(0, 1.0 if zero_out and not cfg.tie else 0.02)
-            elif isinstance(module, ShortConv):  # nearly the identity: tap W−1 is the current token
-                module.weight.normal_(0, 0.3)
-                module.weight[..., -1] += 1
+            elif isinstance(module, ShortConv):
+                module.init_weights(
+                    "identity" if module is self.conv else "stack" if cfg.init == "stack" else "default"
+                )
             elif getattr(module, "weight", None) is not None:  # norms
                 module.weight.fill_(1.0)
                 if getattr(module, "bias", None) is not None:
                     module.bias.zero_()
+        branches = len(cfg.schedule) * (1 if cfg.mlp == "none" else 2)
+        scale = 0.0 if zero_out else (2 * cfg.n_layer if cfg.init == "stack" else branches) ** -0.5
+        for block in self.blocks:
+            for writer in block.writers():
+                writer.weight.mul_(scale)
+        for module in self.modules():
+            if hasattr(module, "init_special"):
+                module.init_special(cfg)
             if hasattr(module, "tags"):
                 for parameter, tag in module.tags().items():
                     parameter.muonlm = tag
-        for block in self.blocks:
-            for writer in (block.mixer.out, block.mlp.down):
-                writer.weight.mul_(0.0 if zero_out else (2 * cfg.n_layer) ** -0.5)
         if self.head is not None and zero_out:
             self.head.weight.zero_()
         self.embed.weight.muonlm = {"role": "embed"}

@@ -35,7 +35,9 @@ def write_norm(e: Tensor, k: Tensor, kappa: float, eps: float) -> Tensor:
     return e * (kappa * torch.rsqrt(m2.clamp(min=eps * eps)))
 
 
-def newton_schulz(X: Tensor, *, norm: str = "newton_schulz", steps: int = 1, poly: str = "quintic", eps: float = 1e-6) -> Tensor:
+def newton_schulz(
+    X: Tensor, *, norm: str = "newton_schulz", steps: int = 1, poly: str = "quintic", eps: float = 1e-6
+) -> Tensor:
     """The explicit iteration of each matrix (…,m,n): X ← X/√max(‖X‖²_F, ε²), then `steps` times X ← A X + (B G + C G²) X, G = X Xᵀ."""
     if norm == "none":
         return X

@@ -1,0 +1,101 @@
+"""`diag_scan`: the recurrence of the mixers whose gate is one number per state entry, computed by whichever backend fits.
+
+    reference   a loop over tokens (reference.py), differentiated by autograd; any device, fp64
+    chunked     plain PyTorch over all chunks at once (chunked.py); any device, fp64
+    cpu         numba (cpu.py); fp32
+    triton      Triton (gpu.py); fp32 arithmetic on inputs of any width
+    auto        triton on a GPU, cpu on a CPU, chunked where those are missing or for fp64
+
+Every backend but the first exports `forward`, which also returns the states at chunk starts, and `backward`, which recomputes
+from them: one autograd.Function serves all. The gradient is the exact one.
+Raises   UserError for a backend that is unknown or cannot run here
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..config import UserError
+from . import reference
+
+MODULES = {"chunked": "chunked", "cpu": "cpu", "triton": "gpu"}
+
+
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that 'auto' stands for, or `backend` itself if it can run."""
+    if backend in ("reference", "chunked"):
+        return backend
+    wide = dtype == torch.float64
+    if backend == "auto":
+        name = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "chunked")
+        return name if not wide and name != "chunked" and _available(name) else "chunked"
+    if backend not in MODULES:
+        raise UserError(f"model.scan = {backend!r} is not known; choose one of auto, reference, {', '.join(MODULES)}.")
+    if wide:
+        raise UserError(f"model.scan = {backend} computes in fp32, but the model is fp64; use chunked or reference.")
+    if backend == "cpu" and device.type != "cpu":
+        raise UserError(f"model.scan = cpu cannot run on {device}; use auto.")
+    if not _available(backend):
+        need = "a CUDA device (or TRITON_INTERPRET=1) and triton" if backend == "triton" else "numba: pip install numba"
+        raise UserError(f"model.scan = {backend} needs {need}; use auto or chunked.")
+    return backend
+
+
+def _available(backend: str) -> bool:
+    return _module(backend).available()
+
+
+def _module(backend: str) -> ModuleType:
+    return import_module(f".{MODULES[backend]}", __package__)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernel, delta, A, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
+        y, S, M, Sc, Mc = kernel.forward(delta, A, w, k, q, S0, M0, gamma, alpha, lengths, chunk)
+        ctx.save_for_backward(delta, A, w, k, q, Sc, Mc)
+        ctx.rest, ctx.given = (kernel, gamma, alpha, lengths, chunk), (S0 is not None, M0 is not None)
+        ctx.set_materialize_grads(False)
+        return y, S, M
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gy, gS, gM):
+        delta, A, w, k, q, Sc, Mc = ctx.saved_tensors
+        kernel, gamma, alpha, lengths, chunk = ctx.rest
+        gy = torch.zeros_like(w, dtype=Sc.dtype) if gy is None else gy.contiguous()
+        gS, gM = (None if g is None else g.contiguous() for g in (gS, gM))
+        *grads, dS, dM = kernel.backward(delta, A, w, k, q, Sc, Mc, gamma, alpha, lengths, chunk, gy, gS, gM)
+        dS, dM = (d if given else None for d, given in zip((dS, dM), ctx.given))
+        return None, *grads, dS, dM, None, None, None, None
+
+
+def diag_scan(
+    gate: tuple,
+    w: Tensor,
+    k: Tensor,
+    q: Tensor,
+    S0: Tensor | None = None,
+    M0: Tensor | None = None,
+    *,
+    gamma: float = 0.0,
+    alpha: float = 1.0,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """gate ("longhorn", Δ) or ("mamba", Δ, A) -> y (B,L,D), S (B,N,D), M (B,N,D) or None where γ = 0. Shapes: reference.py."""
+    assert gate[0] in ("longhorn", "mamba") and (M0 is None or gamma), (gate[0], gamma)
+    name = choose_backend(backend, w.device, w.dtype)
+    if name == "reference":
+        return reference.diag_scan(gate, w, k, q, S0, M0, gamma=gamma, alpha=alpha, lengths=lengths)
+    chunk = min(chunk, w.shape[1])  # no states for tokens that do not exist
+    dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+    delta, A, w, k, q, S0, M0 = (
+        None if x is None else x.to(dtype).contiguous()
+        for x in (gate[1], gate[2] if gate[0] == "mamba" else None, w, k, q, S0, M0)
+    )
+    with torch.autocast(w.device.type, enabled=False):
+        return _Scan.apply(_module(name), delta, A, w, k, q, S0, M0, float(gamma), float(alpha), lengths, chunk)
