@@ -127,9 +127,9 @@ def mamba(s: Shape) -> Case:
     arms = {"ours": ours("auto"), "ours chunked": ours("chunked")}
     if s.L <= SMALL.L:
         arms["reference"] = ours("reference")
-    if block := peer("mambapy.mamba", "MambaBlock"):
+    if block := peer(PEERS["mamba"][0], "MambaBlock"):
         arms["mambapy"] = lambda: block.selective_scan(None, u, delta, A, k, q, D)
-    if slow := peer("transformers.models.mamba.modeling_mamba", "mamba_selective_scan"):
+    if slow := peer(PEERS["mamba"][1], "mamba_selective_scan"):
         arms["transformers"] = lambda: slow(*(x.mT for x in (u, delta)), A, k.mT, q.mT, D=D).mT
     return Case({"": [delta, A, u, k, q, D]}, arms, randn(s.B, s.L, s.D))
 
@@ -167,9 +167,9 @@ def delta(s: Shape) -> Case:
     arms = {"ours": lambda: delta_scan(lg, b, u, k, q)[0]}
     if s.L <= SMALL.L:
         arms["reference"] = lambda: reference.delta_scan(lg, b, u, k, q)[0]
-    if fla := peer("fla.ops.gated_delta_rule.naive", "naive_chunk_gated_delta_rule"):
+    if fla := peer(PEERS["delta"][0], "naive_chunk_gated_delta_rule"):
         arms["fla"] = lambda: fla(q=q, k=k, v=u, g=lg, beta=b, scale=1.0)[0]
-    if qwen := peer("transformers.models.qwen3_next.modeling_qwen3_next", "torch_chunk_gated_delta_rule"):
+    if qwen := peer(PEERS["delta"][1], "torch_chunk_gated_delta_rule"):
         arms["transformers"] = lambda: qwen(query=q * N**0.5, key=k, value=u, g=lg, beta=b)[0]  # it scales q itself
     return Case({"": [lg, b, u, k, q]}, arms, randn(s.B, s.L, H, P))
 
@@ -197,10 +197,10 @@ def whole(letter: str, s: Shape, peers: dict[str, Callable], **options) -> Case:
 
 def mamba_mixer(s: Shape) -> Case:
     peers = {}
-    if block := peer("mambapy.mamba", "MambaBlock"):
-        config = peer("mambapy.mamba", "MambaConfig")
+    if block := peer(PEERS["mamba"][0], "MambaBlock"):
+        config = peer(PEERS["mamba"][0], "MambaConfig")
         peers["mambapy"] = lambda width: block(config(d_model=width, n_layers=1, d_state=s.N))
-    if block_hf := peer("transformers.models.mamba.modeling_mamba", "MambaMixer"):
+    if block_hf := peer(PEERS["mamba"][1], "MambaMixer"):
         config_hf = peer("transformers", "MambaConfig")
         peers["transformers"] = lambda width: block_hf(
             config_hf(hidden_size=width, state_size=s.N, num_hidden_layers=1), layer_idx=0
@@ -211,7 +211,7 @@ def mamba_mixer(s: Shape) -> Case:
 def mamba2(s: Shape) -> Case:
     head = min(64, s.D // 2)
     peers = {}
-    if block := peer("transformers.models.mamba2.modeling_mamba2", "Mamba2Mixer"):
+    if block := peer(PEERS["mamba2"][0], "Mamba2Mixer"):
         config = peer("transformers", "Mamba2Config")
 
         def build(chunk: int) -> Callable:
@@ -224,6 +224,14 @@ def mamba2(s: Shape) -> Case:
 
 
 FAMILIES = {"mamba": mamba, "mamba-mixer": mamba_mixer, "ops": ops, "delta": delta, "mamba2": mamba2}
+SLOW = "transformers.models.{0}.modeling_{0}"
+PEERS = {  # modules with code that we did not write
+    "mamba": ["mambapy.mamba", SLOW.format("mamba")],
+    "mamba-mixer": ["mambapy.mamba", SLOW.format("mamba")],
+    "ops": [],
+    "delta": ["fla.ops.gated_delta_rule.naive", SLOW.format("qwen3_next")],
+    "mamba2": [SLOW.format("mamba2")],
+}
 RATIOS = {  # what the table divides: family -> [(title, numerator, denominator)], of time and of peak
     "mamba": [(f"{p} / {o}", p, o) for o in ("ours", "ours chunked") for p in ("mambapy", "transformers")],
     "mamba-mixer": [("mambapy / ours", "mambapy", "ours"), ("transformers / ours", "transformers", "ours")],
@@ -269,9 +277,9 @@ def interleaved(arms: dict[str, Callable[[], object]], repeats: int) -> dict[str
     """Seconds of each arm in each round; every round begins with another arm."""
     names, times = list(arms), {name: [] for name in arms}
     for turn in range(repeats):
+        gc.collect()  # once a round: it walks through everything that was imported, 0.2 s
         for i in range(len(names)):
             name = names[(i + turn) % len(names)]
-            gc.collect()
             times[name].append(seconds(arms[name]))
     return times
 
@@ -507,10 +515,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     # Processes are forked here, while this one has imported everything and computed nothing.
-    for module in ("mambapy.mamba", "transformers", "fla.ops.gated_delta_rule.naive", "transformers.models.mamba.modeling_mamba",
-                   "transformers.models.mamba2.modeling_mamba2", "transformers.models.qwen3_next.modeling_qwen3_next"):  # fmt: skip
-        if families:
-            peer(module, "__name__")
+    for module in sorted({module for family in families for module in PEERS[family]}):
+        peer(module, "__name__")
     choose_backend("auto", torch.device("cpu"), torch.float32)  # imports numba
     peaks = {}
     for family in families:
@@ -533,5 +539,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert set(RATIOS) == set(FAMILIES) and set(CONSTRUCTORS) >= set("MmLlDdGgV")
+    assert set(RATIOS) == set(FAMILIES) == set(PEERS) and set(CONSTRUCTORS) >= set("MmLlDdGgV")
     main()

@@ -1,5 +1,6 @@
-"""The step benchmark runs whole at toy size and its columns mean what its docstring says; no time is asserted here."""
+"""The benchmarks run whole at toy size and their columns mean what their docstrings say; no time is asserted here."""
 
+import importlib
 import json
 import math
 import statistics
@@ -9,19 +10,27 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "optimizer_step.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PEERS = ("heavyball", "pytorch-optimizer", "optimuon", "optimuon-direct", "timm")  # may be absent
 
 
-def run(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=120)
+def run(script: str, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(BENCHMARKS / script), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def document(script: str, *flags: str) -> dict:
+    done = run(script, *flags, "--json", "--threads", "1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)  # and nothing else may be there
+
+
+# ---- optimizer_step.py
 
 
 @pytest.fixture(scope="module")
 def report() -> dict:
-    done = run("--smoke", "--json", "--threads", "1")
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)  # and nothing else may be there
+    return document("optimizer_step.py", "--smoke")
 
 
 def test_every_arm_of_torch_and_of_ours_is_measured_on_both_sets(report):
@@ -93,6 +102,119 @@ def test_the_share_of_the_training_step_is_a_fraction(report):
 
 
 def test_an_unknown_arm_is_refused_with_the_names_that_exist():
-    done = run("--smoke", "--arms", "muun")
+    done = run("optimizer_step.py", "--smoke", "--arms", "muun")
     assert done.returncode == 2
     assert "unknown 'muun'" in done.stderr and "ours-keller" in done.stderr
+
+
+# ---- scan.py
+
+
+@pytest.fixture(scope="module")
+def scans() -> dict:
+    return document("scan.py", "--quick", "--only", "mamba,scaling", "--mixers", "lD", "--long")
+
+
+@pytest.fixture
+def scan(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("scan")
+
+
+def test_scans_of_ours_are_there_and_peers_too_unless_named_as_missing(scans):
+    arms = {(row["family"], row["arm"]) for row in scans["rows"]}
+    assert {("mamba", "ours"), ("mamba", "ours chunked"), ("mamba", "reference")} <= arms
+    peers = {"mambapy.mamba": ("mamba", "mambapy"), "transformers.models.mamba": ("mamba", "transformers")}
+    for module, arm in peers.items():
+        assert (arm in arms) != any(name.startswith(module) for name in scans["missing"]), arm
+
+
+def test_scans_were_compared_before_they_were_timed(scans):
+    deviations = [row["deviation"] for row in scans["rows"]]
+    assert max(deviations) < 1e-4 and sum(d > 0 for d in deviations) >= 3  # other orders of summation: not bitwise equal
+
+
+def test_ratios_of_scans_are_theirs_over_ours(scans):
+    rows = {(row["family"], row["arm"]): row for row in scans["rows"]}
+    assert scans["ratios"] or scans["missing"]
+    for r in scans["ratios"]:
+        above, below = (rows[r["family"], name] for name in r["ratio"].split(" / "))
+        assert above["seconds"]["min"] / below["seconds"]["max"] <= r["time"]["median"] <= above["seconds"]["max"] / below["seconds"]["min"]
+        assert r["memory"] == above["peak_bytes"] / max(below["peak_bytes"], 1)
+
+
+def test_scaling_reports_the_slope_of_what_it_measured(scans, scan):
+    assert [row["mixer"] for row in scans["scaling"]] == ["l", "D"]
+    for row in scans["scaling"]:
+        assert row["time_slope"] == pytest.approx(scan.slope(row["lengths"], row["seconds"]))
+        assert len(row["peak_bytes"]) == len(row["lengths"]) and min(row["peak_bytes"]) >= 0
+
+
+def test_the_slope_of_a_power_law_is_its_exponent(scan):
+    for exponent in (0.5, 1.0, 2.0):
+        assert scan.slope(scan.LENGTHS, [7 * L**exponent for L in scan.LENGTHS]) == pytest.approx(exponent)
+
+
+def test_the_peak_is_what_a_piece_of_work_held_at_most_and_not_what_was_there_before(scan):
+    ballast = b"x" * (96 << 20)  # freed or not, memory from before does not count
+
+    def prepare():
+        before = b"y" * (32 << 20)
+        return lambda: (len(b"z" * (64 << 20)), len(before), len(ballast))
+
+    found = scan.in_a_child(lambda: scan.growth(lambda: len(b"w" * (128 << 20)), prepare))
+    assert found == pytest.approx(64 << 20, abs=2 << 20)  # pages of code that is first used then
+
+
+def test_a_failure_in_a_measuring_process_is_none_and_said(scan, capfd):
+    assert scan.in_a_child(lambda: 1 / 0) is None
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_a_scan_that_computes_something_else_is_not_timed(scan):
+    case = scan.build("ops", scan.TINY)
+    right = case.arms["L"]
+    case.arms, case.leaves["L wrong"] = {"L": right, "M": case.arms["M"]}, case.leaves["L"]
+    assert scan.check("ops", case) == {"L": 0.0, "M": 0.0}  # two definitions: each is its own measure
+    case.arms["L wrong"] = lambda: right() * 1.001
+    with pytest.raises(SystemExit, match="L wrong deviates from L by"):
+        scan.check("ops", case)
+
+
+def test_the_long_step_counts_parameters_and_memory(scans):
+    long = scans["long"]
+    assert long["tokens"] == 512 and 8e6 < long["parameters"] < 12e6
+    # weights, gradients and two moments in fp32 at the least
+    assert long["peak_resident_bytes"] > 16 * long["parameters"] and long["below_8_GB"] == (long["peak_resident_bytes"] < 8e9)
+    assert long["loss"] == pytest.approx(math.log(4096), abs=0.5)  # a new model knows nothing
+
+
+def test_an_unknown_family_is_refused_with_the_names_that_exist():
+    done = run("scan.py", "--only", "mumba")
+    assert done.returncode == 2 and "unknown 'mumba'" in done.stderr and "mamba2" in done.stderr
+
+
+# ---- decode.py
+
+
+@pytest.fixture(scope="module")
+def decoded() -> dict:
+    pytest.importorskip("transformers")
+    return document("decode.py", "--quick")["models"]["tiny"]
+
+
+def test_decoding_compares_models_that_say_the_same(decoded):
+    assert 0 < decoded["deviation"] < 1e-4 and decoded["generate"]["same_tokens"]
+
+
+def test_the_speed_up_of_decoding_is_their_time_over_ours(decoded):
+    ours, theirs = (decoded["generate"]["tokens_per_s"][name] for name in ("ours", "transformers"))
+    assert ours["min"] / theirs["max"] <= decoded["generate"]["speedup"]["median"] <= ours["max"] / theirs["min"]
+    medians = [rate["median"] for rate in decoded["position"]["tokens_per_s"].values()]
+    assert len(medians) == 3 and decoded["position"]["spread"] == pytest.approx(max(medians) / min(medians) - 1)
+
+
+def test_the_state_has_the_bytes_of_its_shapes_at_every_position(decoded):
+    layers, inner, taps, width = 2, 64, 4, 16
+    expected = 4 * layers * inner * (taps - 1 + width) + 8  # fp32 conv and S, and one int64 that counts tokens
+    assert list(decoded["position"]["state_bytes"].values()) == [expected] * 3

@@ -120,10 +120,22 @@ def test_a_preset_and_an_optimizer_can_be_chosen_apart_and_no_rate_is_the_others
 
 def test_published_training_defaults_of_muonssm_and_mamba_slm():
     ssm, slm = load_recipe("muonssm/muonlonghorn-170m"), load_recipe("mamba_slm/pretrain", preset="published")
-    assert (ssm.seed, ssm.optim.name, ssm.optim.lr, ssm.optim.wd, ssm.optim.betas) == (3407, "adamw", 1e-3, 0.1, (0.9, 0.95))
+    assert (ssm.seed, ssm.optim.name, ssm.optim.lr, ssm.optim.wd, ssm.optim.betas) == (
+        3407,
+        "adamw",
+        1e-3,
+        0.1,
+        (0.9, 0.95),
+    )
     tokens, total = ssm.train.parse_budget()
     assert (tokens, total // tokens, ssm.train.micro_batch) == (2_097_152, 4768, 2)
     assert ssm.sched.warmup == round(0.01 * total / tokens)
     assert load_recipe("muonssm/muonlonghorn-170m", {"optim.name": "muon"}).optim.lr == 0.02
-    assert (slm.seed, slm.optim.name, slm.optim.lr, slm.optim.adamw_lr, slm.optim.wd) == (8647, "muon", 1e-3, 1e-4, 0.01)
+    assert (slm.seed, slm.optim.name, slm.optim.lr, slm.optim.adamw_lr, slm.optim.wd) == (
+        8647,
+        "muon",
+        1e-3,
+        1e-4,
+        0.01,
+    )
     assert (slm.train.global_batch, slm.train.steps, slm.sched.warmup) == (32_768, 100_000, 100)

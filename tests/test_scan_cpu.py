@@ -1,7 +1,7 @@
 """The numba kernels of the diagonal scan against the fp64 loop of scan/reference.py.
 
-Letters as there: B batch, L time, D channels, N states. Tolerances are relative Frobenius errors, and those of the specification for fp32
-kernels; measured here: 4e-7 forward and 5e-7 in gradients, so a wrong term, which costs 1e-2 or more, has no room.
+Letters as there: B batch, L time, D channels, N states. Tolerances are relative Frobenius errors, and those of the
+specification for fp32 kernels; measured: 4e-7 forward and 5e-7 in gradients. A wrong term costs 1e-2 or more.
 """
 
 import importlib.util
@@ -25,7 +25,13 @@ def inputs(gate, gamma, *, B=2, L=37, D=33, N=5, seed=0):
     """Random fp32 inputs by name, with starting states and, as gy, gS, gM, gradients into all outputs."""
     draw = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=draw)  # noqa: E731
-    x = {"delta": torch.rand(B, L, D, generator=draw), "A": None, "w": normal(B, L, D), "k": normal(B, L, N), "q": normal(B, L, N)}
+    x = {
+        "delta": torch.rand(B, L, D, generator=draw),
+        "A": None,
+        "w": normal(B, L, D),
+        "k": normal(B, L, N),
+        "q": normal(B, L, N),
+    }
     if gate == "mamba":
         x["A"] = -8 * torch.rand(D, N, generator=draw)
     else:
@@ -70,7 +76,9 @@ def assert_equal_to_the_loop(x, gamma, *, lengths=None, chunk=16):
 
 
 @pytest.mark.parametrize("gate, gamma", KINDS)
-@pytest.mark.parametrize("L, D, N, chunk", [(1, 64, 16, 16), (2, 24, 4, 64), (37, 33, 5, 16), (64, 64, 16, 64), (65, 100, 16, 32)])
+@pytest.mark.parametrize(
+    "L, D, N, chunk", [(1, 64, 16, 16), (2, 24, 4, 64), (37, 33, 5, 16), (64, 64, 16, 64), (65, 100, 16, 32)]
+)
 def test_outputs_states_and_gradients_equal_the_loop(gate, gamma, L, D, N, chunk):
     assert_equal_to_the_loop(inputs(gate, gamma, L=L, D=D, N=N), gamma, chunk=chunk)
 
@@ -86,7 +94,9 @@ def test_rows_stop_at_their_lengths_and_padding_gets_zeros_and_copied_states(gat
     assert torch.equal(S[0], x["S0"][0]) and torch.equal(grads["S0"][0], x["gS"][0])
     *_, Sc, Mc = cpu.forward(*(x[n] for n in NAMES), gamma, 0.7, lengths, chunk)
     assert torch.equal(Sc[0], x["S0"][0].expand(3, -1, -1)) and torch.equal(Sc[1, 2], S[1])
-    assert Mc is None if gamma == 0 else torch.equal(Mc[0], x["M0"][0].expand(3, -1, -1)) and torch.equal(Mc[1, 2], M[1])
+    assert (
+        Mc is None if gamma == 0 else torch.equal(Mc[0], x["M0"][0].expand(3, -1, -1)) and torch.equal(Mc[1, 2], M[1])
+    )
 
 
 def test_missing_states_and_missing_gradients_count_as_zeros():
@@ -99,8 +109,7 @@ def test_missing_states_and_missing_gradients_count_as_zeros():
 
 @pytest.mark.parametrize("gate, gamma", KINDS)
 def test_the_chunk_length_changes_no_bit(gate, gamma):
-    """Boundary states are the very states of the loop and each token's sums keep their order; only dA is kept per chunk, in the same
-    order too."""
+    """Boundary states are the very states of the loop, and every sum keeps its order."""
     x = inputs(gate, gamma, L=83, N=16)
     (out, grads), *others = [kernel(x, gamma, chunk=chunk) for chunk in (64, 8, 16)]
     for other, other_grads in others:
@@ -147,18 +156,18 @@ def test_zero_tokens_have_finite_gradients(gate, gamma, zero):
     assert all(g is None or g.isfinite().all() for g in grads.values())
 
 
-@pytest.mark.parametrize("gate, gamma", KINDS)
-def test_8192_tokens_stay_finite_and_accurate(gate, gamma):
-    x = inputs(gate, gamma, B=1, L=8192, D=16, N=4)
+@pytest.mark.parametrize("gate", ["longhorn", "mamba"])
+def test_8192_tokens_stay_finite_and_accurate(gate):
+    x = inputs(gate, 0.9, B=1, L=8192, D=16, N=4)
     x["delta"] *= 1e-3  # gates near 1: the state accumulates
-    (out, grads), (ref, _) = kernel(x, gamma, chunk=64), loop(x, gamma, gradients=False)
+    (out, grads), (ref, _) = kernel(x, 0.9, chunk=64), loop(x, 0.9, gradients=False)
     # 8192 roundings of 6e-8 add up to 5e-6 if all of one sign; f itself, rounded near 1, gives as much again
-    assert all(a is None or error(a, b) < 1e-5 for a, b in zip(out, ref))
+    assert all(error(a, b) < 1e-5 for a, b in zip(out, ref))
     assert all(g is None or g.isfinite().all() for g in grads.values())
 
 
 def test_the_exponential_is_within_2e_7_of_the_exact_one():
-    """Through the kernel: S = exp(Δ A) S0 with A = −1, S0 = 1 and nothing written. 2e-7 is 3.4 units in the last place."""
+    """Through the kernel: S = exp(Δ A) S0 with A = −1, S0 = 1 and nothing written. 2e-7: 3.4 units of the last bit."""
     x = torch.cat([torch.linspace(0, 87, 400_000), torch.logspace(-30, 0, 1_000)])
     one, none = torch.ones(1, 1, len(x)), torch.zeros(1, 1, 1)
     _, S, *_ = cpu.forward(x[None, None], -one[0].mT.contiguous(), one, none, none, one, None, 0.0, 1.0, None, 64)
@@ -171,12 +180,19 @@ def test_a_nan_is_passed_on_to_its_row_alone():
     x = inputs("mamba", 0.9)
     x["delta"][0, 5, 7] = math.nan
     (y, S, _), grads = kernel(x, 0.9)
-    assert y[0, 5:, 7].isnan().all() and S[0, :, 7].isnan().all() and y[0, :5].isfinite().all() and grads["k"][0].isnan().any()
+    assert (
+        y[0, 5:, 7].isnan().all()
+        and S[0, :, 7].isnan().all()
+        and y[0, :5].isfinite().all()
+        and grads["k"][0].isnan().any()
+    )
     assert y[1].isfinite().all() and y[0, :, :7].isfinite().all() and grads["k"][1].isfinite().all()
 
 
 def test_python_threads_may_call_at_once():
-    cases = [(gate, gamma, inputs(gate, gamma, B=3, L=128, D=200, N=16, seed=i)) for i, (gate, gamma) in enumerate(KINDS)]
+    cases = [
+        (gate, gamma, inputs(gate, gamma, B=3, L=128, D=200, N=16, seed=i)) for i, (gate, gamma) in enumerate(KINDS)
+    ]
     alone = [kernel(x, gamma) for _, gamma, x in cases]
     same, before = [], torch.get_num_threads()
 

@@ -822,7 +822,7 @@ def recipe_names() -> list[str]:
 def read_recipe(name: str, seen: tuple[str, ...] = ()) -> dict:
     """The TOML tree of a packaged recipe or of the user's own file, laid over the one that it `extends`."""
     path = RECIPES / f"{name}.toml"
-    if not (re.fullmatch(r"[\w/-]+", name) and path.is_file()):
+    if name not in recipe_names():
         path = Path(name)
         if not path.is_file():
             if path.suffix == ".toml":
@@ -863,7 +863,9 @@ def load_recipe(
     if preset and preset not in presets:
         known = f" Known: {', '.join(presets)}." if presets else " This recipe has none."
         raise UserError(f"recipe {name} has no preset {preset!r}.{nearest(preset, presets) or known}")
-    chosen = _check(flatten(presets.get(preset, {})), f"{where} [preset.{preset}]")
+    tuned = dict(presets.get(preset, {}))
+    baseline |= _check(flatten(tuned.pop("baseline", {})), f"{where} [preset.{preset}.baseline]")
+    chosen = _check(flatten(tuned), f"{where} [preset.{preset}]")
     given = _check({key.replace("-", "_"): value for key, value in (flags or {}).items()}, "command line")
     layer |= chosen
     if smoke:

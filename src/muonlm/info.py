@@ -94,6 +94,7 @@ def vocabulary(cfg: Config) -> tuple[int, str]:
 def describe(cfg: Config) -> dict:
     """Facts of a config as one JSON-able dict."""
     from .model import build_model, count_parameters, layer_parameters, train_flops_per_token
+    from .scan import gain
     from .train import global_rows, make_optimizer, plan_routes
 
     size, source = vocabulary(cfg)
@@ -106,6 +107,11 @@ def describe(cfg: Config) -> dict:
         "parameters": counts,
         "layers": [
             {"mixer": config.MIXERS[letter], "parameters": size}
+            | (
+                {"write_gain": cfg.model.alpha * gain(cfg.model.write_norm, cfg.model.ns_poly, cfg.model.ns_steps)}
+                if letter in "mdlg"
+                else {}
+            )
             for letter, size in zip(cfg.model.layers, layer_parameters(cfg.model))
         ],
         "train_flops_per_token": train_flops_per_token(cfg.model),

@@ -30,7 +30,7 @@ BAR = 16  # columns of the progress bar
 
 def default_directory(recipe: str) -> Path:
     """runs/<recipe>, or the first of runs/<recipe>-2, -3, … that is free."""
-    base = Path("runs") / Path(recipe).with_suffix("")
+    base = Path("runs") / recipe.removesuffix(".toml")
     if base.is_absolute() or ".." in base.parts:
         base = Path("runs") / base.name
     number, path = 1, base

@@ -1,21 +1,24 @@
 """The diagonal scan on CPU: numba kernels written in vectors of channels, forward and exact backward.
 
     M_t = γ M_{t−1} + α k_t w_tᵀ      S_t = f_t ⊙ S_{t−1} + M_t      y_t = S_tᵀ q_t       f = 1 − Δ k² or exp(Δ A)
-    backward, t = L..1, from Λ = ∂S_L, Π = ∂M_L:
-    Λ += q_t ∂y_tᵀ;  Π += Λ;  F = Λ ⊙ S_{t−1};  ∂q_t = S_t ∂y_t;  ∂w_t = α Πᵀ k_t;  ∂k_t = α Π w_t − 2 k_t ⊙ F Δ_t [Longhorn]
-    ∂Δ_t = −Fᵀ k_t² [Longhorn] or Σ_n F f A, ∂A = Σ_t F f Δ [Mamba];  then Λ ← f_t ⊙ Λ, Π ← γ Π; at the start ∂S_0 = Λ, ∂M_0 = Π
+    backward, t = L..1, from Λ = ∂S_L, Π = ∂M_L:   Λ += q_t ∂y_tᵀ;   Π += Λ;   F = Λ ⊙ S_{t−1}
+        ∂q_t = S_t ∂y_t;   ∂w_t = α Πᵀ k_t;   ∂k_t = α Π w_t, and for Longhorn − 2 k_t ⊙ F Δ_t
+        ∂Δ_t = −Fᵀ k_t² (Longhorn), or Σ_n F f A with ∂A = Σ_t F f Δ (Mamba)
+        Λ ← f_t ⊙ Λ;   Π ← γ Π;   and at the start ∂S_0 = Λ, ∂M_0 = Π
 
-Shapes   Δ, w, y (B,L,D) · A (D,N) · k, q (B,L,N) · S, M (B,N,D) · Sc, Mc (B, ⌈L/C⌉, N, D) states at the start of each chunk; fp32
-Method   a tile is LANES channels × ROWS states. Its S and M (Λ and Π) stay in registers over the C tokens of a chunk, so a token costs a
-         few loads and only the arithmetic. The instructions are written out (llvmlite) since a compiler does not find this form itself.
-         The argument types choose the variant: A or k² given, M given or None; each is compiled at its first use and cached on disk.
+Shapes   Δ, w, y (B,L,D) · A (D,N) · k, q (B,L,N) · S, M (B,N,D), all fp32
+         Sc, Mc (B,⌈L/C⌉,N,D): the states at the start of each chunk
+Method   A tile is LANES channels × ROWS states. Its S, M (Λ, Π) stay in registers over the C tokens of a chunk, so
+         a token costs few loads beside the arithmetic. Compilers do not find this form by themselves: the vector
+         instructions are written out with llvmlite. The types of the arguments choose the variant (A or k² given,
+         M given or None); each is compiled at its first use and cached on disk.
          Backward reruns a chunk from Sc, Mc, keeping S_{t−1} (and Mamba's f) of one tile; it never divides by f.
-Memory   beyond inputs and outputs: Sc, Mc, and for dk, dq one (B,L,N) partial sum for each BLOCK channels, added in a fixed order:
-         results do not depend on the number of threads and repeat bitwise
-Threads  kernels release the GIL and run in torch.get_num_threads() plain Python threads, so no OpenMP or numba pool is touched and any
-         number of threads may call at once
-Limits   Δ A ≤ 88 (a gate ≤ 1 is meant); below −87 exp is held at 1.6e-38
-Source   muonlm's own; the backward is derived from the recurrences of Longhorn 2407.14207, Mamba 2312.00752, MuonSSM 2606.30461
+Memory   beyond inputs and outputs: Sc, Mc, and for dk, dq one (B,L,N) partial sum for each BLOCK channels, added in a
+         fixed order, so that results repeat bitwise and do not depend on the number of threads
+Threads  The kernels release the GIL and run in torch.get_num_threads() plain Python threads: no OpenMP or numba pool is
+         touched, and any number of callers may run at once.
+Limits   Δ A ≤ 88 (a gate ≤ 1 is meant); below −87 exp stays at 1.6e-38
+Source   muonlm's own, derived from the recurrences of Longhorn 2407.14207, Mamba 2312.00752 and MuonSSM 2606.30461
 """
 
 import itertools
@@ -73,7 +76,7 @@ class Vector:
 
 
 class Writer:
-    """Writes vector code at the builder's position. Addresses are i64 in bytes, `at(address, i, j…)` adds 4 i j… to one."""
+    """Writes vector code at the builder's position. Addresses are i64 bytes; at(address, i, j…) adds 4 i j… to one."""
 
     def __init__(self, builder):
         self.builder = builder
@@ -165,10 +168,12 @@ class Writer:
         self.builder.store(vector.value, slot)
 
     def exp(self, x):
-        """e^x for −87 ≤ x ≤ 88, held at the lower end: x = i ln 2 + r, |r| ≤ ln 2 / 2, e^r by a polynomial (minimax, 9e-8), 2^i in the
-        exponent's bits. A NaN stays one. Relative error < 2e-7."""
+        """e^x for x ≤ 88, held at x = −87 from below; a NaN stays one. Relative error < 2e-7.
+        x = i ln 2 + r, |r| ≤ ln 2 / 2: e^r by a minimax polynomial (9e-8), 2^i added to the exponent's bits."""
         low = self.constant(-87.0)
-        x = Vector(self.builder, self.builder.select(self.builder.fcmp_ordered("<", x.value, low.value), low.value, x.value))
+        x = Vector(
+            self.builder, self.builder.select(self.builder.fcmp_ordered("<", x.value, low.value), low.value, x.value)
+        )
         magic = self.constant(12582912.0)  # 1.5·2^23: adding it rounds to an integer, which stands in the low bits
         rounded = self.fma(x, self.constant(1.4426950408889634), magic)
         i = rounded - magic
@@ -211,12 +216,14 @@ def _named(names, args, kinds):
 
 # fmt: off
 FORWARD = "tokens width rows first D K delta k2 A w k q y S M S_next M_next gamma alpha"
-BACKWARD = "tokens width rows first_tile first_group D K delta k2 A w k q gy S M scratch lam pi d_delta dA dw dk dq gamma alpha"
+BACKWARD = ("tokens width rows first_tile first_group D K delta k2 A w k q gy S M scratch lam pi"
+            " d_delta dA dw dk dq gamma alpha")
 
 
 @intrinsic
 def _forward_tile(_, tokens, width, rows, first, D, K, delta, k2, A, w, k, q, y, S, M, S_next, M_next, gamma, alpha):
-    """`width` of LANES channels and `rows` of ROWS states are real. Sequences have stride D, or K: k², k, q. One of k², A is None."""
+    """`width` of LANES channels and `rows` of ROWS states are real. Sequences have stride D, or K: k², k, q.
+    One of k² and A is None."""
     kinds = (tokens, width, rows, first, D, K, delta, k2, A, w, k, q, y, S, M, S_next, M_next, gamma, alpha)
 
     def generate(context, builder, signature, args):
@@ -254,10 +261,10 @@ def _forward_tile(_, tokens, width, rows, first, D, K, delta, k2, A, w, k, q, y,
 
 
 @intrinsic
-def _backward_tile(_, tokens, width, rows, first_tile, first_group, D, K, delta, k2, A, w, k, q, gy, S, M, scratch, lam, pi,
-                   d_delta, dA, dw, dk, dq, gamma, alpha):
-    """As _forward_tile. lam, pi: Λ and Π after the chunk, replaced by those before it. d_delta and dw are added to unless first_tile,
-    dk and dq unless first_group, dA always."""
+def _backward_tile(_, tokens, width, rows, first_tile, first_group, D, K, delta, k2, A, w, k, q, gy, S, M, scratch,
+                   lam, pi, d_delta, dA, dw, dk, dq, gamma, alpha):
+    """As _forward_tile. lam, pi: Λ and Π after the chunk, replaced by those before it. d_delta and dw are added to
+    unless first_tile, dk and dq unless first_group, dA always."""
     kinds = (tokens, width, rows, first_tile, first_group, D, K, delta, k2, A, w, k, q, gy, S, M, scratch, lam, pi,
              d_delta, dA, dw, dk, dq, gamma, alpha)
 
@@ -384,13 +391,14 @@ def _forward_tasks(lo, hi, lengths, L, D, N, K, chunk, delta, k2, A, w, k, q, y,
                     S_next, M_next = _at(Sc, here + N * D), _at(Mc, here + N * D)
                     if j == chunks - 1:
                         S_next, M_next = _at(S, end), _at(M, end)
-                    _forward_tile(tokens, D - c, N - n, n == 0, D, K, _at(delta, x), _at(k2, z), _at(A, n * D + c), _at(w, x),
-                                  _at(k, z), _at(q, z), _at(y, x), _at(Sc, here), _at(Mc, here), S_next, M_next, np.float32(gamma), np.float32(alpha))
+                    _forward_tile(tokens, D - c, N - n, n == 0, D, K, _at(delta, x), _at(k2, z), _at(A, n * D + c),
+                                  _at(w, x), _at(k, z), _at(q, z), _at(y, x), _at(Sc, here), _at(Mc, here),
+                                  S_next, M_next, np.float32(gamma), np.float32(alpha))
 
 
 @_jit
-def _backward_tasks(lo, hi, lengths, L, D, N, K, chunk, delta, k2, A, w, k, q, Sc, Mc, gy, lam, pi, d_delta, dA, dw, dk, dq,
-                    gamma, alpha):
+def _backward_tasks(lo, hi, lengths, L, D, N, K, chunk, delta, k2, A, w, k, q, Sc, Mc, gy, lam, pi,
+                    d_delta, dA, dw, dk, dq, gamma, alpha):
     blocks, chunks = (D + BLOCK - 1) // BLOCK, (L + chunk - 1) // chunk
     batch = len(lengths)
     room = np.empty(chunk * 2 * ROWS * LANES + 16, np.float32)
@@ -406,11 +414,12 @@ def _backward_tasks(lo, hi, lengths, L, D, N, K, chunk, delta, k2, A, w, k, q, S
                 for n in range(0, N, ROWS):
                     x, z = t * D + c, t * K + n
                     here, end = ((b * chunks + j) * N + n) * D + c, (b * N + n) * D + c
-                    _backward_tile(tokens, D - c, N - n, n == 0, c == c0, D, K, _at(delta, x), _at(k2, z), _at(A, n * D + c),
-                                   _at(w, x), _at(k, z), _at(q, z), _at(gy, x), _at(Sc, here), _at(Mc, here), scratch,
-                                   _at(lam, end), _at(pi, end), _at(d_delta, x), _at(dA, end), _at(dw, x),
-                                   _at(dk, part + n), _at(dq, part + n), np.float32(gamma), np.float32(alpha))
-    room[0] = 0  # in use until here
+                    _backward_tile(tokens, D - c, N - n, n == 0, c == c0, D, K, _at(delta, x), _at(k2, z),
+                                   _at(A, n * D + c), _at(w, x), _at(k, z), _at(q, z), _at(gy, x),
+                                   _at(Sc, here), _at(Mc, here), scratch, _at(lam, end), _at(pi, end),
+                                   _at(d_delta, x), _at(dA, end), _at(dw, x), _at(dk, part + n), _at(dq, part + n),
+                                   np.float32(gamma), np.float32(alpha))
+    room[0] = 0  # a last use: numba frees an array after that, and the tiles know only its address
 # fmt: on
 
 
@@ -463,7 +472,7 @@ def _address(x: Tensor | None) -> int | None:
 
 
 def _prepare(A, k, q, lengths, L):
-    """k², A (N,D), k, q with N padded to whole tiles, lengths as an array, and the function that makes empty outputs."""
+    """k² or None, A (N,D) or None, k and q with N padded to whole tiles, the rows' lengths as an array."""
     missing = -k.shape[-1] % ROWS
     if missing:
         k, q = pad(k, (0, missing)), pad(q, (0, missing))
@@ -497,7 +506,10 @@ def backward(delta, A, w, k, q, Sc, Mc, gamma, alpha, lengths, chunk, gy, gS, gM
     K, blocks = k.shape[-1], -(-D // BLOCK)
     empty = w.new_empty if lengths is None else w.new_zeros
     d_delta, dw, dk, dq = empty(B, L, D), empty(B, L, D), empty(blocks, B, L, K), empty(blocks, B, L, K)
-    start = lambda g: w.new_zeros(B, N, D) if g is None else g.clone(memory_format=torch.contiguous_format)  # noqa: E731
+
+    def start(g):
+        return w.new_zeros(B, N, D) if g is None else g.clone(memory_format=torch.contiguous_format)
+
     lam, pi = start(gS), start(gM) if gamma else None
     dA = None if A is None else w.new_zeros(B, N, D)
     arrays = [_address(x) for x in (delta, k2, A, w, k, q, Sc, Mc, gy.contiguous(), lam, pi, d_delta, dA, dw, dk, dq)]

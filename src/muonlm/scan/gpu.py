@@ -67,9 +67,9 @@ def tile(N: int) -> tuple[int, int, int]:
     """(BLOCK_D, warps forward, warps backward) for N states a channel.
 
     A lane keeps 16 cells of a tile forward and 8 backward, where eleven tiles live at once: what the compiler fits into
-    255 registers on sm_80 and sm_90 (16 cells spill 200 to 300 B a lane backward). N = 16 is then one warp forward, whose
-    sums over n are shuffles without barriers, and two backward. BLOCK_D = 32 channels are a 128 B line of fp32; more
-    than 64 states narrow it, so that 8 warps suffice.
+    255 registers on sm_90 and, but for 8 B, sm_80 (16 cells spill 200 to 300 B backward). N = 16 is one warp forward,
+    whose sums over n are shuffles without barriers, and two backward. BLOCK_D = 32 channels are a 128 B line of fp32;
+    more than 64 states narrow it, so that 8 warps suffice.
     """
     BN = triton.next_power_of_2(N)
     block = 32 if BN <= 64 else 16 if BN == 128 else 8
@@ -465,7 +465,7 @@ def forward(delta, A, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
     """(1) -> y (B,L,D), S (B,N,D), M or None, Sc (B,chunks,N,D), Mc or None; γ = 0: no M."""
     _check(w, k)
     (B, L, D), N, velocity, device = w.shape, k.shape[-1], gamma != 0, w.device
-    gamma, alpha = float(gamma), float(alpha)  # an int would change the kernels' types
+    gamma, alpha = float(gamma), float(alpha)  # an int would compile another kernel
     delta, w, k, q = map(_sequence, (delta, w, k, q))
     A = None if A is None else A.to(torch.float32).contiguous()
     S = torch.empty(B, N, D, device=device, dtype=torch.float32)
@@ -503,7 +503,7 @@ def backward(delta, A, w, k, q, Sc, Mc, gamma, alpha, lengths, chunk, gy, gS, gM
     """(2), given dL/dy and dL/d(S, M at the end) -> dΔ, dA or None, dw, dk, dq, dS0, dM0 or None (γ = 0)."""
     _check(w, k)
     (B, L, D), N, velocity, device = w.shape, k.shape[-1], gamma != 0, w.device
-    gamma, alpha = float(gamma), float(alpha)  # an int would change the kernels' types
+    gamma, alpha = float(gamma), float(alpha)  # an int would compile another kernel
     delta, w, k, q, gy = map(_sequence, (delta, w, k, q, gy))
     A = None if A is None else A.to(torch.float32).contiguous()
     dS = torch.empty(B, N, D, device=device, dtype=torch.float32)

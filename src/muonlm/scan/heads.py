@@ -1,193 +1,137 @@
-"""Recurrences with one gate a head, as matrix products over chunks of C tokens; definitions and shapes in reference.py."""
+"""Recurrences with one gate a head, as matrix products over chunks of C tokens. Definitions and shapes: reference.py.
 
-from functools import lru_cache
+scalar_scan   Y  = (Res ⊙ Q Kᵀ) αW + F ⊙ (Q S₀) + g ⊙ (Q M₀)                                                         (1)
+              S₁ = F_C S₀ + g_C M₀ + Kᵀ(Res[C,:] ⊙ αW)       M₁ = Mc_C M₀ + Kᵀ(Mom[C,:] ⊙ αW)                        (2)
+with Res, F, g, Mom, Mc of segments.py; all chunks at once, except that (2) walks the L/C states. The delta rules: delta.py.
+velocity_scan is nonlinear: a loop over time.
+
+Memory   O(B L D) + O(B L N D/C): what is saved are the inputs (velocity_scan: and S, M at chunk starts); the rest is computed again
+         in the backward pass
+Chunk    chunk=0 chooses the length: 64, or 32 on a CPU
+Source   Mamba-2 2405.21060 (the chunk form); MuonSSM 2606.30461 (the velocity)
+"""
+
+from functools import partial
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from . import reference
-from .reference import MIN_LOG_GATE, _wide, real_tokens
+from .delta import delta_momentum_scan, delta_scan
+from .reference import real_tokens
+from .segments import (Recompute, as_heads, chunk_length, chunked, decay, exact, momentum, prepare, read, real_chunks, silent,
+                       start)
+from .writes import newton_schulz
+
+__all__ = ["delta_momentum_scan", "delta_scan", "scalar_scan", "velocity_scan"]
 
 
-@lru_cache(maxsize=8)
-def _intervals(C, dtype, device):
-    i = torch.arange(C, device=device)
-    inside = (i[:, None, None] > i) & (i[:, None, None] <= i[:, None])  # [i, t, s]: s < i <= t
-    return inside.to(dtype).reshape(C, C * C)
-
-
-def _decay(lg):
-    """lg (…,C) -> Dec (…,C,C), F (…,C)."""
-    C = lg.shape[-1]
-    seg = (lg @ _intervals(C, lg.dtype, lg.device)).unflatten(-1, (C, C))
-    return seg.exp().tril(), lg.cumsum(-1).exp()
-
-
-def _momentum(gamma, real):
-    """real (…,C) -> diag(p) Mom (…,C,C), Mom[C,:] (…,C), Mc (…,C)."""
-    count = real.cumsum(-1)
-    mom = torch.pow(gamma, (count[..., :, None] - count[..., None, :]).clamp(min=0)).tril()
-    return real[..., :, None] * mom, mom[..., -1, :], torch.pow(gamma, count)
-
-
-def _chunk(x, n, C, G=None):
-    """(B,L,H,*) -> (n,B,H,C,*)."""
-    B, L, H = x.shape[:3]
-    x = F.pad(x, [0, 0] * (x.ndim - 2) + [0, n * C - L])
-    return x.view(B, n, C, H, *x.shape[3:]).movedim((1, 3), (0, 2))
-
-
-def _unchunk(y, L):
-    y = y.permute(1, 0, 3, 2, 4)
-    return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :L]
-
-
-def _down(x):
-    return F.pad(x[..., :-1, :], (0, 0, 1, 0))
-
-
-def _scalar(lg, w, k, q, S, M, gamma, alpha, real, n, C):
+def _scalar_chunks(gamma: float, alpha: float, lengths: Tensor | None, C: int, lg, w, k, q, S, M=None):
+    """(1) and (2). A group's r heads share its Q Kᵀ, and stand side by side (r·P) in the products with K and Q."""
     B, L, H, P = w.shape
-    G = k.shape[2]
-    lg, w, k, q = (_chunk(x, n, C) for x in (lg, alpha * w, k, q))
-    Dec, Fc = _decay(lg)
-    Res, last = Dec, Dec[..., -1, :]
+    G, N = k.shape[2:]
     r = H // G
-    k, q = k.repeat_interleave(r, 2), q.repeat_interleave(r, 2)
+    lg, k, q = chunked(lg, C), chunked(k, C), chunked(q, C)
+    w = chunked(alpha * w.reshape(B, L, G, r, P), C)  # (n,B,G,C,r,P)
+    n = len(w)
+    Dec, Fc = decay(lg)  # (n,B,H,C,C), (n,B,H,C)
+
+    def shared(x):  # (…,H,C) -> (…,G,C,r,1)
+        return x.unflatten(-2, (G, r)).transpose(-1, -2).unsqueeze(-1)
+
+    def row(x):  # a state's view of a per-head number (…,H) -> (…,G,1,r,1)
+        return x.unflatten(-1, (G, r)).unsqueeze(-2).unsqueeze(-1)
+
+    def write(x):  # Kᵀ(x ⊙ W) -> (n,B,G,N,r,P)
+        return (k.mT @ (x * w).flatten(-2)).unflatten(-1, (r, P))
+
+    def reads(states):  # Q S of each chunk's first state -> (n,B,G,C,r,P)
+        return (q @ torch.stack(states).flatten(-2)).unflatten(-1, (r, P))
+
+    S = S.unflatten(1, (G, r)).transpose(2, 3)  # (B,G,N,r,P)
+    Res, Ss, Ms = Dec, [], []
     if gamma:
-        p = real.view(B, n, C).transpose(0, 1).unsqueeze(2).to(w.dtype)
-        Mom, mom_last, Mc = _momentum(gamma, p)
-        Res = Dec @ Mom
-        last, g = Res[..., -1, :], (Dec @ (p * Mc).unsqueeze(-1)).squeeze(-1)
-        ZM = k.mT @ (mom_last.unsqueeze(-1) * w)
-    Z = k.mT @ (last.unsqueeze(-1) * w)
-    Ss, Ms = [], []
-    for i in range(n):
-        Ss.append(S)
-        S = Fc[i, ..., -1, None, None] * S + Z[i]
-        if gamma:
+        M = M.unflatten(1, (G, r)).transpose(2, 3)
+        p = real_chunks(lengths, w.new_empty(B, L), C)
+        Mom, mom_last, Mc = momentum(gamma, p)
+        Res, g = Dec @ Mom, (Dec @ (p * Mc).unsqueeze(-1)).squeeze(-1)
+        new_M = write(mom_last[..., None, None])
+    new = write(shared(Res[..., -1, :]))
+    if gamma:
+        for add, keep in zip(new_M.unbind(0), Mc[..., -1, None, None, None].unbind(0)):
             Ms.append(M)
-            S = S + g[i, ..., -1, None, None] * M
-            M = Mc[i, ..., -1, None, None] * M + ZM[i]
-    y = (Res * (q @ k.mT)) @ w + Fc.unsqueeze(-1) * (q @ torch.stack(Ss))
-    if gamma:
-        y = y + g.unsqueeze(-1) * (q @ torch.stack(Ms))
-    return _unchunk(y, L), S, M
-
-
-def _delta(lg, b, u, k, q, S, n, C):
-    B, L, H, P = u.shape
-    r = H // k.shape[2]
-    lg, b, u, k, q = (_chunk(x, n, C) for x in (lg, b, u, k, q))
-    k, q = k.repeat_interleave(r, 2), q.repeat_interleave(r, 2)
-    Dec, Fc = _decay(lg)
-    A = b.unsqueeze(-1) * (k @ k.mT) * Dec
-    X = torch.linalg.solve_triangular(A, torch.cat([b.unsqueeze(-1) * u, (b * Fc).unsqueeze(-1) * k], -1), upper=False, unitriangular=True)
-    Xu, Xk = X.split([P, k.shape[-1]], -1)
-    K = Dec[..., -1, :, None] * k
-    Ss, Es = [], []
-    for i in range(n):
+            M = torch.addcmul(add, keep, M)
+        new = torch.addcmul(new, row(g[..., -1]), torch.stack(Ms))
+    for add, keep in zip(new.unbind(0), row(Fc[..., -1]).unbind(0)):  # unbind: n indexings would each have a gradient of full size
         Ss.append(S)
-        Es.append(Xu[i] - Xk[i] @ S)
-        S = Fc[i, ..., -1, None, None] * S + K[i].mT @ Es[-1]
-    y = Fc.unsqueeze(-1) * (q @ torch.stack(Ss)) + (q @ k.mT * Dec) @ torch.stack(Es)
-    return _unchunk(y, L), S
-
-
-def _delta_momentum(lg, b, w, k, q, S, M, gamma, alpha, real, n, C):
-    B, L, H, P = w.shape
-    r = H // k.shape[2]
-    lg, b, w, k, q = (_chunk(x, n, C) for x in (lg, b, alpha * w, k, q))
-    k, q = k.repeat_interleave(r, 2), q.repeat_interleave(r, 2)
-    N = k.shape[-1]
-    Dec, Fc = _decay(lg)
-    KK, QK = k @ k.mT, q @ k.mT
-    cc = (lg.exp() * b).unsqueeze(-1)
-    Res = Dec
-    rhs = [F.pad(Fc[..., :-1], (1, 0), value=1.0).unsqueeze(-1) * k]
+        S = torch.addcmul(add, keep, S)
+    inside = (Res.unflatten(2, (G, r)) * (q @ k.mT).unsqueeze(3)) @ w.transpose(-2, -3)  # (n,B,G,r,C,P)
+    y = torch.addcmul(inside.transpose(-2, -3), shared(Fc), reads(Ss))
     if gamma:
-        p = real.view(B, n, C).transpose(0, 1).unsqueeze(2).to(w.dtype)
-        Mom, mom_last, Mc = _momentum(gamma, p)
-        Res = Dec @ Mom
-        g = Dec @ (p * Mc).unsqueeze(-1)
-        rhs += [_down(g) * k]
-        ZM = k.mT @ (mom_last.unsqueeze(-1) * w)
-    rhs += [(_down(Res) * KK) @ w]
-    A = _down(Dec) * KK * cc.mT
-    X = cc * torch.linalg.solve_triangular(A, torch.cat(rhs, -1), upper=False, unitriangular=True)
-    X1, X2, E = X.split([N, N if gamma else 0, P], -1)
-    K = Dec[..., -1, :, None] * k
-    Z = k.mT @ (Res[..., -1, :, None] * w)
+        y = torch.addcmul(y, shared(g), reads(Ms))
+    y = y.permute(1, 0, 3, 2, 4, 5).reshape(B, n * C, H, P)[:, :L]
+    return tuple(x.transpose(2, 3).flatten(1, 2) if x.ndim == 5 else x for x in ((y, S, M) if gamma else (y, S)))
+
+
+def _scalar_step(lg, w, k, q, S, M, gamma, alpha):
+    H = w.shape[2]
+    k, q, w = as_heads(k, H)[:, 0], as_heads(q, H)[:, 0], alpha * w[:, 0]
+    a = lg[:, 0, :, None, None].exp()
     if gamma:
-        Ms = []
-        for i in range(n):
-            Ms.append(M)
-            M = Mc[i, ..., -1, None, None] * M + ZM[i]
-        Ms = torch.stack(Ms)
-        E = E + X2 @ Ms
-        Z = Z + g[..., -1:, :] * Ms
-    Ss, Es = [], []
-    for i in range(n):
-        Ss.append(S)
-        Es.append(E[i] + X1[i] @ S)
-        S = Fc[i, ..., -1, None, None] * S + Z[i] - K[i].mT @ Es[-1]
-    y = Fc.unsqueeze(-1) * (q @ torch.stack(Ss)) + (Res * QK) @ w - (Dec * QK) @ torch.stack(Es)
-    if gamma:
-        y = y + g * (q @ Ms)
-    return _unchunk(y, L), S, M
-
-
-def _start(S, like, H, N, P):
-    return like.new_zeros(like.shape[0], H, N, P) if S is None else S
-
-
-def _plan(L, chunk, lengths, B, device):
-    C = min(chunk or 64, max(16, 1 << (L - 1).bit_length()))
-    n = -(-L // C)
-    real = F.pad(real_tokens(lengths, B, L, device), (0, n * C - L))
-    return n, C, real
+        M = torch.addcmul(gamma * M, k.unsqueeze(-1), w.unsqueeze(-2))
+        S = torch.addcmul(M, a, S)
+    else:
+        S = torch.addcmul(a * S, k.unsqueeze(-1), w.unsqueeze(-2))
+    return read(S, q).unsqueeze(1), S, M
 
 
 def scalar_scan(lg, w, k, q, S0=None, M0=None, *, gamma=0.0, alpha=1.0, lengths=None, chunk=64, backend="auto"):
-    if backend == "reference" or w.shape[1] == 1:
+    """-> y (B,L,H,P), S (B,H,N,P), M or None where γ = 0. chunk=0 chooses; backend "reference" is the loop."""
+    if backend == "reference":
         return reference.scalar_scan(lg, w, k, q, S0, M0, gamma=gamma, alpha=alpha, lengths=lengths)
-    with torch.autocast(w.device.type, enabled=False):
-        lg, w, k, q, S0, M0 = _wide(lg, w, k, q, S0, M0)
-        B, L, H, P = w.shape
-        n, C, real = _plan(L, chunk, lengths, B, w.device)
-        p = real[:, :L, None]
-        lg, w = lg.clamp(min=MIN_LOG_GATE) * p, w * p[..., None]
-        S0 = _start(S0, w, H, k.shape[-1], P)
-        y, S, M = _scalar(lg, w, k, q, S0, _start(M0, w, *S0.shape[1:]), gamma, alpha, real, n, C)
-        return y * p[..., None], S, M if gamma else None
+    lg, w, k, q, S, M = reference._wide(lg, w, k, q, S0, M0)
+    lg, w = prepare(lengths, lg, w)
+    S, M = start(S, w, k), start(M, w, k) if gamma else None
+    L = w.shape[1]
+    if L == 1 and lengths is None:
+        with exact(w.device):
+            return _scalar_step(lg, w, k, q, S, M, gamma, alpha)
+    fn = partial(_scalar_chunks, gamma, alpha, lengths, chunk_length(chunk, L, w.device))
+    y, S, *M = Recompute.apply(fn, lg, w, k, q, S, *([M] if gamma else []))
+    return silent(y, lengths), S, M[0] if gamma else None
 
 
-def delta_scan(lg, b, u, k, q, S0=None, *, lengths=None, chunk=64, backend="auto"):
-    if backend == "reference" or u.shape[1] == 1:
-        return reference.delta_scan(lg, b, u, k, q, S0, lengths=lengths)
-    with torch.autocast(u.device.type, enabled=False):
-        lg, b, u, k, q, S0 = _wide(lg, b, u, k, q, S0)
-        B, L, H, P = u.shape
-        n, C, real = _plan(L, chunk, lengths, B, u.device)
-        p = real[:, :L, None]
-        y, S = _delta(lg.clamp(min=MIN_LOG_GATE) * p, b * p, u, k, q, _start(S0, u, H, k.shape[-1], P), n, C)
-        return y * p[..., None], S
-
-
-def delta_momentum_scan(lg, b, w, k, q, S0=None, M0=None, *, gamma, alpha, lengths=None, chunk=64, backend="auto"):
-    if backend == "reference" or w.shape[1] == 1:
-        return reference.delta_momentum_scan(lg, b, w, k, q, S0, M0, gamma=gamma, alpha=alpha, lengths=lengths)
-    with torch.autocast(w.device.type, enabled=False):
-        lg, b, w, k, q, S0, M0 = _wide(lg, b, w, k, q, S0, M0)
-        B, L, H, P = w.shape
-        n, C, real = _plan(L, chunk, lengths, B, w.device)
-        p = real[:, :L, None]
-        S0 = _start(S0, w, H, k.shape[-1], P)
-        y, S, M = _delta_momentum(lg.clamp(min=MIN_LOG_GATE) * p, b * p, w * p[..., None], k, q, S0,
-                                  _start(M0, w, *S0.shape[1:]), gamma, alpha, real, n, C)
-        return y * p[..., None], S, M if gamma else None
+def _velocity_chunk(gamma, alpha, norm, straight, lg, b, u, k, q, p, S, M):
+    """The loop over the tokens (B,T,…) of a chunk; p (B,T) of 0 and 1."""
+    a, y = lg.exp(), []
+    for t in range(u.shape[1]):
+        decayed = a[:, t, :, None, None] * S
+        error = b[:, t, :, None] * (u[:, t] - read(decayed, k[:, t]))
+        real = p[:, t, None, None, None]
+        M = torch.where(real, torch.addcmul(gamma * M, alpha * k[:, t].unsqueeze(-1), error.unsqueeze(-2)), M)
+        step = norm(M)
+        step = M + (step - M).detach() if straight else step
+        S = torch.where(real, decayed + step, S)
+        y.append(read(S, q[:, t]))
+    return torch.stack(y, 1), S, M
 
 
 def velocity_scan(lg, b, u, k, q, S0=None, M0=None, *, gamma, alpha, norm, steps, poly, eps, lengths=None,
                   ns_grad="exact", chunk=64, backend="auto"):
-    return reference.velocity_scan(lg, b, u, k, q, S0, M0, gamma=gamma, alpha=alpha, norm=norm, steps=steps, poly=poly, eps=eps, lengths=lengths)
+    """-> y (B,L,H,P), S and M (B,H,N,P). ns_grad "straight_through" takes the iteration for the identity in the backward pass."""
+    assert ns_grad in ("exact", "straight_through"), ns_grad
+    if backend == "reference" and ns_grad == "exact":
+        return reference.velocity_scan(lg, b, u, k, q, S0, M0, gamma=gamma, alpha=alpha, norm=norm, steps=steps, poly=poly,
+                                       eps=eps, lengths=lengths)
+    lg, b, u, k, q, S, M = reference._wide(lg, b, u, k, q, S0, M0)
+    lg, b, u = prepare(lengths, lg, b, u)
+    B, L, H, _ = u.shape
+    k, q, S, M = as_heads(k, H), as_heads(q, H), start(S, u, k), start(M, u, k)
+    p = real_tokens(lengths, B, L, u.device)
+    norm = partial(newton_schulz, norm=norm, steps=steps, poly=poly, eps=eps)
+    fn = partial(_velocity_chunk, gamma, alpha, norm, ns_grad == "straight_through")
+    outputs = []
+    for part in zip(*(x.split(chunk or 64, 1) for x in (lg, b, u, k, q, p))):
+        y, S, M = Recompute.apply(fn, *part, S, M)
+        outputs.append(y)
+    return silent(torch.cat(outputs, 1), lengths), S, M
