@@ -14,7 +14,9 @@ Families, each at B 4 L 512 and at B 1 L 4096 (and small, with the token loops o
     mamba2       whole mixers of equal weights, width 256, 8 heads of 64, N 128: transformers' Mamba2Mixer at its default chunk
                  of 256 and at our 64
 Gate     before any time is taken, outputs and all gradients of the arms of a family must agree: see AGREE
-ms       median [range] over rounds. A round runs every arm once, in an order that rotates
+ms       median [range] over rounds. A round runs every arm once, in an order that rotates. transformers' slow path fills a
+         (B,D,L,N) tensor of zeros for each of its L slices when it goes backward, time of L^2: at 512 tokens it runs once,
+         where its peak is taken and uncompared (its gate is the small shape), and beyond QUADRATIC tokens not at all
 ratios   median over rounds of (their time / our time in the same round); memory: their peak / our peak
 peak     MiB by which the process grew from the moment that inputs and weights were there until the gradients were: the highest
          resident size (VmHWM, reset just before through /proc/self/clear_refs; where that is not allowed, ru_maxrss) less the
@@ -86,6 +88,7 @@ class Case:
     leaves: dict[str, list[Tensor]]  # by arm, or for all under ""
     arms: dict[str, Arm]
     weight: Tensor
+    once: frozenset = frozenset()  # arms too slow for rounds: run once, where their peak is taken
 
     def run(self, name: str) -> list[Tensor]:
         """[output, *gradients] of Σ output·weight."""
@@ -115,6 +118,14 @@ def peer(module: str, name: str):
 MISSING: dict[str, str] = {}
 
 
+QUADRATIC = 1024
+"""Longest row of transformers' slow path: its backward fills a (B,D,L,N) tensor of zeros for each of the L slices"""
+
+
+def once(s: Shape) -> frozenset:
+    return frozenset(["transformers"] if s.L > SMALL.L else [])
+
+
 def mamba(s: Shape) -> Case:
     delta = leaf(F.softplus(randn(s.B, s.L, s.D, shift=-4.0)))
     A = leaf(-torch.arange(1.0, s.N + 1).repeat(s.D, 1))
@@ -129,9 +140,9 @@ def mamba(s: Shape) -> Case:
         arms["reference"] = ours("reference")
     if block := peer(PEERS["mamba"][0], "MambaBlock"):
         arms["mambapy"] = lambda: block.selective_scan(None, u, delta, A, k, q, D)
-    if slow := peer(PEERS["mamba"][1], "mamba_selective_scan"):
+    if s.L <= QUADRATIC and (slow := peer(PEERS["mamba"][1], "mamba_selective_scan")):
         arms["transformers"] = lambda: slow(*(x.mT for x in (u, delta)), A, k.mT, q.mT, D=D).mT
-    return Case({"": [delta, A, u, k, q, D]}, arms, randn(s.B, s.L, s.D))
+    return Case({"": [delta, A, u, k, q, D]}, arms, randn(s.B, s.L, s.D), once(s))
 
 
 def ops(s: Shape) -> Case:
@@ -200,12 +211,14 @@ def mamba_mixer(s: Shape) -> Case:
     if block := peer(PEERS["mamba"][0], "MambaBlock"):
         config = peer(PEERS["mamba"][0], "MambaConfig")
         peers["mambapy"] = lambda width: block(config(d_model=width, n_layers=1, d_state=s.N))
-    if block_hf := peer(PEERS["mamba"][1], "MambaMixer"):
+    if s.L <= QUADRATIC and (block_hf := peer(PEERS["mamba"][1], "MambaMixer")):
         config_hf = peer("transformers", "MambaConfig")
         peers["transformers"] = lambda width: block_hf(
             config_hf(hidden_size=width, state_size=s.N, num_hidden_layers=1), layer_idx=0
         )
-    return whole("M", s, peers)
+    case = whole("M", s, peers)
+    case.once = once(s)
+    return case
 
 
 def mamba2(s: Shape) -> Case:
@@ -247,10 +260,14 @@ def build(family: str, shape: Shape) -> Case:
     return FAMILIES[family](shape)
 
 
+def in_rounds(case: Case) -> list[str]:
+    return [name for name in case.arms if name not in case.once]
+
+
 def check(family: str, case: Case) -> dict[str, float]:
     """The largest relative deviation of each arm's output and gradients from the first arm that computes the same. Warms up too."""
     found, deviations = {}, {}
-    for name in case.arms:
+    for name in in_rounds(case):
         first = name.split()[0] if family == "ops" else next(iter(case.arms))
         results = case.run(name)
         if name == first:
@@ -337,23 +354,23 @@ def in_a_child(work: Callable[[], object]):
     return json.loads(text) if text else None
 
 
-def growth(warm_up: Callable[[], object], prepare: Callable[[], Callable[[], object]]) -> int:
-    """Bytes by which the largest resident size during work = prepare() exceeds that before."""
+def growth(warm_up: Callable[[], object], prepare: Callable[[], Callable[[], object]]) -> tuple[int, float]:
+    """Bytes by which the largest resident size during work = prepare() exceeds that before, and its seconds."""
     warm_up()
     work = prepare()
     gc.collect()
     reset_high_water()
     before = resident()
-    work()
-    return max(0, high_water() - before)
+    took = seconds(work)
+    return max(0, high_water() - before), took
 
 
-def peak_of(family: str, shape: Shape, name: str) -> int | None:
+def peak_of(family: str, shape: Shape, name: str) -> tuple[int | None, float | None]:
     def prepare():
         case = build(family, shape)
         return lambda: case.run(name)
 
-    return in_a_child(lambda: growth(lambda: build(family, TINY).run(name), prepare))
+    return in_a_child(lambda: growth(lambda: build(family, TINY).run(name), prepare)) or (None, None)
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -364,13 +381,18 @@ def measure(family: str, shapes: list[Shape], repeats: int, peaks: dict) -> dict
     for shape in shapes:
         case = build(family, shape)
         deviations = check(family, case)
-        times = interleaved({name: (lambda n=name: case.run(n)) for name in case.arms}, repeats)
+        times = interleaved({name: (lambda n=name: case.run(n)) for name in in_rounds(case)}, repeats)
+        for name in case.once & case.arms.keys():
+            _, took = peaks.get((family, shape, name), (None, None))
+            if took:  # one run against every round of ours
+                times[name], deviations[name] = [took] * repeats, None
         for name, values in times.items():
             rows.append({"family": family, "shape": str(shape), "arm": name, "seconds": summary(values),
-                         "peak_bytes": peaks.get((family, shape, name)), "deviation": deviations[name]})  # fmt: skip
+                         "peak_bytes": peaks.get((family, shape, name), (None, None))[0],
+                         "once": name in case.once, "deviation": deviations[name]})  # fmt: skip
         for title, above, below in RATIOS[family]:
             if above in times and below in times:
-                pair = [peaks.get((family, shape, name)) for name in (above, below)]
+                pair = [peaks.get((family, shape, name), (None, None))[0] for name in (above, below)]
                 memory = pair[0] / max(pair[1], 1) if None not in pair else None
                 ratios.append({"family": family, "shape": str(shape), "ratio": title, "time": ratio(times[above], times[below]),
                                "memory": memory})  # fmt: skip
@@ -388,7 +410,8 @@ def mixer_step(letter: str, L: int) -> Callable[[], object]:
 
 
 def mixer_peak(letter: str, L: int) -> int | None:
-    return in_a_child(lambda: growth(mixer_step(letter, 70), lambda: mixer_step(letter, L)))
+    found = in_a_child(lambda: growth(mixer_step(letter, 70), lambda: mixer_step(letter, L)))
+    return found[0] if found else None
 
 
 def slope(lengths: list[int], values: list[float]) -> float:
@@ -475,7 +498,7 @@ def table(document: dict) -> str:
     if document["rows"]:
         lines += ["", f"{'family':12} {'shape':16} {'arm':18} {'ms [range]':28} {'peak MiB':>9} {'deviation':>9}"]
         for r in document["rows"]:
-            lines.append(f"{r['family']:12} {r['shape']:16} {r['arm']:18} {span(r['seconds'], 1e3):28} {mib(r['peak_bytes']):>9} {r['deviation']:9.0e}")
+            lines.append(f"{r['family']:12} {r['shape']:16} {r['arm']:18} {span(r['seconds'], 1e3):28} {mib(r['peak_bytes']):>9} {'once' if r['once'] else format(r['deviation'], '9.0e'):>9}")
         lines += ["", f"{'family':12} {'shape':16} {'ratio':36} {'time [range]':24} {'memory':>7}"]
         for r in document["ratios"]:
             memory = "-" if r["memory"] is None else f"{r['memory']:.2f}"

@@ -162,7 +162,7 @@ def test_the_peak_is_what_a_piece_of_work_held_at_most_and_not_what_was_there_be
         before = b"y" * (32 << 20)
         return lambda: (len(b"z" * (64 << 20)), len(before), len(ballast))
 
-    found = scan.in_a_child(lambda: scan.growth(lambda: len(b"w" * (128 << 20)), prepare))
+    found, _ = scan.in_a_child(lambda: scan.growth(lambda: len(b"w" * (128 << 20)), prepare))
     assert found == pytest.approx(64 << 20, abs=2 << 20)  # pages of code that is first used then
 
 

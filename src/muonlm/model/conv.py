@@ -3,10 +3,10 @@
     y[b,t,c] = bias[c] + Σ_{j<W} weight[c,0,j] · xp[b, t+j, c],   xp = state followed by x along time
 
 Letters  B batch, T time, D channels, W taps; tap W−1 multiplies the current token
-Shapes   x, y (B,T,D) · weight (D,1,W) as nn.Conv1d stores it · state (B,W−1,D): the last W−1 real inputs, zeros at the start
-Padding  lengths (B,): row b ends after lengths_b tokens; its later outputs are unspecified. mask (B,T) bool: masked tokens
-         are deleted, so neighbours on both sides meet; their outputs are 0. Give one of the two or neither.
-Dtypes   y has the wider of the dtypes of x and weight (fp32 under autocast: rounded sums would double a mixer's error)
+Shapes   x, y (B,T,D) · weight (D,1,W) as nn.Conv1d stores it · state (B,W−1,D): the last W−1 real inputs, else zeros
+Padding  lengths (B,): row b ends after lengths_b tokens; its later outputs are unspecified. mask (B,T) bool: masked
+         tokens are deleted, so neighbours on both sides meet; their outputs are 0. One of the two, or neither.
+Dtypes   y has the wider of x's and weight's: fp32 under autocast; rounded sums add a third to a mixer's error
 Init     default: uniform ± 1/√W, as nn.Conv1d. stack: N(0, 1/(D·W)), bias 0. identity: N(0, 0.3²), 1 more on tap W−1.
 Cost     W shifted multiply-adds: on a CPU several times faster than F.conv1d with groups = D, and no transposition
 """

@@ -2,13 +2,13 @@
 
     [q; k; u] = SiLU(conv([W_q; W_k; W_v] x))        q, k ← x / √(‖x‖² + 1e-6) head by head;  q ← q / √N
     lg = −exp(A_log) softplus(W_a x + dt_bias), a = exp(lg)        b = σ(W_b x), or twice that with neg_eigval
-    plain      S̃ = a_t S_{t−1};  e = b_t (u_t − S̃ᵀ k_t);  S_t = S̃ + k_t eᵀ      decay first, then the error that is left
-    muon       M_t = γ M_{t−1} + α k_t w_tᵀ;  S_t = a_t (I − b_t k_t k_tᵀ) S_{t−1} + M_t,   w = b u, or κ b u / (‖b u‖ ‖k‖)
+    plain      S̃ = a_t S_{t−1};  e = b_t (u_t − S̃ᵀ k_t);  S_t = S̃ + k_t eᵀ     decay first, then the error left
+    muon       M_t = γ M_{t−1} + α k_t w_tᵀ;  S_t = a_t (I − b_t k_t k_tᵀ) S_{t−1} + M_t; w = b u or κ b u / (‖b u‖ ‖k‖)
     velocity   M_t = γ M_{t−1} + α k_t eᵀ;  S_t = S̃ + NS(M_t): Newton–Schulz of each head's whole velocity
-    y = W_o (RMSNorm(S_tᵀ q_t) ⊙ gain ⊙ SiLU(W_g x))                             statistics and gain over a head's P values
+    y = W_o (RMSNorm(S_tᵀ q_t) ⊙ gain ⊙ SiLU(W_g x))          statistics and gain over a head's P values
 
-In the muon form the write does not see S, so the recurrence is linear; a write norm takes b out of the write, and b acts in
-the erasure alone. γ = 0, α = 1 and no norm make it the plain form. The velocity form is nonlinear: a slow loop over time.
+In the muon form the write does not see S, so the recurrence is linear. A write norm takes b out of the write; b acts
+in the erasure alone. γ = 0, α = 1 and no norm make it the plain form. The velocity form is nonlinear, a slow loop.
 
 Letters  B batch, L time, d model width, H heads of key width N and value width P, W taps
 Shapes   x, y (B,L,d) · u (B,L,H,P) · k, q (B,L,H,N) · lg, b (B,L,H) · mask (B,L) bool, True = real token

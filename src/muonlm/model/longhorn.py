@@ -3,8 +3,8 @@
     as mamba.py, but for the step size and the gate, which has no A:
     s = σ(W_dt t + b_dt)      Δ = s / (1 + s ‖k‖²)      f[n,c] = 1 − Δ[c] k[n]²                                     (1)
 
-Δ ≤ min(1, 1/‖k‖²), so f lies in [0, 1] up to rounding. It may be as small as 0: neither its logarithm nor a division by it
-exists anywhere. k and q are neither normalised nor activated.
+Δ ≤ min(1, 1/‖k‖²), so f lies in [0, 1] up to rounding. It may be as small as 0: nowhere is its logarithm taken
+or divided by it. k and q are neither normalised nor activated.
 
 Letters, shapes, state, dtypes as in mamba.py; plain Longhorn is MuonLonghorn with γ = 0, α = 1 and no norm, bit for bit
 Cost     2dD + DW + D + D(R+2N) + RD + D + D + Dd parameters

@@ -7,8 +7,8 @@
     y = W_out ((S_tᵀ q_t + D ⊙ u) ⊙ SiLU(z))
 
 Letters  B batch, L time, d model width, D inner width, N state width, R rank of the step sizes, W taps
-Shapes   x_in, y (B,L,d) · u, z, Δ, w (B,L,D) · t (B,L,R) · k, q (B,L,N) · A (N,D), stored as A_log (D,N) · mask (B,L) bool
-State    (conv (B,W−1,D), S (B,N,D)), and M (B,N,D) if γ > 0. Masked tokens are deleted: neither S nor M moves, output 0.
+Shapes   x_in, y (B,L,d) · u, z, Δ, w (B,L,D) · t (B,L,R) · k, q (B,L,N) · A, A_log (D,N) · mask (B,L) bool
+State    (conv (B,W−1,D), S (B,N,D)), and M (B,N,D) if γ > 0. Masked tokens are deleted; their outputs are 0.
 Dtypes   from T = W_dt t on, everything up to y ⊙ SiLU(z) is fp32 (fp64 stays), also under autocast; so are S and M.
 Cost     2dD + DW + D + D(R+2N) + RD + D + DN + D + Dd parameters; O(N D) a token
 Init     A_log[c,n] = log n, D = 1, W_dt uniform ± R^−½, b_dt = softplus⁻¹ of steps log-uniform in [0.001, 0.1]

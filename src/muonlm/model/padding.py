@@ -2,7 +2,7 @@
 
     x, lengths, undo = compact(x, mask);   y = undo(layer(x, lengths))
 
-`compact` moves the real tokens of each row to its front, in their order, so that what is inside sees right padding only;
+`compact` moves the real tokens of each row to its front, in their order, so that the inside sees right padding only;
 `undo` puts outputs back, with 0 at masked positions. A mask that already is a prefix of every row moves nothing.
 
 Shapes   x, y (B,T,·) · mask (B,T) bool, True = real · lengths (B,) int64; None: every token is real

@@ -1,20 +1,21 @@
-"""The delta rules as matrix products over chunks: Gated DeltaNet, and its open loop with momentum. Dec, Res, g, …: segments.py.
+"""The delta rules as matrix products over chunks: Gated DeltaNet, and with momentum. Dec, Res, g: segments.py.
 
-delta_scan    E = A⁻¹ (b ⊙ U − (b F) ⊙ K S₀),    A = I + strict lower(diag(b) (K Kᵀ ⊙ Dec))                           (1)
-              Y = F ⊙ (Q S₀) + (Q Kᵀ ⊙ Dec) E,    S₁ = F_C S₀ + Kᵀ(Dec[C,:] ⊙ E)                                     (2)
+delta_scan    E = A⁻¹ (b ⊙ U − (b F) ⊙ K S₀),    A = I + strict lower(diag(b) (K Kᵀ ⊙ Dec))                  (1)
+              Y = F ⊙ (Q S₀) + (Q Kᵀ ⊙ Dec) E,    S₁ = F_C S₀ + Kᵀ(Dec[C,:] ⊙ E)                            (2)
     Backward, with Ȳ, S̄₁ the gradients of Y, S₁ and P = Q Kᵀ ⊙ Dec, R = A E, Kd = Dec[C,:] ⊙ K, Kb = (b F) ⊙ K:
-              Ē = Pᵀ Ȳ + Kd S̄₁,  R̄ = A⁻ᵀ Ē,  S̄₀ = (F ⊙ Q)ᵀ Ȳ + F_C S̄₁ − Kbᵀ R̄                                     (3)
-              P̄ = Ȳ Eᵀ,  Ā = −R̄ Eᵀ,  K̄d = E S̄₁ᵀ,  K̄b = −R̄ S₀ᵀ,  and from these Q̄, K̄, Ū and those of b, F, Dec       (4)
+              Ē = Pᵀ Ȳ + Kd S̄₁,  R̄ = A⁻ᵀ Ē,  S̄₀ = (F ⊙ Q)ᵀ Ȳ + F_C S̄₁ − Kbᵀ R̄                               (3)
+              P̄ = Ȳ Eᵀ,  Ā = −R̄ Eᵀ,  K̄d = E S̄₁ᵀ,  K̄b = −R̄ S₀ᵀ;  from these Q̄, K̄, Ū and those of b, F, Dec  (4)
 
 delta_momentum_scan, with sh(X) = X moved down by a row, W ← α p ⊙ W:
-              [X₁ X₂ X₃] = diag(a b) A⁻¹ [sh(F) ⊙ K, sh(g) ⊙ K, (sh(Res) ⊙ K Kᵀ) W],  A = I + (sh(Dec) ⊙ K Kᵀ) diag(a b)  (5)
+              [X₁ X₂ X₃] = diag(a b) A⁻¹ [sh(F) ⊙ K, sh(g) ⊙ K, (sh(Res) ⊙ K Kᵀ) W]                         (5)
+              A  = I + (sh(Dec) ⊙ K Kᵀ) diag(a b)
               E  = X₁ S₀ + X₂ M₀ + X₃                                sh(F) begins with 1, sh(g) with 0
-              Y  = F ⊙ (Q S₀) + g ⊙ (Q M₀) + (Res ⊙ Q Kᵀ) W − (Dec ⊙ Q Kᵀ) E                                        (6)
+              Y  = F ⊙ (Q S₀) + g ⊙ (Q M₀) + (Res ⊙ Q Kᵀ) W − (Dec ⊙ Q Kᵀ) E                              (6)
               S₁ = F_C S₀ + g_C M₀ + Kᵀ(Res[C,:] ⊙ W) − Kᵀ(Dec[C,:] ⊙ E),  M₁ = Mc_C M₀ + Kᵀ(Mom[C,:] ⊙ W)
 
-Only the lines with S₀ on the right (and (3) backwards) walk the chunks. Saved by delta_scan: the inputs, the states at chunk starts,
-E, and A⁻¹ (C numbers a token and head); by delta_momentum_scan: the inputs.
-Source   Gated DeltaNet 2412.06464; MuonSSM 2606.30461 for the momentum; the chunk forms are derived in the project's specification
+Only the lines with S₀ on the right (and (3) backwards) walk the chunks. Saved by delta_scan: the inputs, the states at
+chunk starts, E, and A⁻¹ (C numbers a token and head); by delta_momentum_scan: the inputs.
+Source   Gated DeltaNet 2412.06464; MuonSSM 2606.30461 for the momentum; the chunk forms are elementary
 """
 
 from functools import partial
@@ -124,7 +125,7 @@ def _delta_step(lg, b, u, k, q, S):
 
 
 def delta_scan(lg, b, u, k, q, S0=None, *, lengths=None, chunk=64, backend="auto"):
-    """-> y (B,L,H,P), S (B,H,N,P). Decay first, then the error on the decayed state; q comes scaled. chunk=0 chooses."""
+    """-> y (B,L,H,P), S (B,H,N,P). Decay first, then the error on the decayed state; q comes scaled."""
     if backend == "reference":
         return reference.delta_scan(lg, b, u, k, q, S0, lengths=lengths)
     lg, b, u, k, q, S = reference._wide(lg, b, u, k, q, S0)
@@ -135,7 +136,7 @@ def delta_scan(lg, b, u, k, q, S0=None, *, lengths=None, chunk=64, backend="auto
         with exact(u.device):
             y, S = _delta_step(lg, b, u, k, q, S)
     else:
-        y, S = _DeltaChunks.apply(lg, b, u, k, q, S, chunk_length(chunk, L, u.device))
+        y, S = _DeltaChunks.apply(lg, b, u, k, q, S, chunk_length(chunk, L))
     return silent(y, lengths), S
 
 
@@ -170,7 +171,8 @@ def _momentum_chunks(gamma: float, alpha: float, lengths: Tensor | None, C: int,
             M = torch.addcmul(add, keep, M)
         Ms = torch.stack(Ms)
         E, new = E + X2 @ Ms, torch.addcmul(new, g[..., -1:, :], Ms)
-    chunks = (x.unbind(0) for x in (E, X1, new, f[..., -1:, :], Kd.mT))  # n indexings would each have a gradient of full size
+    # unbind: n indexings would each have a gradient of the full size
+    chunks = (x.unbind(0) for x in (E, X1, new, f[..., -1:, :], Kd.mT))
     for e, x, add, keep, kd in zip(*chunks):
         Ss.append(S)
         Es.append(e + x @ S)
@@ -204,6 +206,6 @@ def delta_momentum_scan(lg, b, w, k, q, S0=None, M0=None, *, gamma, alpha, lengt
     if L == 1 and lengths is None:
         with exact(w.device):
             return _momentum_step(lg, b, w, k, q, S, M, gamma, alpha)
-    fn = partial(_momentum_chunks, gamma, alpha, lengths, chunk_length(chunk, L, w.device))
+    fn = partial(_momentum_chunks, gamma, alpha, lengths, chunk_length(chunk, L))
     y, S, *M = Recompute.apply(fn, lg, b, w, k, q, S, *([M] if gamma else []))
     return silent(y, lengths), S, M[0] if gamma else None

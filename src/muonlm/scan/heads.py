@@ -2,12 +2,12 @@
 
 scalar_scan   Y  = (Res ⊙ Q Kᵀ) αW + F ⊙ (Q S₀) + g ⊙ (Q M₀)                                                         (1)
               S₁ = F_C S₀ + g_C M₀ + Kᵀ(Res[C,:] ⊙ αW)       M₁ = Mc_C M₀ + Kᵀ(Mom[C,:] ⊙ αW)                        (2)
-with Res, F, g, Mom, Mc of segments.py; all chunks at once, except that (2) walks the L/C states. The delta rules: delta.py.
-velocity_scan is nonlinear: a loop over time.
+with Res, F, g, Mom, Mc of segments.py; all chunks at once, except that (2) walks the L/C states.
+velocity_scan is nonlinear: a loop over time. The delta rules: delta.py.
 
-Memory   O(B L D) + O(B L N D/C): what is saved are the inputs (velocity_scan: and S, M at chunk starts); the rest is computed again
-         in the backward pass
-Chunk    chunk=0 chooses the length: 64, or 32 on a CPU
+Memory   O(B L D) + O(B L N D/C): saved are the inputs (velocity_scan: and S, M at chunk starts), the rest is
+         computed again in the backward pass
+Chunk    64, which chunk=0 means too: on a CPU 32 is as fast for delta_scan and slower for the others
 Source   Mamba-2 2405.21060 (the chunk form); MuonSSM 2606.30461 (the velocity)
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from . import reference
 from .delta import delta_momentum_scan, delta_scan
 from .reference import real_tokens
-from .segments import (Recompute, as_heads, chunk_length, chunked, decay, exact, momentum, prepare, read, real_chunks, silent,
-                       start)
+from .segments import (Recompute, as_heads, chunk_length, chunked, decay, exact, momentum, prepare, read, real_chunks,
+                       silent, start)
 from .writes import newton_schulz
 
 __all__ = ["delta_momentum_scan", "delta_scan", "scalar_scan", "velocity_scan"]
@@ -62,7 +62,8 @@ def _scalar_chunks(gamma: float, alpha: float, lengths: Tensor | None, C: int, l
             Ms.append(M)
             M = torch.addcmul(add, keep, M)
         new = torch.addcmul(new, row(g[..., -1]), torch.stack(Ms))
-    for add, keep in zip(new.unbind(0), row(Fc[..., -1]).unbind(0)):  # unbind: n indexings would each have a gradient of full size
+    # unbind: n indexings would each have a gradient of the full size
+    for add, keep in zip(new.unbind(0), row(Fc[..., -1]).unbind(0)):
         Ss.append(S)
         S = torch.addcmul(add, keep, S)
     inside = (Res.unflatten(2, (G, r)) * (q @ k.mT).unsqueeze(3)) @ w.transpose(-2, -3)  # (n,B,G,r,C,P)
@@ -86,7 +87,7 @@ def _scalar_step(lg, w, k, q, S, M, gamma, alpha):
 
 
 def scalar_scan(lg, w, k, q, S0=None, M0=None, *, gamma=0.0, alpha=1.0, lengths=None, chunk=64, backend="auto"):
-    """-> y (B,L,H,P), S (B,H,N,P), M or None where γ = 0. chunk=0 chooses; backend "reference" is the loop."""
+    """-> y (B,L,H,P), S (B,H,N,P), M or None where γ = 0. backend "reference" is the loop."""
     if backend == "reference":
         return reference.scalar_scan(lg, w, k, q, S0, M0, gamma=gamma, alpha=alpha, lengths=lengths)
     lg, w, k, q, S, M = reference._wide(lg, w, k, q, S0, M0)
@@ -96,7 +97,7 @@ def scalar_scan(lg, w, k, q, S0=None, M0=None, *, gamma=0.0, alpha=1.0, lengths=
     if L == 1 and lengths is None:
         with exact(w.device):
             return _scalar_step(lg, w, k, q, S, M, gamma, alpha)
-    fn = partial(_scalar_chunks, gamma, alpha, lengths, chunk_length(chunk, L, w.device))
+    fn = partial(_scalar_chunks, gamma, alpha, lengths, chunk_length(chunk, L))
     y, S, *M = Recompute.apply(fn, lg, w, k, q, S, *([M] if gamma else []))
     return silent(y, lengths), S, M[0] if gamma else None
 
@@ -118,11 +119,11 @@ def _velocity_chunk(gamma, alpha, norm, straight, lg, b, u, k, q, p, S, M):
 
 def velocity_scan(lg, b, u, k, q, S0=None, M0=None, *, gamma, alpha, norm, steps, poly, eps, lengths=None,
                   ns_grad="exact", chunk=64, backend="auto"):
-    """-> y (B,L,H,P), S and M (B,H,N,P). ns_grad "straight_through" takes the iteration for the identity in the backward pass."""
+    """-> y (B,L,H,P), S and M (B,H,N,P). ns_grad "straight_through": backward takes the iteration for the identity."""
     assert ns_grad in ("exact", "straight_through"), ns_grad
     if backend == "reference" and ns_grad == "exact":
-        return reference.velocity_scan(lg, b, u, k, q, S0, M0, gamma=gamma, alpha=alpha, norm=norm, steps=steps, poly=poly,
-                                       eps=eps, lengths=lengths)
+        return reference.velocity_scan(lg, b, u, k, q, S0, M0, gamma=gamma, alpha=alpha, norm=norm, steps=steps,
+                                       poly=poly, eps=eps, lengths=lengths)
     lg, b, u, k, q, S, M = reference._wide(lg, b, u, k, q, S0, M0)
     lg, b, u = prepare(lengths, lg, b, u)
     B, L, H, _ = u.shape

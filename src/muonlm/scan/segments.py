@@ -1,11 +1,11 @@
-"""What the matrix forms over chunks of C tokens share (heads.py, delta.py): layout, products of gates, padding, recomputation.
+"""What the matrix forms over chunks of C tokens share (heads.py, delta.py): layout, gates, padding, recomputation.
 
 Inside a chunk, rows t and columns s (C × C, lower triangular), p = 1 at real tokens:
     Dec[t,s] = ∏_{s<i≤t} a_i     F_t = ∏_{i≤t} a_i      Mom[t,s] = ∏_{s<i≤t} γ_i     Mc_t = ∏_{i≤t} γ_i             (1)
-    Res = Dec diag(p) Mom        g = Dec (p ⊙ Mc)        without momentum Res = Dec, g = 0, and no M is kept          (2)
+    Res = Dec diag(p) Mom        g = Dec (p ⊙ Mc)        without momentum Res = Dec, g = 0, and no M is kept        (2)
 
-Every factor is a product of gates: nothing is divided, and a segment sum is a sum over its own tokens (a product with the 0/1
-matrix of `intervals`), never a difference of long sums.
+Every factor is a product of gates: nothing is divided, and a segment sum is a sum over its own tokens (a product with
+the 0/1 matrix of `intervals`), never a difference of long sums.
 Letters  n chunks of a row, the others as in reference.py
 Dtypes   fp32, or fp64 if an input is; autocast and TF32 are off inside `exact`
 """
@@ -35,7 +35,7 @@ def exact(device: torch.device):
 
 
 class Recompute(torch.autograd.Function):
-    """fn(*tensors) -> tuple of tensors, keeping the inputs alone: the backward pass runs fn again and differentiates that run."""
+    """fn(*tensors) -> tuple of tensors, keeping the inputs alone: backward differentiates a second run of fn."""
 
     @staticmethod
     def forward(ctx, fn, *tensors):
@@ -71,13 +71,13 @@ def intervals(lg: Tensor) -> Tensor:
 
 
 def decay(lg: Tensor) -> tuple[Tensor, Tensor]:
-    """lg (…,C) -> Dec (…,C,C), F (…,C) of (1). Above the diagonal the sum is empty, so its exp is 1 before tril clears it."""
+    """lg (…,C) -> Dec (…,C,C), F (…,C) of (1). Above the diagonal: an empty sum, exp 1, cleared by tril."""
     C = lg.shape[-1]
     return (lg @ intervals(lg)).unflatten(-1, (C, C)).exp().tril(), lg.cumsum(-1).exp()
 
 
 def momentum(gamma: float, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """p (…,C) of 0 and 1 -> diag(p) Mom (…,C,C), Mom[C,:] (…,C), Mc (…,C) of (1): powers of γ, by the count of real tokens."""
+    """p (…,C) of 0 and 1 -> diag(p) Mom (…,C,C), Mom[C,:] (…,C), Mc (…,C) of (1), by counts of real tokens."""
     count = p.cumsum(-1)
     mom = torch.pow(gamma, (count[..., :, None] - count[..., None, :]).clamp(min=0)).tril()
     return p[..., :, None] * mom, mom[..., -1, :], torch.pow(gamma, count)
@@ -105,8 +105,8 @@ def real_chunks(lengths: Tensor | None, like: Tensor, C: int) -> Tensor:
     return chunked(p.unsqueeze(-1), C)
 
 
-def chunk_length(chunk: int, L: int, device: torch.device) -> int:
-    return min(chunk or (32 if device.type == "cpu" else 64), L)
+def chunk_length(chunk: int, L: int) -> int:
+    return min(chunk or 64, L)
 
 
 def as_heads(k: Tensor, H: int) -> Tensor:
