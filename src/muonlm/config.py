@@ -198,7 +198,7 @@ class ModelConfig:
     scan: str = "auto"
     """How recurrences are computed: auto, reference, chunked (PyTorch), cpu (numba) or triton."""
     scan_chunk: int = 0
-    """Tokens between stored states of a scan: memory falls, recomputation does not change. 0 = 64."""
+    """Tokens between stored states of a scan; 0 = 64, or for mamba2 and gated_deltanet what suits the device."""
     loops: int = 1
     """Times that the blocks are applied, with the same weights (shared recursion)."""
     loop_blocks: str = ""
@@ -254,7 +254,6 @@ class ModelConfig:
             delta_key=self.delta_key,
             delta_value=self.delta_value,
             scan_chunk=self.scan_chunk,
-            write_eps=self.write_eps,
             alpha=self.alpha,
         )
         self._check_recurrent()
@@ -294,6 +293,8 @@ class ModelConfig:
         used = set(self.pattern)
         if not 0 <= self.beta < 1:
             raise UserError(f"model.beta = {self.beta} must be in [0, 1).")
+        if not 0 < self.write_eps < float("inf"):  # at 0 a silent token's gradient is 0 · ∞
+            raise UserError(f"model.write_eps = {self.write_eps} must be above 0, such as 1e-6.")
         if used & set("Dd") and self.inner_width % self.ssm_head:
             raise UserError(
                 f"model.ssm_head = {self.ssm_head} does not divide expand × d_model = {self.inner_width}; "

@@ -44,7 +44,7 @@ class GatedDeltaNet(nn.Module):
         # the velocity form writes as it is and normalises a sum of writes, whose size no constant gives
         self.write_gain = self.writes.alpha * (self.writes.kappa if form == "muon" else 1.0)
         self.velocity_norm = {"norm": cfg.write_norm, "steps": cfg.ns_steps, "poly": cfg.ns_poly, "eps": cfg.write_eps}
-        self.backend, self.chunk = "reference" if cfg.scan == "reference" else "auto", cfg.scan_chunk or 64
+        self.backend, self.chunk = "reference" if cfg.scan == "reference" else "auto", cfg.scan_chunk
         self.q_proj, self.k_proj = (nn.Linear(d, H * N, bias=cfg.bias) for _ in range(2))
         self.v_proj, self.g_proj = (nn.Linear(d, H * P, bias=cfg.bias) for _ in range(2))
         self.a_proj, self.b_proj = (nn.Linear(d, H, bias=False) for _ in range(2))

@@ -37,7 +37,7 @@ class Mamba2(nn.Module):
         self.sizes = [D, D, G * N, G * N, D // P]  # rows of in_proj: z, x, k, q, dt
         self.writes = Writes(cfg, muon)
         self.write_gain = self.writes.kappa * self.writes.alpha
-        self.backend, self.chunk = "reference" if cfg.scan == "reference" else "auto", cfg.scan_chunk or 64
+        self.backend, self.chunk = "reference" if cfg.scan == "reference" else "auto", cfg.scan_chunk
         self.in_proj = nn.Linear(cfg.d_model, sum(self.sizes), bias=cfg.bias)
         self.conv1d = ShortConv(D + 2 * G * N, cfg.d_conv, bias=True)
         self.dt_bias = nn.Parameter(torch.empty(D // P))
