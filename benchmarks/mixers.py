@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import statistics
 import time
 from pathlib import Path
 
@@ -61,9 +60,9 @@ STUDIES = {
         },
     },
     "routing": {
-        "tasks": {"text": TEXT | {"sched.warmup": 20}},
+        "tasks": {"text": TEXT | {"train.steps": 120, "sched.warmup": 12, "optim.momentum_warmup": "0.85:0.95:60"}},
         "base": {"model.pattern": "M", "optim.clip_scope": "aux"},
-        "ladders": {"optim.lr": ([0.005 * 2.0**k for k in range(6)], 2), "optim.adamw_lr": (RATES, 2)},
+        "ladders": {"optim.lr": ([0.01 * 2.0**k for k in range(5)], 1), "optim.adamw_lr": (RATES, 3)},
         "arms": {
             name or "none": {"optim.route": [f"blocks.*({'|'.join(parts)}).weight={route}" for parts, route in rules if parts]}
             for name, rules in (
@@ -143,7 +142,7 @@ def study(runs: Runs, name: str, seeds: list[int], only: str = "") -> dict:
     for task, flags in plan["tasks"].items():
         table[task] = {}
         for arm, change in plan["arms"].items():
-            if only and only not in f"{task} {arm}":
+            if only and not {task, arm} & set(only.split(",")):
                 continue
             base = SMALL | flags | plan["base"] | change
             ladders = plan["ladders"]
@@ -215,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--studies", default="writes,routing,twins")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--only", default="", help="arms whose 'task arm' contains this, to share the work between processes")
+    parser.add_argument("--only", default="", help="these tasks and arms, to share the work between processes that write one cache")
     parser.add_argument("--cache", type=Path, default=Path("runs/mixers.jsonl"))
     parser.add_argument("--json", metavar="FILE", help="also write all numbers here")
     args = parser.parse_args()

@@ -104,6 +104,17 @@ def test_a_group_of_heads_shares_its_keys_and_queries(form, gamma, G):
     agree(form, gamma, inputs(form, 37, G=G), chunk=16)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+@pytest.mark.parametrize("cached", [1, 2 * 2 * N * P, 10**9])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_no_tiling_changes_the_result(gamma, cached, device, monkeypatch):
+    """One row at a time, two rows and a rest, all of them; and, as off a CPU, all chunks at once."""
+    tiles = heads._tiles
+    monkeypatch.setattr(heads, "CACHED", cached)
+    monkeypatch.setattr(heads, "_tiles", lambda *args: tiles(*args[:-1], torch.device(device)))
+    agree("scalar", gamma, inputs("scalar", 37, G=2), lengths=torch.tensor([37, 0, 21]), chunk=8)
+
+
 @each_form
 def test_fp32_is_within_the_specified_error_of_the_fp64_loop(form, gamma):
     tensors = inputs(form, 150, batch=2, dtype=torch.float32, N=16, P=16)

@@ -12,6 +12,7 @@ Raises   UserError: no checkpoint, damaged checkpoint (which file, and what else
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -150,7 +151,8 @@ def load(source: str | Path, device="cpu", which: str = "best"):
 
     run, path = locate(source, which)
     tensors, _, _ = read(path, state=False)
-    model = build_model(read_config(run).model, "cpu")
+    cfg = dataclasses.replace(read_config(run).model, scan="auto")  # a run of another machine may name what is not here
+    model = build_model(cfg, "cpu")
     load_weights(model, tensors, str(path))
     tokenizer = Tokenizer.load(run) if (run / "tokenizer.json").exists() else None
     return model.to(device).eval(), tokenizer

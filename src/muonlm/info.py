@@ -49,6 +49,12 @@ def describe_recipes() -> list[dict]:
     return table
 
 
+def describe_presets(recipe: str | None = None) -> list[dict]:
+    """Presets by recipe; of one recipe, or of all."""
+    names = [recipe] if recipe else recipe_names()
+    return [{"recipe": name, "preset": preset} for name in names for preset in config.read_recipe(name).get("preset", {})]
+
+
 def find(what: str, flags: dict, *, preset: str = "", smoke: bool = False) -> Config:
     """The config of a recipe, a .toml file or a run directory."""
     if Path(what).is_dir():
@@ -118,9 +124,8 @@ def describe(cfg: Config) -> dict:
         "rows_per_step": global_rows(cfg, 1),
     }
     facts["tokens_per_step"] = facts["rows_per_step"] * cfg.model.block_size
-    steps = cfg.train.steps or -(
-        -(cfg.train.parse_budget()[1] if cfg.train.budget else cfg.train.tokens) // facts["tokens_per_step"]
-    )
+    t, size = cfg.train, facts["tokens_per_step"]
+    steps = t.steps or (t.parse_budget()[1] // size if t.budget else -(-t.tokens // size))
     facts["steps"] = steps or f"{cfg.train.epochs:g} epochs of the data"
     model = build_model(cfg.model, "meta")
     muon, state = 0, 8 * counts["total"]
@@ -147,7 +152,7 @@ def describe(cfg: Config) -> dict:
 def as_text(facts: dict) -> str:
     p, memory = facts["parameters"], facts["memory_bytes"]
     lines = [
-        f"{facts['recipe']}: {p['total']:,} parameters ({p['tied']:,} tied, {p['untied']:,} untied, {p['blocks']:,} in blocks)",
+        f"{facts['recipe']}: {p['total']:,} parameters ({p['tied']:,} tied, {p['untied']:,} untied, {p['without_embeddings']:,} without embeddings)",
         f"vocabulary     {facts['vocab_size']:,} ({facts['vocab_source']})",
         f"step           {facts['rows_per_step']:,} rows = {facts['tokens_per_step']:,} tokens; {facts['steps']} steps",
         f"compute        {facts['train_flops_per_token'] / 1e6:,.1f} MFLOP per token, forward and backward",

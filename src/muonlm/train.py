@@ -260,7 +260,7 @@ def resolve(cfg: Config, vocab_size: int, samples: int, world: int, started: boo
     tokens = t.parse_budget()[1] if t.budget else t.tokens
     # only modular epochs end in a short batch
     steps_per_epoch = -(-samples // rows) if cfg.data.source == "modular" else samples / rows
-    steps = t.steps or math.ceil(tokens / (rows * block)) or math.ceil(t.epochs * steps_per_epoch)
+    steps = t.steps or (tokens // (rows * block) if t.budget else math.ceil(tokens / (rows * block))) or math.ceil(t.epochs * steps_per_epoch)
     if not steps:
         raise UserError(
             "the length of the run is not set; use --train.steps N, --train.epochs E, --train.tokens T or --train.budget"
@@ -338,7 +338,11 @@ def open_data(cfg: Config, dist: Dist) -> Splits:
 def scan_choice(cfg: Config, dist: Dist) -> str:
     """Which backend runs the recurrences, and whether it can; empty if no layer has one that can be chosen."""
     if not set(cfg.model.layers) & set("MmLl"):
-        return ""
+        if cfg.model.scan in ("cpu", "triton"):
+            raise UserError(
+                f"model.scan = {cfg.model.scan} concerns layers M, m, L and l, of which {cfg.model.pattern!r} has none; leave it out."
+            )
+        return ("reference" if cfg.model.scan == "reference" else "chunks") if set(cfg.model.layers) & set("DdGgV") else ""
     return choose_backend(cfg.model.scan, dist.device, torch.float32)
 
 
@@ -418,8 +422,10 @@ def begin_run(run: Run, cfg: Config, plan, optimizer, data: Splits, step: int, s
     checkpoint.write_atomically(run.path / "routing.txt", table)
     say(f"run {run.path}" + (f": resumed at step {step:,}" if step else ""))
     say(
-        f"model: {counts['total']:,} parameters ({counts['tied']:,} tied, {counts['untied']:,} untied, {counts['blocks']:,} in blocks)"
+        f"model: {counts['total']:,} parameters ({counts['tied']:,} tied, {counts['untied']:,} untied, {counts['without_embeddings']:,} without embeddings)"
     )
+    if data.vocab_size < cfg.model.vocab_size:
+        say(f"vocabulary: {data.vocab_size:,} tokens, padded to {cfg.model.vocab_size:,} rows")
     if cfg.optim.name == "muon":
         for line in table.splitlines():
             if line.startswith(("Muon o", "AdamW o", "Using")):

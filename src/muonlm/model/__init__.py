@@ -48,13 +48,14 @@ def _on_meta(cfg: ModelConfig) -> nn.Module:
 
 
 def count_parameters(cfg: ModelConfig) -> dict[str, int]:
-    """total (as configured), tied, untied, embedding (with head and positions), blocks; in parameters."""
+    """total (as configured), tied, untied, without_embeddings, embedding (with head and positions), blocks; in parameters."""
     model = _on_meta(cfg)
     total = sum(p.numel() for p in model.parameters())
     table = cfg.vocab_size * cfg.d_model if cfg.kind == "lm" else 0  # the grokking model cannot tie
     tied = total if cfg.tie else total - table
     blocks = sum(p.numel() for p in model.blocks.parameters())
-    return {"total": total, "tied": tied, "untied": tied + table, "blocks": blocks, "embedding": total - blocks}
+    counts = {"total": total, "tied": tied, "untied": tied + table, "without_embeddings": tied - table}
+    return counts | {"blocks": blocks, "embedding": total - blocks}
 
 
 def layer_parameters(cfg: ModelConfig) -> list[int]:
@@ -74,12 +75,13 @@ def train_flops_per_token(cfg: ModelConfig) -> float:
     ssd = lambda H, N, P: 3 * H * (2 * C * (N + P) + 4 * N * P)  # noqa: E731
     between = {
         "A": 12 * T * d,
-        "W": 12 * min(T, cfg.window) * d,
+        "W": 12 * min(T, cfg.window or T) * d,
         "S": sum(12 * T * d / s for s in cfg.attention_scales),
     }
     between |= dict.fromkeys("MmLl", 35 * (cfg.d_state or 16) * cfg.inner_width)
     between |= dict.fromkeys("Dd", ssd(heads, cfg.d_state or 128, cfg.ssm_head))
     between |= dict.fromkeys("GgV", ssd(cfg.delta_heads, key, value) + 3 * cfg.delta_heads * C * (3 * key + value))
+    between["R"] = 12 * (cfg.recursion_depth - 1) * d * d  # its memory matrix is applied once a sub-block
     sizes, layers = layer_parameters(cfg), cfg.layers
     if cfg.kind != "lm":
         return 6 * (sum(sizes) + cfg.vocab_size * d) + 12 * cfg.n_layer * T * d

@@ -125,7 +125,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, -1, self.width).split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        q, k, v = self.qkv(x).view(B, T, self.heads + 2 * self.kv_heads, self.width).split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if state is None and mask is None:  # training and plain prefill: the causal mask is implicit
@@ -134,7 +134,7 @@ class Attention(nn.Module):
             state = self._trim(k.transpose(1, 2), v.transpose(1, 2), torch.full((B,), T))
         else:
             y, state = self._continue(q, k, v, self.init_state(B, x.device, k.dtype) if state is None else state, mask)
-        y = self.out(y.transpose(1, 2).reshape(B, T, -1))
+        y = self.out(y.transpose(1, 2).flatten(2))
         return (y if mask is None else y * mask[..., None]), state
 
     def _rope(self, q: Tensor, k: Tensor, positions, end: int) -> tuple[Tensor, Tensor]:

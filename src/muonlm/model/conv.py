@@ -40,6 +40,9 @@ class ShortConv(nn.Module):
         elif self.bias is not None:
             self.bias.zero_()
 
+    def tags(self) -> dict[nn.Parameter, dict]:
+        return {self.weight: {"role": "scalar"}}  # D filters of W taps: no matrix between channels
+
     def init_state(self, batch: int, device=None, dtype=None) -> Tensor:
         return torch.zeros(batch, self.taps - 1, len(self.weight), device=device, dtype=dtype)
 

@@ -13,7 +13,7 @@ Init     R residual branches in all, loops counted; "writers" are the matrices t
          gpt2: every matrix N(0, .02), writers / √R (Radford 2019).
          zero_out: matrices N(0, 1/fan_in), E from N(0, 1), writers and the head 0 (muP-like; 2203.03466 §D).
          lm: matrices U(±1/√fan_in), writers / √R, E from N(0, .02); dt_small: the same, with Longhorn's steps small (longhorn.py).
-         stack: matrices N(0, .02), writers / √(2L), convolutions N(0, 1/(D·W)).
+         stack: matrices N(0, .02), writers / √(2·applied blocks), convolutions N(0, 1/(D·W)).
          Mixers fill what is theirs alone (A_log, D, step biases) afterwards: init_special.
 """
 
@@ -54,7 +54,7 @@ class LM(nn.Module):
         undo = None
         if mask is not None:
             x, lengths, undo = compact(x, mask)
-            mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+            mask = None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         if self.conv is not None:
             x, conv_state = self.conv(x, conv_state, mask)
             x = self.conv_norm(x)
@@ -99,7 +99,7 @@ class LM(nn.Module):
     def _positions(self, x: Tensor, count: Tensor | None, mask: Tensor | None) -> Tensor:
         real = x.new_ones(x.shape[:2], dtype=torch.long) if mask is None else mask.long()
         index = (real.cumsum(1) - 1).clamp(min=0) + (0 if count is None else count[:, None].to(x.device))
-        assert int(index.max()) < self.cfg.block_size, (
+        assert not len(x) or int(index.max()) < self.cfg.block_size, (
             "learned positions end at block_size; the engine cuts the context"
         )
         return self.positions[index] if mask is not None or count is not None else self.positions[: x.shape[1]]
@@ -145,7 +145,7 @@ class LM(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     module.bias.zero_()
         branches = len(cfg.schedule) * (1 if cfg.mlp == "none" else 2)
-        scale = 0.0 if zero_out else (2 * cfg.n_layer if cfg.init == "stack" else branches) ** -0.5
+        scale = 0.0 if zero_out else (2 * len(cfg.schedule) if cfg.init == "stack" else branches) ** -0.5
         for block in self.blocks:
             for writer in block.writers():
                 writer.weight.mul_(scale)

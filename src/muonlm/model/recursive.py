@@ -54,7 +54,7 @@ class StackedRecursion(nn.Module):
 
     def forward(self, x: Tensor, state=None, mask: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         mean, state = self._prefix_mean(x, self.init_state(len(x), x.device, x.dtype) if state is None else state, mask)
-        depth = at_least_fp32(self.gate(mean)).softmax(-1).to(x.dtype)  # (B,T,N)
+        depth = at_least_fp32(self.gate(mean.to(x.dtype))).softmax(-1).to(x.dtype)  # (B,T,N)
         r = m = x
         y = torch.zeros_like(x)
         for j, (norm, up, down) in enumerate(zip(self.norms, self.ups, self.downs)):
@@ -133,7 +133,7 @@ class MultiScaleAttention(nn.Module):
         s, (B, T) = self.scales[i], q.shape[:2]
         end = T - T % s  # of the last complete block
         unfinished = at_least_fp32(kv[:, end:]).sum(1)
-        k, v = self._pool(i, at_least_fp32(kv[:, :end]).unflatten(1, (-1, s)).mean(2), q.dtype, slice(s - 1, end, s), T)
+        k, v = self._pool(i, at_least_fp32(kv[:, :end]).unflatten(1, (end // s, s)).mean(2), q.dtype, slice(s - 1, end, s), T)
         if not end:
             return q.new_zeros(B, self.heads, T, self.width), [k, v, unfinished]
         q = self._query(i, q[:, s - 1 :], slice(s - 1, T), T)  # the first s − 1 see nothing

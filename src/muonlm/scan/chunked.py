@@ -27,7 +27,7 @@ SCRATCH = 1 << 24  # numbers held while recomputing states: 64 MiB in fp32
 def _cut(x: Tensor, chunk: int) -> Tensor:
     """(B, L, ·) -> (C, B, n, ·), zeros after the end."""
     B, L, width = x.shape
-    return F.pad(x, (0, 0, 0, -L % chunk)).view(B, -1, chunk, width).permute(2, 0, 1, 3).contiguous()
+    return F.pad(x, (0, 0, 0, -L % chunk)).view(B, -(-L // chunk), chunk, width).permute(2, 0, 1, 3).contiguous()
 
 
 def _join(x: Tensor, L: int) -> Tensor:
@@ -42,8 +42,7 @@ class _Chunks:
         B, self.L, _ = w.shape
         self.A, self.alpha, self.size = A, alpha, chunk
         real = _cut(real_tokens(lengths, B, self.L, w.device)[..., None].to(w.dtype), chunk)  # (C, B, n, 1)
-        self.delta, self.w, self.q = (_cut(x, chunk) * real for x in (delta, w, q))
-        self.k = _cut(k, chunk)
+        self.delta, self.w, self.k, self.q = (_cut(x, chunk).where(real > 0, 0) for x in (delta, w, k, q))
         self.p = real[..., None]  # (C, B, n, 1, 1)
         self.g = 1 - self.p * (1 - gamma)
 
@@ -112,7 +111,7 @@ def backward(delta, A, w, k, q, Sc, Mc, gamma, alpha, lengths, chunk, gy, gS, gM
         Lam = prod_f[:, i] * Lam + Lb[:, i]
     Lams, Pis = (torch.stack(values[::-1], 1) for values in zip(*entering))
     Mc = torch.zeros_like(Sc) if Mc is None else Mc
-    group = max(1, SCRATCH // (Sc[:, 0].numel() * chunk))
+    group = max(1, SCRATCH // max(1, Sc[:, 0].numel() * chunk))
     parts = [
         _tokens(c.of(s), Sc[:, s], Mc[:, s], gy[:, :, s], Lams[:, s], Pis[:, s])
         for s in (slice(i, i + group) for i in range(0, Sc.shape[1], group))

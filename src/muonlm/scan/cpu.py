@@ -23,7 +23,7 @@ Source   muonlm's own, derived from the recurrences of Longhorn 2407.14207, Mamb
 
 import itertools
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 import torch
@@ -37,21 +37,30 @@ try:
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
-except ImportError:  # numba is an extra: available() says so, and scan/ then takes the chunked form
+except ImportError:  # no wheel for this platform: available() says so, and scan/ then takes the chunked form
     numba = None
 
     def intrinsic(function):
         return function
 
 
-def available() -> bool:
-    return numba is not None
+def _features() -> dict[str, bool]:
+    try:
+        return binding.get_host_cpu_features() if numba else {}
+    except RuntimeError:  # LLVM does not know this CPU
+        return {}
 
 
-LANES = 16 if numba and binding.get_host_cpu_features().get("avx512f") else 8  # channels of a vector: one register
+FEATURES = _features()
+LANES = 16 if FEATURES.get("avx512f") else 8  # channels of a vector: one register
 ROWS = LANES // 2  # states of a tile: S and M take half of the 32 (AVX-512) or 16 (AVX2) registers
 BLOCK = 64  # channels of a task: each token's 256 bytes are read together, and share one partial sum of dk and dq
 SERIAL = 1 << 18  # states × tokens below which waking a thread (some 50 µs) costs more than it saves
+
+
+def available() -> bool:
+    """Whether numba is here, and the CPU not one without FMA, where the chunked form is faster (LOG 2026-11-22)."""
+    return numba is not None and FEATURES.get("fma", True)
 
 
 # ---- vectors of LANES floats, written into LLVM's IR
@@ -434,11 +443,15 @@ def _forget_pool():
     _pool = None
 
 
-os.register_at_fork(after_in_child=_forget_pool)  # a child inherits the object but not its threads
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_pool)  # a child inherits the object but not its threads
 
 
-def _run(kernel, tasks, cost, *args):
-    """kernel(lo, hi, *args) over 0..tasks, in pieces that torch.get_num_threads() threads take in turn."""
+def _run(kernel, tasks, cost, tensors, *args):
+    """kernel(lo, hi, *args) over 0..tasks, in pieces that torch.get_num_threads() threads take in turn.
+
+    The pieces own `tensors`, whose addresses are among args: an interrupt may leave before the last of them has ended.
+    """
     global _pool
     threads = min(torch.get_num_threads(), tasks)
     if threads == 1 or cost < SERIAL:
@@ -449,16 +462,17 @@ def _run(kernel, tasks, cost, *args):
     pieces = min(tasks, 4 * threads)
     turn = itertools.count()
 
-    def work():
+    def work(held=tensors):
         while (i := next(turn)) < pieces:
             kernel(i * tasks // pieces, (i + 1) * tasks // pieces, *args)
 
     others = [_pool.submit(work) for _ in range(threads - 1)]
     try:
         work()
-    finally:  # also on Ctrl-C: the others still write into our tensors
-        for other in others:
-            other.result()
+    finally:
+        wait(others)
+    for other in others:
+        other.result()  # raises what it raised
 
 
 # ---- the raw kernels of scan/
@@ -477,7 +491,7 @@ def _prepare(A, k, q, lengths, L):
     if missing:
         k, q = pad(k, (0, missing)), pad(q, (0, missing))
     k2, A = (k.square(), None) if A is None else (None, A.t().contiguous())
-    return k2, A, k, q, np.full(len(k), L) if lengths is None else lengths.numpy(force=True)
+    return k2, A, k, q, np.full(len(k), L) if lengths is None else lengths.clamp(0, L).to("cpu", torch.int64).numpy()
 
 
 def forward(delta, A, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
@@ -493,9 +507,9 @@ def forward(delta, A, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
     S, Sc = states(S0)
     M, Mc = states(M0) if gamma else (None, None)
     y = torch.empty_like(w) if lengths is None else torch.zeros_like(w)
-    arrays = [_address(x) for x in (delta, k2, A, w, k, q, y, S, M, Sc, Mc)]
-    tasks = B * -(-D // BLOCK)
-    _run(_forward_tasks, tasks, B * L * N * D, ends, L, D, N, k.shape[-1], chunk, *arrays, float(gamma), float(alpha))
+    tensors = (delta, k2, A, w, k, q, y, S, M, Sc, Mc)
+    arrays, tasks = [_address(x) for x in tensors], B * -(-D // BLOCK)
+    _run(_forward_tasks, tasks, B * L * N * D, tensors, ends, L, D, N, k.shape[-1], chunk, *arrays, float(gamma), float(alpha))
     return y, S, M, Sc, Mc
 
 
@@ -512,7 +526,8 @@ def backward(delta, A, w, k, q, Sc, Mc, gamma, alpha, lengths, chunk, gy, gS, gM
 
     lam, pi = start(gS), start(gM) if gamma else None
     dA = None if A is None else w.new_zeros(B, N, D)
-    arrays = [_address(x) for x in (delta, k2, A, w, k, q, Sc, Mc, gy.contiguous(), lam, pi, d_delta, dA, dw, dk, dq)]
-    _run(_backward_tasks, B * blocks, 4 * B * L * N * D, ends, L, D, N, K, chunk, *arrays, float(gamma), float(alpha))
+    tensors = (delta, k2, A, w, k, q, Sc, Mc, gy.contiguous(), lam, pi, d_delta, dA, dw, dk, dq)
+    arrays = [_address(x) for x in tensors]
+    _run(_backward_tasks, B * blocks, 4 * B * L * N * D, tensors, ends, L, D, N, K, chunk, *arrays, float(gamma), float(alpha))
     dk, dq = dk.sum(0)[..., :N], dq.sum(0)[..., :N]
     return d_delta, None if dA is None else dA.sum(0).t(), dw, dk, dq, lam, pi

@@ -25,8 +25,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .segments import (Recompute, as_heads, chunk_length, chunked, decay, exact, intervals, momentum, prepare, read,
-                       real_chunks, silent, start, unchunked)
+from .segments import (
+    Recompute,
+    as_heads,
+    chunk_length,
+    chunked,
+    crossing,
+    decay,
+    exact,
+    momentum,
+    prepare,
+    read,
+    real_chunks,
+    silent,
+    start,
+    unchunked,
+)
 
 
 def _flat(x: Tensor, C: int) -> Tensor:
@@ -34,8 +48,8 @@ def _flat(x: Tensor, C: int) -> Tensor:
     return chunked(x, C).flatten(1, 2).contiguous()
 
 
-def _unflat(x: Tensor, B: int, L: int) -> Tensor:
-    return unchunked(x.unflatten(1, (B, -1)), L)
+def _unflat(x: Tensor, B: int, H: int, L: int) -> Tensor:
+    return unchunked(x.unflatten(1, (B, H)), L)
 
 
 class _DeltaChunks(torch.autograd.Function):
@@ -66,9 +80,10 @@ class _DeltaChunks(torch.autograd.Function):
             y = (q @ states[:-1]).mul_(Fc.unsqueeze(-1))
             y.add_((q @ k.mT).mul_(Dec) @ E)
         ctx.save_for_backward(*saved, states, E, T)
-        return _unflat(y, B, L), states[-1].view(B, H, N, P).clone()
+        return _unflat(y, B, H, L), states[-1].view(B, H, N, P).clone()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dS):
         *inputs, states, E, T = ctx.saved_tensors
         C, (B, L, H, P) = ctx.C, inputs[2].shape
@@ -111,9 +126,10 @@ class _DeltaChunks(torch.autograd.Function):
             dQ += dQK @ k
             dK += dQK.mT @ q
             dK += (dKK + dKK.mT) @ k
-            dlg = dDec.mul_(Dec).flatten(-2) @ intervals(lg).T + dF.mul_(Fc).flip(-1).cumsum(-1).flip(-1)
+            dDec.mul_(Dec)
+            dlg = crossing(dDec.sum(-1).addcmul_(dF, Fc), dDec.sum(-2), 0)
             dU = dR.mul_(bcol)
-        return *(_unflat(x, B, L) for x in (dlg, db, dU, dK, dQ)), dS.view(B, H, N, P), None
+        return *(_unflat(x, B, H, L) for x in (dlg, db, dU, dK, dQ)), dS.view(B, H, N, P), None
 
 
 def _delta_step(lg, b, u, k, q, S):

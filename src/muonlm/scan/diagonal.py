@@ -11,6 +11,7 @@ from them: one autograd.Function serves all. The gradient is the exact one.
 Raises   UserError for a backend that is unknown or cannot run here
 """
 
+from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..config import UserError
 from . import reference
+from .segments import exact
 
 MODULES = {"chunked": "chunked", "cpu": "cpu", "triton": "gpu"}
 
@@ -38,7 +40,7 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     if backend == "cpu" and device.type != "cpu":
         raise UserError(f"model.scan = cpu cannot run on {device}; use auto.")
     if not _available(backend):
-        need = "a CUDA device (or TRITON_INTERPRET=1) and triton" if backend == "triton" else "numba: pip install numba"
+        need = "a CUDA device (or TRITON_INTERPRET=1) and triton" if backend == "triton" else "numba (pip install numba) and a CPU with FMA"
         raise UserError(f"model.scan = {backend} needs {need}; use auto or chunked.")
     return backend
 
@@ -55,21 +57,28 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, delta, A, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
         y, S, M, Sc, Mc = kernel.forward(delta, A, w, k, q, S0, M0, gamma, alpha, lengths, chunk)
-        ctx.save_for_backward(delta, A, w, k, q, Sc, Mc)
-        ctx.rest, ctx.given = (kernel, gamma, alpha, lengths, chunk), (S0 is not None, M0 is not None)
+        ctx.save_for_backward(delta, A, w, k, q, Sc, Mc, lengths)
+        ctx.rest, ctx.given = (kernel, gamma, alpha, chunk), (S0 is not None, M0 is not None)
         ctx.set_materialize_grads(False)
         return y, S, M
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy, gS, gM):
-        delta, A, w, k, q, Sc, Mc = ctx.saved_tensors
-        kernel, gamma, alpha, lengths, chunk = ctx.rest
+        delta, A, w, k, q, Sc, Mc, lengths = ctx.saved_tensors
+        kernel, gamma, alpha, chunk = ctx.rest
         gy = torch.zeros_like(w, dtype=Sc.dtype) if gy is None else gy.contiguous()
         gS, gM = (None if g is None else g.contiguous() for g in (gS, gM))
-        *grads, dS, dM = kernel.backward(delta, A, w, k, q, Sc, Mc, gamma, alpha, lengths, chunk, gy, gS, gM)
+        with exact(w.device):
+            *grads, dS, dM = kernel.backward(delta, A, w, k, q, Sc, Mc, gamma, alpha, lengths, chunk, gy, gS, gM)
         dS, dM = (d if given else None for d, given in zip((dS, dM), ctx.given))
         return None, *grads, dS, dM, None, None, None, None
+
+
+@lru_cache
+def _uncompiled():
+    """For torch.compile: dynamo would trace into numba's dispatcher, and unroll the loops of the chunked form."""
+    return torch.compiler.disable(_Scan.apply)
 
 
 def diag_scan(
@@ -87,15 +96,21 @@ def diag_scan(
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """gate ("longhorn", Δ) or ("mamba", Δ, A) -> y (B,L,D), S (B,N,D), M (B,N,D) or None where γ = 0. Shapes: reference.py."""
-    assert gate[0] in ("longhorn", "mamba") and (M0 is None or gamma), (gate[0], gamma)
+    (B, L, D), N = w.shape, k.shape[-1]
+    delta, A = gate[1], gate[2] if gate[0] == "mamba" else None
+    assert gate[0] in ("longhorn", "mamba") and L > 0 and chunk > 0 and (M0 is None or gamma), (gate[0], L, chunk, gamma)
+    assert delta.shape == w.shape and k.shape == q.shape == (B, L, N), (delta.shape, w.shape, k.shape, q.shape)
+    assert A is None or A.shape == (D, N), (A.shape, D, N)
+    assert lengths is None or lengths.shape == (B,), (lengths.shape, B)
+    assert all(x is None or x.shape == (B, N, D) for x in (S0, M0)), (B, N, D)
     name = choose_backend(backend, w.device, w.dtype)
-    if name == "reference":
-        return reference.diag_scan(gate, w, k, q, S0, M0, gamma=gamma, alpha=alpha, lengths=lengths)
-    chunk = min(chunk, w.shape[1])  # no states for tokens that do not exist
-    dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-    delta, A, w, k, q, S0, M0 = (
-        None if x is None else x.to(dtype).contiguous()
-        for x in (gate[1], gate[2] if gate[0] == "mamba" else None, w, k, q, S0, M0)
-    )
-    with torch.autocast(w.device.type, enabled=False):
-        return _Scan.apply(_module(name), delta, A, w, k, q, S0, M0, float(gamma), float(alpha), lengths, chunk)
+    name = "chunked" if backend == "auto" and name == "triton" and N > 256 else name
+    with exact(w.device):
+        if name == "reference":
+            return reference.diag_scan(gate, w, k, q, S0, M0, gamma=gamma, alpha=alpha, lengths=lengths)
+        chunk = min(chunk, L)  # no states for tokens that do not exist
+        lengths = None if lengths is None else lengths.clamp(0, L)
+        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+        tensors = [None if x is None else x.to(dtype).contiguous() for x in (delta, A, w, k, q, S0, M0)]
+        run = _uncompiled() if torch.compiler.is_compiling() else _Scan.apply
+        return run(_module(name), *tensors, float(gamma), float(alpha), lengths, chunk)

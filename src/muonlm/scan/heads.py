@@ -2,16 +2,23 @@
 
 scalar_scan   Y  = (Res ⊙ Q Kᵀ) αW + F ⊙ (Q S₀) + g ⊙ (Q M₀)                                                         (1)
               S₁ = F_C S₀ + g_C M₀ + Kᵀ(Res[C,:] ⊙ αW)       M₁ = Mc_C M₀ + Kᵀ(Mom[C,:] ⊙ αW)                        (2)
-with Res, F, g, Mom, Mc of segments.py; all chunks at once, except that (2) walks the L/C states.
+with Res, F, g, Mom, Mc of segments.py. Backward (a bar: gradient; P = Res ⊙ Q Kᵀ, P̄ = Ȳ Wᵀ, Σ over heads):
+              S̄₀ = F_C S̄₁ + Qᵀ(F ⊙ Ȳ)        M̄₀ = Mc_C M̄₁ + g_C S̄₁ + Qᵀ(g ⊙ Ȳ)                              (3)
+              W̄  = Pᵀ Ȳ + Res[C,:] ⊙ (K S̄₁) + Mom[C,:] ⊙ (K M̄₁)                                             (4)
+              Q̄  = (F ⊙ Ȳ) S₀ᵀ + (g ⊙ Ȳ) M₀ᵀ + Σ (P̄ ⊙ Res) K,   K̄ likewise from (2)                        (5)
+              lg: (3) of segments.py, where what ends at t is ⟨Ȳ_t, Y_t⟩, what starts at s is ⟨W̄_s, W_s⟩ without
+              momentum, else column s of Dec ⊙ (R̄es (diag(p) Mom)ᵀ + ḡ (p ⊙ Mc)ᵀ), what leaves ⟨S̄₁, S₁⟩       (6)
+A CPU walks the chunks one by one, so that a chunk's W, Y and states stay in its cache; elsewhere all go at once.
 velocity_scan is nonlinear: a loop over time. The delta rules: delta.py.
 
-Memory   O(B L D) + O(B L N D/C): saved are the inputs (velocity_scan: and S, M at chunk starts), the rest is
-         computed again in the backward pass
-Chunk    64, which chunk=0 means too: on a CPU 32 is as fast for delta_scan and slower for the others
+Memory   O(B L D) + O(B L N D/C): scalar_scan saves its inputs, y, and S, M at chunk starts; velocity_scan inputs and
+         S, M at chunk starts; the rest is computed again in the backward pass
+Chunk    64, which chunk=0 means too: measured on a CPU, 32 and 128 are slower or as fast
 Source   Mamba-2 2405.21060 (the chunk form); MuonSSM 2606.30461 (the velocity)
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,59 +26,198 @@ from torch import Tensor
 from . import reference
 from .delta import delta_momentum_scan, delta_scan
 from .reference import real_tokens
-from .segments import (Recompute, as_heads, chunk_length, chunked, decay, exact, momentum, prepare, read, real_chunks,
-                       silent, start)
+from .segments import Recompute, as_heads, chunk_length, crossing, decay, exact, momentum, prepare, read, silent, start
 from .writes import newton_schulz
+
+CACHED = 2**17  # numbers of the states that a CPU works on at once: 512 KiB in fp32, half of a usual L2
 
 __all__ = ["delta_momentum_scan", "delta_scan", "scalar_scan", "velocity_scan"]
 
 
-def _scalar_chunks(gamma: float, alpha: float, lengths: Tensor | None, C: int, lg, w, k, q, S, M=None):
-    """(1) and (2). A group's r heads share its Q Kᵀ, and stand side by side (r·P) in the products with K and Q."""
-    B, L, H, P = w.shape
-    G, N = k.shape[2:]
-    r = H // G
-    lg, k, q = chunked(lg, C), chunked(k, C), chunked(q, C)
-    w = chunked(alpha * w.reshape(B, L, G, r, P), C)  # (n,B,G,C,r,P)
-    n = len(w)
-    Dec, Fc = decay(lg)  # (n,B,H,C,C), (n,B,H,C)
+class _Tile(NamedTuple):
+    """n chunks of C tokens from token `t` (chunk i) of `rows`, for the heads of one group; X = rows · n."""
 
-    def shared(x):  # (…,H,C) -> (…,G,C,r,1)
-        return x.unflatten(-2, (G, r)).transpose(-1, -2).unsqueeze(-1)
+    rows: slice
+    g: int
+    heads: slice
+    i: int
+    n: int
+    t: int
+    C: int
 
-    def row(x):  # a state's view of a per-head number (…,H) -> (…,G,1,r,1)
-        return x.unflatten(-1, (G, r)).unsqueeze(-2).unsqueeze(-1)
+    def of(self, x: Tensor) -> Tensor:
+        """(B,L,…) -> (rows,n,C,…), a view."""
+        return x[self.rows, self.t:self.t + self.n * self.C].unflatten(1, (self.n, self.C))
 
-    def write(x):  # Kᵀ(x ⊙ W) -> (n,B,G,N,r,P)
-        return (k.mT @ (x * w).flatten(-2)).unflatten(-1, (r, P))
+    def cut(self, x: Tensor) -> Tensor:
+        """(B,L,…) -> (X,C,…)."""
+        return self.of(x).flatten(0, 1)
 
-    def reads(states):  # Q S of each chunk's first state -> (n,B,G,C,r,P)
-        return (q @ torch.stack(states).flatten(-2)).unflatten(-1, (r, P))
+    def states(self, x: Tensor) -> Tensor:
+        """(B,G,chunks + 1,N,D) -> (rows,n + 1,N,D): at the start of each chunk, and after the last."""
+        return x[self.rows, self.g, self.i:self.i + self.n + 1]
 
-    S = S.unflatten(1, (G, r)).transpose(2, 3)  # (B,G,N,r,P)
-    Res, Ss, Ms = Dec, [], []
-    if gamma:
-        M = M.unflatten(1, (G, r)).transpose(2, 3)
-        p = real_chunks(lengths, w.new_empty(B, L), C)
-        Mom, mom_last, Mc = momentum(gamma, p)
-        Res, g = Dec @ Mom, (Dec @ (p * Mc).unsqueeze(-1)).squeeze(-1)
-        new_M = write(mom_last[..., None, None])
-    new = write(shared(Res[..., -1, :]))
-    if gamma:
-        for add, keep in zip(new_M.unbind(0), Mc[..., -1, None, None, None].unbind(0)):
-            Ms.append(M)
-            M = torch.addcmul(add, keep, M)
-        new = torch.addcmul(new, row(g[..., -1]), torch.stack(Ms))
-    # unbind: n indexings would each have a gradient of the full size
-    for add, keep in zip(new.unbind(0), row(Fc[..., -1]).unbind(0)):
-        Ss.append(S)
-        S = torch.addcmul(add, keep, S)
-    inside = (Res.unflatten(2, (G, r)) * (q @ k.mT).unsqueeze(3)) @ w.transpose(-2, -3)  # (n,B,G,r,C,P)
-    y = torch.addcmul(inside.transpose(-2, -3), shared(Fc), reads(Ss))
-    if gamma:
-        y = torch.addcmul(y, shared(g), reads(Ms))
-    y = y.permute(1, 0, 3, 2, 4, 5).reshape(B, n * C, H, P)[:, :L]
-    return tuple(x.transpose(2, 3).flatten(1, 2) if x.ndim == 5 else x for x in ((y, S, M) if gamma else (y, S)))
+    def put(self, x: Tensor, value: Tensor) -> None:
+        """The inverse of cut: x (B,L,…) is written."""
+        self.of(x).copy_(value.unflatten(0, (-1, self.n)))
+
+    def put_sum(self, x: Tensor, *terms: Tensor) -> None:
+        """term + term ⊙ term, without a copy."""
+        torch.addcmul(*(term.unflatten(0, (-1, self.n)) for term in terms), out=self.of(x))
+
+
+def _tiles(B: int, L: int, C: int, r: int, G: int, state: int, device: torch.device) -> list[_Tile]:
+    """In the order of time. `state` numbers are a row's state: on a CPU a tile's should stay in its cache."""
+    small = device.type == "cpu"
+    rows = max(1, CACHED // state) if small else B
+    full, rest = divmod(L, C)
+    spans = [(i, 1, C) for i in range(full)] if small else [(0, full, C)][:full]
+    spans += [(full, 1, rest)][:rest]
+    return [_Tile(slice(b, b + rows), g, slice(g * r, (g + 1) * r), i, n, i * C, c)
+            for b in range(0, B, rows) for g in range(G) for i, n, c in spans]
+
+
+def _along(x: Tensor) -> Tensor:
+    """(X,r,C) -> (X,C,r,1): factors of rows of W and Y."""
+    return x.transpose(1, 2).unsqueeze(-1)
+
+
+def _scaled(S: Tensor, x: Tensor) -> Tensor:
+    """A number a head, x (rows,r), times the state S (rows,N,r·P)."""
+    return S * x.repeat_interleave(S.shape[-1] // x.shape[-1], -1).unsqueeze(-2)
+
+
+def _dots(S: Tensor, T: Tensor, P: int) -> Tensor:
+    """(X,N,r·P) twice -> (X,r): the heads' inner products."""
+    return (S * T).sum(1).unflatten(-1, (-1, P)).sum(-1)
+
+
+def _beside(S: Tensor, G: int) -> Tensor:
+    """(B,H,N,P) -> (B,G,N,r·P): a group's heads side by side."""
+    return S.unflatten(1, (G, -1)).transpose(2, 3).flatten(3)
+
+
+def _apart(S: Tensor, w: Tensor) -> Tensor:
+    """The inverse of _beside."""
+    return S.unflatten(3, (-1, w.shape[-1])).transpose(2, 3).flatten(1, 2)
+
+
+class _ScalarChunks(torch.autograd.Function):
+    """lg (B,L,H), w (B,L,H,P), k, q (B,L,G,N), S, M (B,G,N,r·P) -> y, S, M. Equations (1) to (6)."""
+
+    @staticmethod
+    def forward(ctx, lg, w, k, q, S, M, gamma, lengths, C):
+        B, L, H, P = w.shape
+        G, N = k.shape[2:]
+        r = H // G
+        ctx.const = gamma, lengths, C
+        ctx.tiles = _tiles(B, L, C, r, G, N * r * P, w.device)
+        y = torch.empty_like(w, memory_format=torch.contiguous_format)
+        Ss, Ms = (x if x is None else x.new_empty(B, G, -(-L // C) + 1, N, r * P) for x in (S, M))
+        Ss[:, :, 0] = S
+        if gamma:
+            Ms[:, :, 0] = M
+        real = real_tokens(lengths, B, L, w.device).to(w.dtype) if gamma else None
+        with exact(w.device):
+            for tile in ctx.tiles:
+                K, Q, W = tile.cut(k[:, :, tile.g]), tile.cut(q[:, :, tile.g]), tile.cut(w[:, :, tile.heads])
+                Dec, Fc = decay(tile.cut(lg[..., tile.heads]).transpose(1, 2))
+                Res, s = Dec, tile.states(Ss)
+                if gamma:
+                    Mom, mom_last, Mc = momentum(gamma, tile.cut(real))
+                    flat, m = Dec.flatten(1, 2), tile.states(Ms)
+                    Res, g = (flat @ Mom).view_as(Dec), (flat @ (tile.cut(real) * Mc).unsqueeze(-1)).view_as(Fc)
+                    new_m = (mom_last[..., None, None] * W).flatten(2)
+                new = (W * _along(Res[..., -1, :])).flatten(2)
+                rows = len(s)
+                for j in range(tile.n):
+                    at = slice(j, None, tile.n)
+                    keep = Fc[at, :, -1].repeat_interleave(P, -1).unsqueeze(-2)
+                    torch.mul(s[:, j], keep, out=s[:, j + 1])
+                    if gamma:
+                        wide = (rows, N, r, P)
+                        s[:, j + 1].view(wide).addcmul_(m[:, j].view(wide), g[at, None, :, -1, None])
+                        torch.mul(m[:, j], Mc[at, -1, None, None], out=m[:, j + 1]).baddbmm_(K[at].mT, new_m[at])
+                    s[:, j + 1].baddbmm_(K[at].mT, new[at])
+                inside = Res.mul_((Q @ K.mT).unsqueeze(1)) @ W.transpose(1, 2)
+                out = inside.transpose(1, 2)
+                if gamma:
+                    out = out.addcmul_((Q @ m[:, :-1].flatten(0, 1)).view_as(W), _along(g))
+                tile.put_sum(y[:, :, tile.heads], out, (Q @ s[:, :-1].flatten(0, 1)).view_as(W), _along(Fc))
+        ctx.save_for_backward(lg, w, k, q, y, Ss, Ms)
+        return y, Ss[:, :, -1].clone(), Ms[:, :, -1].clone() if gamma else None
+
+    @staticmethod
+    def backward(ctx, dy, dS, dM):
+        lg, w, k, q, y, Ss, Ms = ctx.saved_tensors
+        gamma, lengths, C = ctx.const
+        B, L, H, P = w.shape
+        dlg, dw, dk, dq = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (lg, w, k, q))
+        dS = dS.clone()
+        dM = dM.clone() if gamma else None
+        real = real_tokens(lengths, B, L, w.device).to(w.dtype) if gamma else None
+        with exact(w.device):
+            for tile in reversed(ctx.tiles):
+                K, Q, W = tile.cut(k[:, :, tile.g]), tile.cut(q[:, :, tile.g]), tile.cut(w[:, :, tile.heads])
+                Y, dY = tile.cut(y[:, :, tile.heads]), tile.cut(dy[:, :, tile.heads])
+                Dec, Fc = decay(tile.cut(lg[..., tile.heads]).transpose(1, 2))
+                Res, s = Dec, tile.states(Ss)
+                N, D = s.shape[2:]
+                if gamma:
+                    p = tile.cut(real)
+                    Mom, mom_last, Mc = momentum(gamma, p)
+                    flat, m = Dec.flatten(1, 2), tile.states(Ms)
+                    Res, g = (flat @ Mom).view_as(Dec), (flat @ (p * Mc).unsqueeze(-1)).view_as(Fc)
+                    dYg = (dY * _along(g)).flatten(2)
+                    dm = m.new_empty(len(m), tile.n, N, D)
+                dYF = (dY * _along(Fc)).flatten(2)
+                # ds, dm: the gradients at each chunk's end
+                ds, at_S = [None] * tile.n, dS[tile.rows, tile.g]
+                for j in reversed(range(tile.n)):
+                    at = slice(j, None, tile.n)
+                    ds[j] = at_S
+                    if gamma:
+                        at_M, wide = dM[tile.rows, tile.g], (len(s), N, -1, P)
+                        dm[:, j] = at_M
+                        at_M.mul_(Mc[at, -1, None, None]).baddbmm_(Q[at].mT, dYg[at])
+                        at_M.view(wide).addcmul_(at_S.view(wide), g[at, None, :, -1, None])
+                    at_S = _scaled(at_S, Fc[at, :, -1]).baddbmm_(Q[at].mT, dYF[at])
+                ds = ds[0] if tile.n == 1 else torch.stack(ds, 1).flatten(0, 1)
+                starts = s[:, :-1].flatten(0, 1)
+                leaving = _dots(ds, s[:, 1:].flatten(0, 1), P)
+                last = _along(Res[..., -1, :])
+                QK, read = (Q @ K.mT).unsqueeze(1), (K @ ds).view_as(W)
+                Pmat = Res * QK
+                dW = (Pmat.mT @ dY.transpose(1, 2)).transpose(1, 2)
+                dP = dY.transpose(1, 2) @ W.transpose(1, 2).mT
+                dQ = dYF @ starts.mT
+                dK = (W * last).flatten(2) @ ds.mT
+                if gamma:
+                    dm, m = dm.flatten(0, 1), m[:, :-1].flatten(0, 1)
+                    last_m = mom_last[..., None, None]
+                    dW = dW.addcmul_((K @ dm).view_as(W), last_m)
+                    dK.baddbmm_((W * last_m).flatten(2), dm.mT)
+                    dQ.baddbmm_(dYg, m.mT)
+                    dRes = dP * QK
+                    dRes[..., -1, :] += (read * W).sum(-1).transpose(1, 2)
+                    dg = (dY * (Q @ m).view_as(W)).sum(-1).transpose(1, 2)
+                    dg[..., -1] += _dots(ds, m, P)
+                    dDec = (dRes.flatten(1, 2) @ Mom.mT).view_as(Dec)
+                    dDec += dg.unsqueeze(-1) * (p * Mc)[:, None, None]
+                tile.put_sum(dw[:, :, tile.heads], dW, read, last)
+                if gamma:
+                    entering = dDec.mul_(Dec).sum(-2)
+                else:
+                    entering = (tile.cut(dw[:, :, tile.heads]) * W).sum(-1).transpose(1, 2)
+                dQK = dP.mul_(Res).sum(1)
+                dQ.baddbmm_(dQK, K)
+                dK.baddbmm_(dQK.mT, Q)
+                ends = (dY * Y).sum(-1).transpose(1, 2)
+                tile.put(dlg[..., tile.heads], crossing(ends, entering, leaving).transpose(1, 2))
+                tile.put(dk[:, :, tile.g], dK)
+                tile.put(dq[:, :, tile.g], dQ)
+                dS[tile.rows, tile.g] = at_S  # last: the end of the last chunk is this storage too
+        return dlg, dw, dk, dq, dS, dM, None, None, None
 
 
 def _scalar_step(lg, w, k, q, S, M, gamma, alpha):
@@ -97,9 +243,12 @@ def scalar_scan(lg, w, k, q, S0=None, M0=None, *, gamma=0.0, alpha=1.0, lengths=
     if L == 1 and lengths is None:
         with exact(w.device):
             return _scalar_step(lg, w, k, q, S, M, gamma, alpha)
-    fn = partial(_scalar_chunks, gamma, alpha, lengths, chunk_length(chunk, L))
-    y, S, *M = Recompute.apply(fn, lg, w, k, q, S, *([M] if gamma else []))
-    return silent(y, lengths), S, M[0] if gamma else None
+    G = k.shape[2]
+    S, M = (x if x is None else _beside(x, G) for x in (S, M))
+    w = w if alpha == 1 else alpha * w
+    y, S, M = _ScalarChunks.apply(lg, w, k, q, S, M, gamma, lengths, chunk_length(chunk, L))
+    S, M = (x if x is None else _apart(x, w) for x in (S, M))
+    return silent(y, lengths), S, M
 
 
 def _velocity_chunk(gamma, alpha, norm, straight, lg, b, u, k, q, p, S, M):
