@@ -27,7 +27,10 @@ from muonlm.export import from_transformers
 from muonlm.generate import map_state, stream
 
 AGREE = 1e-4
-STEPS, PREFILL = 50, 256  # single steps that are timed at once; tokens of a piece of the prefill: it bounds the logits in memory
+STEPS, PREFILL = (
+    50,
+    256,
+)  # single steps that are timed at once; tokens of a piece of the prefill: it bounds the logits in memory
 POSITIONS = [100, 1000, 10_000]
 MODELS = {
     "small": {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 4096},

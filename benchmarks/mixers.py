@@ -64,7 +64,9 @@ STUDIES = {
         "base": {"model.pattern": "M", "optim.clip_scope": "aux"},
         "ladders": {"optim.lr": ([0.01 * 2.0**k for k in range(5)], 1), "optim.adamw_lr": (RATES, 3)},
         "arms": {
-            name or "none": {"optim.route": [f"blocks.*({'|'.join(parts)}).weight={route}" for parts, route in rules if parts]}
+            name or "none": {
+                "optim.route": [f"blocks.*({'|'.join(parts)}).weight={route}" for parts, route in rules if parts]
+            }
             for name, rules in (
                 (
                     "+".join(on),
@@ -96,7 +98,9 @@ class Runs:
             self.rows = {row["key"]: row for row in map(json.loads, path.read_text().splitlines())}
 
     def get(self, cfg: Config) -> dict:
-        asked = {key: value for key, value in flatten(cfg.to_dict()).items() if not key.startswith(("log", "train.save"))}
+        asked = {
+            key: value for key, value in flatten(cfg.to_dict()).items() if not key.startswith(("log", "train.save"))
+        }
         key = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=8).hexdigest()
         if key not in self.rows:
             began, trainer = time.perf_counter(), Trainer(cfg)
@@ -214,7 +218,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--studies", default="writes,routing,twins")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--only", default="", help="these tasks and arms, to share the work between processes that write one cache")
+    parser.add_argument(
+        "--only", default="", help="these tasks and arms, to share the work between processes that write one cache"
+    )
     parser.add_argument("--cache", type=Path, default=Path("runs/mixers.jsonl"))
     parser.add_argument("--json", metavar="FILE", help="also write all numbers here")
     args = parser.parse_args()
@@ -222,7 +228,9 @@ def main() -> None:
     if unknown := sorted({*studies} - {*STUDIES, "twins"}):
         raise UserError(f"unknown study {unknown[0]!r}; they are {', '.join(STUDIES)}, twins")
     runs = Runs(args.cache)
-    document = {name: twins(runs, seeds) if name == "twins" else study(runs, name, seeds, args.only) for name in studies}
+    document = {
+        name: twins(runs, seeds) if name == "twins" else study(runs, name, seeds, args.only) for name in studies
+    }
     report(document)
     if args.json:
         Path(args.json).write_text(json.dumps(document, indent=1))

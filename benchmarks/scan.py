@@ -54,7 +54,9 @@ from muonlm.model.block import CONSTRUCTORS
 from muonlm.scan import choose_backend, diag_scan, reference
 from muonlm.scan.heads import delta_scan
 
-AGREE = 1e-4  # relative Frobenius norm, fp32; sums over 4096 tokens in other orders, 2e-5 at most where this was written
+AGREE = (
+    1e-4  # relative Frobenius norm, fp32; sums over 4096 tokens in other orders, 2e-5 at most where this was written
+)
 LONG_LIMIT = 8e9
 HEADS = 4
 WIDE = {"d_state": 16, "n_head": 1, "mlp": "none", "delta_heads": HEADS, "vocab_size": 64, "init": "lm"}
@@ -439,7 +441,9 @@ def scaling(letters: str, lengths: list[int], repeats: int, peaks: dict) -> list
 
 def long_step(length: int) -> dict:
     """One training step on one row of `length` tokens, as a process of its own."""
-    cfg = ModelConfig(pattern="l", n_layer=8, d_model=256, n_head=1, vocab_size=4096, block_size=length, init="lm", tie=True)
+    cfg = ModelConfig(
+        pattern="l", n_layer=8, d_model=256, n_head=1, vocab_size=4096, block_size=length, init="lm", tie=True
+    )
 
     def work() -> dict:
         torch.manual_seed(0)
@@ -498,18 +502,27 @@ def table(document: dict) -> str:
     if document["rows"]:
         lines += ["", f"{'family':12} {'shape':16} {'arm':18} {'ms [range]':28} {'peak MiB':>9} {'deviation':>9}"]
         for r in document["rows"]:
-            lines.append(f"{r['family']:12} {r['shape']:16} {r['arm']:18} {span(r['seconds'], 1e3):28} {mib(r['peak_bytes']):>9} {'once' if r['once'] else format(r['deviation'], '9.0e'):>9}")
+            lines.append(
+                f"{r['family']:12} {r['shape']:16} {r['arm']:18} {span(r['seconds'], 1e3):28} {mib(r['peak_bytes']):>9} {'once' if r['once'] else format(r['deviation'], '9.0e'):>9}"
+            )
         lines += ["", f"{'family':12} {'shape':16} {'ratio':36} {'time [range]':24} {'memory':>7}"]
         for r in document["ratios"]:
             memory = "-" if r["memory"] is None else f"{r['memory']:.2f}"
-            lines.append(f"{r['family']:12} {r['shape']:16} {r['ratio']:36} {span(r['time'], form='.2f'):24} {memory:>7}")
+            lines.append(
+                f"{r['family']:12} {r['shape']:16} {r['ratio']:36} {span(r['time'], form='.2f'):24} {memory:>7}"
+            )
     if document["scaling"]:
         lengths = document["scaling"][0]["lengths"]
-        lines += ["", f"{'mixer':6} {'slope of time':>13} {'of peak':>8}   ms and MiB at L = {', '.join(map(str, lengths))}"]
+        lines += [
+            "",
+            f"{'mixer':6} {'slope of time':>13} {'of peak':>8}   ms and MiB at L = {', '.join(map(str, lengths))}",
+        ]
         for r in document["scaling"]:
             memory = "-" if r["memory_slope"] is None else f"{r['memory_slope']:.2f}"
             ms = ", ".join(f"{1e3 * s:.0f}" for s in r["seconds"])
-            lines.append(f"{r['mixer']:6} {r['time_slope']:13.2f} {memory:>8}   {ms};  {', '.join(map(mib, r['peak_bytes']))}")
+            lines.append(
+                f"{r['mixer']:6} {r['time_slope']:13.2f} {memory:>8}   {ms};  {', '.join(map(mib, r['peak_bytes']))}"
+            )
     if long := document["long"]:
         lines += ["", f"step of {long['tokens']} tokens, {long['parameters']:,} parameters: {long['seconds']:.1f} s, peak resident "
                   f"{long['peak_resident_bytes'] / 1e9:.2f} GB ({'below' if long['below_8_GB'] else 'NOT below'} 8 GB)"]  # fmt: skip
@@ -520,7 +533,9 @@ def table(document: dict) -> str:
 def main() -> None:
     known = [*FAMILIES, "scaling"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(known), help=f"of {','.join(known)} (default: all); empty for --long alone")
+    parser.add_argument(
+        "--only", default=",".join(known), help=f"of {','.join(known)} (default: all); empty for --long alone"
+    )
     parser.add_argument("--mixers", default="MmLlDdGgV", help="letters of the mixers that scaling measures")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

@@ -131,7 +131,9 @@ def test_scans_of_ours_are_there_and_peers_too_unless_named_as_missing(scans):
 
 def test_scans_were_compared_before_they_were_timed(scans):
     deviations = [row["deviation"] for row in scans["rows"]]
-    assert max(deviations) < 1e-4 and sum(d > 0 for d in deviations) >= 3  # other orders of summation: not bitwise equal
+    assert (
+        max(deviations) < 1e-4 and sum(d > 0 for d in deviations) >= 3
+    )  # other orders of summation: not bitwise equal
 
 
 def test_ratios_of_scans_are_theirs_over_ours(scans):
@@ -139,7 +141,11 @@ def test_ratios_of_scans_are_theirs_over_ours(scans):
     assert scans["ratios"] or scans["missing"]
     for r in scans["ratios"]:
         above, below = (rows[r["family"], name] for name in r["ratio"].split(" / "))
-        assert above["seconds"]["min"] / below["seconds"]["max"] <= r["time"]["median"] <= above["seconds"]["max"] / below["seconds"]["min"]
+        assert (
+            above["seconds"]["min"] / below["seconds"]["max"]
+            <= r["time"]["median"]
+            <= above["seconds"]["max"] / below["seconds"]["min"]
+        )
         assert r["memory"] == above["peak_bytes"] / max(below["peak_bytes"], 1)
 
 
@@ -185,7 +191,9 @@ def test_the_long_step_counts_parameters_and_memory(scans):
     long = scans["long"]
     assert long["tokens"] == 512 and 8e6 < long["parameters"] < 12e6
     # weights, gradients and two moments in fp32 at the least
-    assert long["peak_resident_bytes"] > 16 * long["parameters"] and long["below_8_GB"] == (long["peak_resident_bytes"] < 8e9)
+    assert long["peak_resident_bytes"] > 16 * long["parameters"] and long["below_8_GB"] == (
+        long["peak_resident_bytes"] < 8e9
+    )
     assert long["loss"] == pytest.approx(math.log(4096), abs=0.5)  # a new model knows nothing
 
 

@@ -77,7 +77,11 @@ def test_gradients_are_equal(pair):
     theirs(x).logits.logsumexp(-1).sum().backward()
     ours(x)[0].logsumexp(-1).sum().backward()
     found = {name: p.grad for name, p in ours.named_parameters()}
-    (last,) = [p.grad for name, p in theirs.named_parameters() if name.endswith(f".{COMMON['num_hidden_layers'] - 1}.mixer.A_log")]
+    (last,) = [
+        p.grad
+        for name, p in theirs.named_parameters()
+        if name.endswith(f".{COMMON['num_hidden_layers'] - 1}.mixer.A_log")
+    ]
     # a gradient sums 40 tokens; the largest deviation seen was 1e-5 of the largest entry
     torch.testing.assert_close(found["blocks.2.mixer.A_log"], last, rtol=1e-4, atol=1e-4 * float(last.abs().max()))
 
@@ -119,7 +123,9 @@ def test_to_transformers_and_back_is_bitwise(pair):
 @pytest.mark.parametrize("letter, heads", [("M", {}), ("D", {"ssm_head": 16})])
 def test_a_model_of_ours_goes_out_and_comes_back(letter, heads):
     ours = build_model(
-        ModelConfig(pattern=letter, n_layer=2, d_model=32, n_head=1, mlp="none", vocab_size=VOCAB, norm_eps=1e-5, **heads)
+        ModelConfig(
+            pattern=letter, n_layer=2, d_model=32, n_head=1, mlp="none", vocab_size=VOCAB, norm_eps=1e-5, **heads
+        )
     ).eval()
     theirs = to_transformers(ours)
     x = tokens(2, 19)
@@ -160,7 +166,9 @@ def test_what_ours_cannot_express_is_refused_by_name(name, change, word):
 
 
 def test_another_family_is_refused():
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=11, n_positions=8))
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=11, n_positions=8)
+    )
     with pytest.raises(UserError, match="'gpt2' has no counterpart"):
         from_transformers(theirs)
 
@@ -180,6 +188,8 @@ def test_another_family_is_refused():
     ],
 )
 def test_what_theirs_cannot_express_is_refused_by_name(change, word):
-    cfg = ModelConfig(**{"pattern": "M", "n_layer": 2, "d_model": 16, "n_head": 1, "mlp": "none", "vocab_size": 11} | change)
+    cfg = ModelConfig(
+        **{"pattern": "M", "n_layer": 2, "d_model": 16, "n_head": 1, "mlp": "none", "vocab_size": 11} | change
+    )
     with pytest.raises(UserError, match=word):
         to_transformers(build_model(cfg, "meta"))

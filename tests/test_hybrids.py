@@ -153,9 +153,13 @@ def test_initial_values_of_each_regime(init):
     model = build_model(ModelConfig(**SMALL | wide | {"pattern": "MLD", "loops": 3, "init": init}), seed=1)
     mamba, longhorn, mamba2 = (block.mixer for block in model.blocks)
     steps = nn.functional.softplus(mamba.dt_proj.bias)
-    assert 1e-4 <= steps.min() and steps.max() <= 0.1 + 1e-6 and 0.005 < steps.median() < 0.02  # log-uniform in [.001, .1]
+    assert (
+        1e-4 <= steps.min() and steps.max() <= 0.1 + 1e-6 and 0.005 < steps.median() < 0.02
+    )  # log-uniform in [.001, .1]
     torch.testing.assert_close(mamba.A_log[5].exp(), torch.arange(1.0, 17.0))
-    assert mamba.dt_proj.weight.abs().max() <= 16**-0.5 and mamba.dt_proj.weight.std() > 0.13  # uniform ± R^−½ in all regimes
+    assert (
+        mamba.dt_proj.weight.abs().max() <= 16**-0.5 and mamba.dt_proj.weight.std() > 0.13
+    )  # uniform ± R^−½ in all regimes
     assert 1 <= mamba2.A_log.exp().min() and mamba2.A_log.exp().max() <= 16 and bool((mamba2.D == 1).all())
     s = torch.sigmoid(longhorn.dt_head.bias)
     assert (s.max() < 0.096 and s.min() > 9e-4) if init == "dt_small" else bool((s == 0.5).all())
@@ -212,7 +216,9 @@ def test_names_and_letters_of_a_pattern_are_the_same():
     assert ModelConfig(**SMALL | {"pattern": "M,attention"}).pattern == "MA"
     again = ModelConfig(**SMALL | {"longhorn_per_layer": 2, "n_layer": 4})
     assert (again.pattern, again.longhorn_per_layer) == ("LW", -1)  # an edited pattern of the resolved recipe counts
-    assert ModelConfig(**SMALL | {"pattern": "M", "d_model": 33}).layers == "MM"  # heads and RoPE concern attention alone
+    assert (
+        ModelConfig(**SMALL | {"pattern": "M", "d_model": 33}).layers == "MM"
+    )  # heads and RoPE concern attention alone
 
 
 @pytest.mark.parametrize(
@@ -242,7 +248,11 @@ def test_impossible_models_are_refused_with_the_way_out(keys, says):
 def test_a_recurrent_model_writes_beyond_its_block_size_with_a_state_of_constant_size():
     """Sixty-four tokens are its training rows; the engine carries the state on and never reads the past again."""
     model = small(pattern="lW").float()
-    assert model.context is None and small(pattern="lA").context == 64 and small(positions="learned", pattern="l").context == 64
+    assert (
+        model.context is None
+        and small(pattern="lA").context == 64
+        and small(positions="learned", pattern="l").context == 64
+    )
     lengths = []
     model.register_forward_pre_hook(lambda module, given: lengths.append(given[0].shape[1]))
     out = [step[0] for step in stream(model, [1, 2, 3], max_tokens=150, temperature=0)]

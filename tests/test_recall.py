@@ -8,7 +8,12 @@ from muonlm.config import UserError
 from muonlm.data.packed import IGNORE
 from muonlm.data.recall import BLANK, EPOCH, RecallData
 
-SHAPES = [(8, 64, 256), (1, 3, 3), (4, 12, 9), (16, 256, 512)]  # pairs, length, vocab: usual, smallest, no blank left, long
+SHAPES = [
+    (8, 64, 256),
+    (1, 3, 3),
+    (4, 12, 9),
+    (16, 256, 512),
+]  # pairs, length, vocab: usual, smallest, no blank left, long
 
 
 def rows_of(batch) -> set[tuple[int, ...]]:
@@ -66,7 +71,12 @@ def test_a_batch_depends_on_seed_and_step_alone():
         assert torch.equal(data.batch(step).inputs, other.batch(step).inputs)
         assert torch.equal(data.batch(step).targets, other.batch(step).targets)
     assert data.fingerprint == other.fingerprint
-    others = [RecallData(seed=6), RecallData(seed=5, split="val"), RecallData(seed=5, power=1.0), RecallData(seed=5, pairs=7)]
+    others = [
+        RecallData(seed=6),
+        RecallData(seed=5, split="val"),
+        RecallData(seed=5, power=1.0),
+        RecallData(seed=5, pairs=7),
+    ]
     assert len({data.fingerprint, *(d.fingerprint for d in others)}) == 5
     assert not torch.equal(data.batch(0).inputs, others[0].batch(0).inputs)
 

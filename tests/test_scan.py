@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from muonlm.config import UserError
-from muonlm.scan import chunked, choose_backend, diag_scan, gain, reference, write_norm
+from muonlm.scan import choose_backend, chunked, diag_scan, gain, reference, write_norm
 from muonlm.scan.writes import newton_schulz
 
 F64 = torch.float64
@@ -186,3 +186,87 @@ def test_the_size_of_value_and_key_does_not_matter():
 
 def test_real_tokens_of_lengths():
     assert reference.real_tokens(torch.tensor([2, 0]), 2, 3, "cpu").tolist() == [[True, True, False], [False] * 3]
+
+
+# --- through diag_scan with the compiled kernels -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])
+def test_half_precision_inputs_and_autocast_change_no_arithmetic(backend):
+    """bf16 rounds the inputs; everything after is fp32, forward and backward, also where autocast is on."""
+    for kind, gamma in KINDS:
+        rounded = [x if x is None else x.detach().bfloat16() for x in inputs(kind, gamma)]
+        plain = [x if x is None else x.float().requires_grad_() for x in rounded]
+        true = results(kind, plain, gamma, backend=backend)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = results(kind, plain, gamma, backend=backend)
+            if backend == "reference":  # its backward is autograd's, on which autocast has its hand
+                found, true = found[:2], true[:2]
+            y, S, _ = scan(kind, rounded, gamma, backend=backend)
+        assert y.dtype == S.dtype == torch.float32
+        assert error(found, true) < 1e-6 and error([y.double()], true[:1]) < 1e-6
+
+
+def test_lengths_beyond_the_row_mean_its_end_and_may_change_after_the_forward_pass():
+    for backend in ("cpu", "chunked"):
+        for kind, gamma in KINDS:
+            tensors = inputs(kind, gamma, dtype=torch.float32)
+            true = results(kind, tensors, gamma, backend=backend, lengths=torch.tensor([37, 20, 5]))
+            lengths = torch.tensor([99, 20, 5], dtype=torch.int32)
+            y, S, _ = scan(kind, tensors, gamma, backend=backend, lengths=lengths)
+            lengths.fill_(1)  # the backward pass has its own copy
+            weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=F64)
+            (grad,) = torch.autograd.grad((y.double() * weight).sum() + 0 * S.sum(), tensors[2])
+            assert (
+                error([y.double(), S.double()], true[:2]) < 1e-6
+                and grad[2, 5:].abs().max() == 0 != grad[0, 36].abs().max()
+            )
+
+
+def test_shapes_that_do_not_fit_never_reach_the_kernels():
+    delta, _, w, k, q, S0, M0 = (x if x is None else x.detach().float() for x in inputs("longhorn", 0.9))
+    wrong = [
+        {"gate": ("longhorn", delta[..., :1])},
+        {"k": k[:, :5]},
+        {"q": q[..., :2]},
+        {"S0": S0[:1]},
+        {"lengths": torch.tensor([3])},
+    ]
+    for change in wrong:
+        given = {"gate": ("longhorn", delta), "w": w, "k": k, "q": q, "S0": S0, "M0": M0, "gamma": 0.9} | change
+        with pytest.raises(AssertionError):
+            diag_scan(**given)
+
+
+def test_padding_may_hold_anything():
+    """NaN beyond a row's end reaches neither outputs nor gradients."""
+    lengths = torch.tensor([37, 20, 0])
+    for backend in ("cpu", "chunked"):
+        for kind, gamma in KINDS:
+            clean = inputs(kind, gamma, dtype=torch.float32)
+            true = results(kind, clean, gamma, backend=backend, lengths=lengths)
+            dirty = [x if x is None else x.detach().clone() for x in clean]
+            for i in (0, 2, 3, 4):
+                dirty[i][1, 20:] = dirty[i][2] = float("nan")
+            dirty = [x if x is None else x.requires_grad_() for x in dirty]
+            assert error(results(kind, dirty, gamma, backend=backend, lengths=lengths), true) == 0
+
+
+def test_a_compiled_model_calls_the_same_kernels():
+    """Without the guard dynamo traces into numba, and the results are silently wrong. One graph backend is enough: aot_eager."""
+    tensors = [x if x is None else x.detach().float().requires_grad_() for x in inputs("mamba", 0.9)]
+    compiled = torch.compile(lambda *args: scan("mamba", args, 0.9, backend="cpu")[0] * 2, backend="aot_eager")
+    for length in (37, 20):
+        part = [x[:, :length] if i in (0, 2, 3, 4) else x for i, x in enumerate(tensors)]
+        assert error([compiled(*part).double()], [2 * scan("mamba", part, 0.9, backend="cpu")[0].double()]) == 0
+        grads = (
+            torch.autograd.grad(f.sum(), tensors)
+            for f in (compiled(*part), 2 * scan("mamba", part, 0.9, backend="cpu")[0])
+        )
+        assert error(*([g.double() for g in one] for one in grads)) < 1e-6
+
+
+def test_the_meta_device_knows_the_shapes():
+    meta = [x if x is None else x.detach().to("meta", torch.float32) for x in inputs("longhorn", 0.9)]
+    y, S, M = scan("longhorn", meta, 0.9)
+    assert y.shape == (3, 37, 6) and S.shape == M.shape == (3, 4, 6)

@@ -42,8 +42,16 @@ def inputs(form, L, *, batch=B, G=H, dtype=torch.float64, N=N, P=P, seed=0):
 
     k = torch.nn.functional.normalize(normal(batch, L, G, N), dim=-1)
     value = normal(batch, L, H, P)
-    every = dict(lg=-normal(batch, L, H).abs() * 0.3, b=torch.sigmoid(normal(batch, L, H)), u=value, w=value, k=k,
-                 q=normal(batch, L, G, N), S0=normal(batch, H, N, P), M0=normal(batch, H, N, P))
+    every = dict(
+        lg=-normal(batch, L, H).abs() * 0.3,
+        b=torch.sigmoid(normal(batch, L, H)),
+        u=value,
+        w=value,
+        k=k,
+        q=normal(batch, L, G, N),
+        S0=normal(batch, H, N, P),
+        M0=normal(batch, H, N, P),
+    )
     return {n: every[n].to(dtype) for n in names(form)}
 
 
@@ -95,7 +103,7 @@ def test_padding_writes_nothing_and_copies_both_states(form, gamma, L):
     tensors, lengths = inputs(form, L), torch.tensor([L, 0, L // 2])
     agree(form, gamma, tensors, lengths=lengths, chunk=16)
     y, S, *_ = getattr(heads, f"{form}_scan")(**tensors, **options(form, gamma), lengths=lengths, chunk=16)
-    assert y[1].eq(0).all() and y[2, L // 2:].eq(0).all() and error(S[1], tensors["S0"][1]) < 1e-15
+    assert y[1].eq(0).all() and y[2, L // 2 :].eq(0).all() and error(S[1], tensors["S0"][1]) < 1e-15
 
 
 @each_form
@@ -188,7 +196,7 @@ def test_one_token_at_a_time_equals_the_whole_sequence(form, gamma):
     whole = scan(**tensors, chunk=4)
     states = {n: t for n, t in tensors.items() if n in ("S0", "M0")}
     for t in range(9):
-        y, *new = scan(**{n: x[:, t:t + 1] for n, x in tensors.items() if n not in states}, **states)
+        y, *new = scan(**{n: x[:, t : t + 1] for n, x in tensors.items() if n not in states}, **states)
         assert error(y[:, 0], whole[0][:, t]) < 1e-11
         states = dict(zip(states, new))
     assert all(error(a, b) < 1e-11 for a, b in zip(new, whole[1:]) if a is not None)
@@ -218,8 +226,9 @@ def test_flash_linear_attention_computes_the_same_delta_rule(name):
     """1e-5: theirs is fp32."""
     t = inputs("delta", 50, dtype=torch.float32)
     y, S = heads.delta_scan(**t, chunk=16)
-    theirs = outside(name)(q=t["q"], k=t["k"], v=t["u"], beta=t["b"], g=t["lg"], scale=1.0, initial_state=t["S0"],
-                           output_final_state=True)
+    theirs = outside(name)(
+        q=t["q"], k=t["k"], v=t["u"], beta=t["b"], g=t["lg"], scale=1.0, initial_state=t["S0"], output_final_state=True
+    )
     assert error(y, theirs[0]) < 1e-5 and error(S, theirs[1]) < 1e-5
 
 

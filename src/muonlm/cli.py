@@ -301,7 +301,9 @@ def next_steps(report: dict, say) -> None:
             f"  muonlm train {report['recipe']} --data YOUR.txt             the same on your own text (.txt, .jsonl, .parquet, folders)"
         )
     elif "train_acc" not in report:  # recall
-        say(f"  muonlm train {report['recipe']} --data recall --train.objective recall --data.pairs 16     more to remember")
+        say(
+            f"  muonlm train {report['recipe']} --data recall --train.objective recall --data.pairs 16     more to remember"
+        )
     else:
         say(
             f"  muonlm train {report['recipe']} --optim.name {'adamw' if report['optimizer'] == 'muon' else 'muon'} --out {run}-other     another optimizer"

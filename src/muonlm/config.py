@@ -316,7 +316,9 @@ class ModelConfig:
         used = set(self.pattern)
         if not 0 <= self.beta < 1:
             raise UserError(f"model.beta = {self.beta} must be in [0, 1).")
-        if not 1e-18 <= self.write_eps < float("inf"):  # its square must not vanish in fp32: a silent token's gradient would be 0 · ∞
+        if (
+            not 1e-18 <= self.write_eps < float("inf")
+        ):  # its square must not vanish in fp32: a silent token's gradient would be 0 · ∞
             raise UserError(f"model.write_eps = {self.write_eps} must be at least 1e-18; 1e-6 is usual.")
         if not self.alpha < float("inf"):
             raise UserError(f"model.alpha = {self.alpha} must be finite.")
@@ -337,7 +339,9 @@ class ModelConfig:
             )
         scales = self.attention_scales
         if "S" in used and not (scales and 1 <= min(scales) and max(scales) <= self.block_size):
-            raise UserError(f"model.attention_scales = {scales} must be from 1 to block_size = {self.block_size}, such as 1,2,4.")
+            raise UserError(
+                f"model.attention_scales = {scales} must be from 1 to block_size = {self.block_size}, such as 1,2,4."
+            )
         if self.loop_blocks:
             match = re.fullmatch(r"(\d+):(\d+)", self.loop_blocks)
             if not match or not int(match[1]) < int(match[2]) <= self.n_layer:
@@ -679,7 +683,9 @@ class Config:
             raise UserError("model.kind = modular needs --data modular and --train.objective classify.")
         if (self.data.source == "recall") != (self.train.objective == "recall"):
             missing = "--train.objective recall" if self.data.source == "recall" else "--data recall"
-            raise UserError(f"data.source = recall and train.objective = recall go together (only answers are trained); add {missing}.")
+            raise UserError(
+                f"data.source = recall and train.objective = recall go together (only answers are trained); add {missing}."
+            )
         if self.data.source == "modular" and self.model.kind != "modular":
             raise UserError(
                 "data.source = modular is arithmetic for model.kind = modular; start from `muonlm train keller/grokking`."

@@ -76,11 +76,15 @@ def read_config(theirs, block_size: int) -> ModelConfig:
     for key, valid in demands:
         found = getattr(theirs, key)
         if (tuple(found) if isinstance(found, list) else found) not in valid:
-            raise UserError(f"{key} = {found!r} of this {theirs.model_type} cannot be expressed here, only {key} = {valid[0]!r}.")
+            raise UserError(
+                f"{key} = {found!r} of this {theirs.model_type} cannot be expressed here, only {key} = {valid[0]!r}."
+            )
     if theirs.expand != int(theirs.expand):
         raise UserError(f"expand = {theirs.expand} of this {theirs.model_type} must be a whole number.")
     only = (
-        {"ssm_head": theirs.head_dim, "ssm_groups": theirs.n_groups} if second else {"dt_rank": int(theirs.time_step_rank)}
+        {"ssm_head": theirs.head_dim, "ssm_groups": theirs.n_groups}
+        if second
+        else {"dt_rank": int(theirs.time_step_rank)}
     )
     return ModelConfig(
         pattern=LETTERS[theirs.model_type],
@@ -105,7 +109,9 @@ def write_config(cfg: ModelConfig):
     """(transformers' config, its CausalLM class) of our ModelConfig."""
     letters = set(cfg.layers)
     if len(letters) > 1 or not letters <= set(LETTERS.values()):
-        raise UserError(f"model.pattern = {cfg.pattern!r} is no model of transformers' Mamba family; only M or D alone is.")
+        raise UserError(
+            f"model.pattern = {cfg.pattern!r} is no model of transformers' Mamba family; only M or D alone is."
+        )
     demands = {
         "kind": "lm",
         "mlp": "none",

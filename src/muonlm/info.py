@@ -52,7 +52,9 @@ def describe_recipes() -> list[dict]:
 def describe_presets(recipe: str | None = None) -> list[dict]:
     """Presets by recipe; of one recipe, or of all."""
     names = [recipe] if recipe else recipe_names()
-    return [{"recipe": name, "preset": preset} for name in names for preset in config.read_recipe(name).get("preset", {})]
+    return [
+        {"recipe": name, "preset": preset} for name in names for preset in config.read_recipe(name).get("preset", {})
+    ]
 
 
 def find(what: str, flags: dict, *, preset: str = "", smoke: bool = False) -> Config:

@@ -260,7 +260,11 @@ def resolve(cfg: Config, vocab_size: int, samples: int, world: int, started: boo
     tokens = t.parse_budget()[1] if t.budget else t.tokens
     # only modular epochs end in a short batch
     steps_per_epoch = -(-samples // rows) if cfg.data.source == "modular" else samples / rows
-    steps = t.steps or (tokens // (rows * block) if t.budget else math.ceil(tokens / (rows * block))) or math.ceil(t.epochs * steps_per_epoch)
+    steps = (
+        t.steps
+        or (tokens // (rows * block) if t.budget else math.ceil(tokens / (rows * block)))
+        or math.ceil(t.epochs * steps_per_epoch)
+    )
     if not steps:
         raise UserError(
             "the length of the run is not set; use --train.steps N, --train.epochs E, --train.tokens T or --train.budget"
@@ -342,7 +346,9 @@ def scan_choice(cfg: Config, dist: Dist) -> str:
             raise UserError(
                 f"model.scan = {cfg.model.scan} concerns layers M, m, L and l, of which {cfg.model.pattern!r} has none; leave it out."
             )
-        return ("reference" if cfg.model.scan == "reference" else "chunks") if set(cfg.model.layers) & set("DdGgV") else ""
+        return (
+            ("reference" if cfg.model.scan == "reference" else "chunks") if set(cfg.model.layers) & set("DdGgV") else ""
+        )
     return choose_backend(cfg.model.scan, dist.device, torch.float32)
 
 

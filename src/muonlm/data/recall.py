@@ -29,7 +29,9 @@ from ..data.packed import IGNORE, Batch
 
 BLANK = 0
 EPOCH = 1 << 16  # rows that an epoch counts as, though none comes twice
-GOLDEN, MIX_1, MIX_2 = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # SplitMix64
+GOLDEN, MIX_1, MIX_2 = (
+    np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)  # SplitMix64
 
 
 class RecallData:

@@ -125,7 +125,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, self.heads + 2 * self.kv_heads, self.width).split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        q, k, v = (
+            self.qkv(x)
+            .view(B, T, self.heads + 2 * self.kv_heads, self.width)
+            .split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if state is None and mask is None:  # training and plain prefill: the causal mask is implicit

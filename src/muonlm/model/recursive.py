@@ -133,7 +133,9 @@ class MultiScaleAttention(nn.Module):
         s, (B, T) = self.scales[i], q.shape[:2]
         end = T - T % s  # of the last complete block
         unfinished = at_least_fp32(kv[:, end:]).sum(1)
-        k, v = self._pool(i, at_least_fp32(kv[:, :end]).unflatten(1, (end // s, s)).mean(2), q.dtype, slice(s - 1, end, s), T)
+        k, v = self._pool(
+            i, at_least_fp32(kv[:, :end]).unflatten(1, (end // s, s)).mean(2), q.dtype, slice(s - 1, end, s), T
+        )
         if not end:
             return q.new_zeros(B, self.heads, T, self.width), [k, v, unfinished]
         q = self._query(i, q[:, s - 1 :], slice(s - 1, T), T)  # the first s − 1 see nothing

@@ -509,7 +509,21 @@ def forward(delta, A, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
     y = torch.empty_like(w) if lengths is None else torch.zeros_like(w)
     tensors = (delta, k2, A, w, k, q, y, S, M, Sc, Mc)
     arrays, tasks = [_address(x) for x in tensors], B * -(-D // BLOCK)
-    _run(_forward_tasks, tasks, B * L * N * D, tensors, ends, L, D, N, k.shape[-1], chunk, *arrays, float(gamma), float(alpha))
+    _run(
+        _forward_tasks,
+        tasks,
+        B * L * N * D,
+        tensors,
+        ends,
+        L,
+        D,
+        N,
+        k.shape[-1],
+        chunk,
+        *arrays,
+        float(gamma),
+        float(alpha),
+    )
     return y, S, M, Sc, Mc
 
 
@@ -528,6 +542,20 @@ def backward(delta, A, w, k, q, Sc, Mc, gamma, alpha, lengths, chunk, gy, gS, gM
     dA = None if A is None else w.new_zeros(B, N, D)
     tensors = (delta, k2, A, w, k, q, Sc, Mc, gy.contiguous(), lam, pi, d_delta, dA, dw, dk, dq)
     arrays = [_address(x) for x in tensors]
-    _run(_backward_tasks, B * blocks, 4 * B * L * N * D, tensors, ends, L, D, N, K, chunk, *arrays, float(gamma), float(alpha))
+    _run(
+        _backward_tasks,
+        B * blocks,
+        4 * B * L * N * D,
+        tensors,
+        ends,
+        L,
+        D,
+        N,
+        K,
+        chunk,
+        *arrays,
+        float(gamma),
+        float(alpha),
+    )
     dk, dq = dk.sum(0)[..., :N], dq.sum(0)[..., :N]
     return d_delta, None if dA is None else dA.sum(0).t(), dw, dk, dq, lam, pi

@@ -40,7 +40,11 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     if backend == "cpu" and device.type != "cpu":
         raise UserError(f"model.scan = cpu cannot run on {device}; use auto.")
     if not _available(backend):
-        need = "a CUDA device (or TRITON_INTERPRET=1) and triton" if backend == "triton" else "numba (pip install numba) and a CPU with FMA"
+        need = (
+            "a CUDA device (or TRITON_INTERPRET=1) and triton"
+            if backend == "triton"
+            else "numba (pip install numba) and a CPU with FMA"
+        )
         raise UserError(f"model.scan = {backend} needs {need}; use auto or chunked.")
     return backend
 
@@ -98,7 +102,12 @@ def diag_scan(
     """gate ("longhorn", Δ) or ("mamba", Δ, A) -> y (B,L,D), S (B,N,D), M (B,N,D) or None where γ = 0. Shapes: reference.py."""
     (B, L, D), N = w.shape, k.shape[-1]
     delta, A = gate[1], gate[2] if gate[0] == "mamba" else None
-    assert gate[0] in ("longhorn", "mamba") and L > 0 and chunk > 0 and (M0 is None or gamma), (gate[0], L, chunk, gamma)
+    assert gate[0] in ("longhorn", "mamba") and L > 0 and chunk > 0 and (M0 is None or gamma), (
+        gate[0],
+        L,
+        chunk,
+        gamma,
+    )
     assert delta.shape == w.shape and k.shape == q.shape == (B, L, N), (delta.shape, w.shape, k.shape, q.shape)
     assert A is None or A.shape == (D, N), (A.shape, D, N)
     assert lengths is None or lengths.shape == (B,), (lengths.shape, B)

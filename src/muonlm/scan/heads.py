@@ -47,7 +47,7 @@ class _Tile(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """(B,L,…) -> (rows,n,C,…), a view."""
-        return x[self.rows, self.t:self.t + self.n * self.C].unflatten(1, (self.n, self.C))
+        return x[self.rows, self.t : self.t + self.n * self.C].unflatten(1, (self.n, self.C))
 
     def cut(self, x: Tensor) -> Tensor:
         """(B,L,…) -> (X,C,…)."""
@@ -55,7 +55,7 @@ class _Tile(NamedTuple):
 
     def states(self, x: Tensor) -> Tensor:
         """(B,G,chunks + 1,N,D) -> (rows,n + 1,N,D): at the start of each chunk, and after the last."""
-        return x[self.rows, self.g, self.i:self.i + self.n + 1]
+        return x[self.rows, self.g, self.i : self.i + self.n + 1]
 
     def put(self, x: Tensor, value: Tensor) -> None:
         """The inverse of cut: x (B,L,…) is written."""
@@ -73,8 +73,12 @@ def _tiles(B: int, L: int, C: int, r: int, G: int, state: int, device: torch.dev
     full, rest = divmod(L, C)
     spans = [(i, 1, C) for i in range(full)] if small else [(0, full, C)][:full]
     spans += [(full, 1, rest)][:rest]
-    return [_Tile(slice(b, b + rows), g, slice(g * r, (g + 1) * r), i, n, i * C, c)
-            for b in range(0, B, rows) for g in range(G) for i, n, c in spans]
+    return [
+        _Tile(slice(b, b + rows), g, slice(g * r, (g + 1) * r), i, n, i * C, c)
+        for b in range(0, B, rows)
+        for g in range(G)
+        for i, n, c in spans
+    ]
 
 
 def _along(x: Tensor) -> Tensor:
@@ -266,13 +270,45 @@ def _velocity_chunk(gamma, alpha, norm, straight, lg, b, u, k, q, p, S, M):
     return torch.stack(y, 1), S, M
 
 
-def velocity_scan(lg, b, u, k, q, S0=None, M0=None, *, gamma, alpha, norm, steps, poly, eps, lengths=None,
-                  ns_grad="exact", chunk=64, backend="auto"):
+def velocity_scan(
+    lg,
+    b,
+    u,
+    k,
+    q,
+    S0=None,
+    M0=None,
+    *,
+    gamma,
+    alpha,
+    norm,
+    steps,
+    poly,
+    eps,
+    lengths=None,
+    ns_grad="exact",
+    chunk=64,
+    backend="auto",
+):
     """-> y (B,L,H,P), S and M (B,H,N,P). ns_grad "straight_through": backward takes the iteration for the identity."""
     assert ns_grad in ("exact", "straight_through"), ns_grad
     if backend == "reference" and ns_grad == "exact":
-        return reference.velocity_scan(lg, b, u, k, q, S0, M0, gamma=gamma, alpha=alpha, norm=norm, steps=steps,
-                                       poly=poly, eps=eps, lengths=lengths)
+        return reference.velocity_scan(
+            lg,
+            b,
+            u,
+            k,
+            q,
+            S0,
+            M0,
+            gamma=gamma,
+            alpha=alpha,
+            norm=norm,
+            steps=steps,
+            poly=poly,
+            eps=eps,
+            lengths=lengths,
+        )
     lg, b, u, k, q, S, M = reference._wide(lg, b, u, k, q, S0, M0)
     lg, b, u = prepare(lengths, lg, b, u)
     B, L, H, _ = u.shape

@@ -54,8 +54,10 @@ class Recompute(torch.autograd.Function):
         with torch.enable_grad(), exact(tensors[0].device):
             pairs = [(out, g) for out, g in zip(ctx.fn(*tensors), grads) if out.requires_grad]
             found = torch.autograd.grad(
-                [out for out, _ in pairs], [t for t, need in zip(tensors, wanted) if need],
-                [g for _, g in pairs], allow_unused=True,
+                [out for out, _ in pairs],
+                [t for t, need in zip(tensors, wanted) if need],
+                [g for _, g in pairs],
+                allow_unused=True,
             )
         found = iter(found)
         return None, *(next(found) if need else None for need in wanted)
