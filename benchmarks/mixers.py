@@ -167,7 +167,7 @@ def study(runs: Runs, name: str, seeds: list[int], only: str = "") -> dict:
 
 def twin(name: str, seed: int) -> tuple[Config, Config]:
     """A recipe and its attention twin: same width, half as many layers where ours have no MLP, size matched through the MLP's width."""
-    ours = load_recipe(name, {"seed": seed})
+    ours = load_recipe(name, {"seed": seed, "train.dtype": "bfloat16"})
     vocabulary = dataclasses.replace(ours.model, vocab_size=4096)
     size, layers = count_parameters(vocabulary)["total"], max(2, round(ours.model.n_layer * 0.5))
     best = min(

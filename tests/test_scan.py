@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from muonlm.config import UserError
-from muonlm.scan import choose_backend, chunked, diag_scan, gain, reference, write_norm
+from muonlm.scan import choose_backend, chunked, diag_scan, gain, implicit_step, reference, write_norm
 from muonlm.scan.writes import newton_schulz
 
 F64 = torch.float64
@@ -270,3 +270,16 @@ def test_the_meta_device_knows_the_shapes():
     meta = [x if x is None else x.detach().to("meta", torch.float32) for x in inputs("longhorn", 0.9)]
     y, S, M = scan("longhorn", meta, 0.9)
     assert y.shape == (3, 37, 6) and S.shape == M.shape == (3, 4, 6)
+
+
+def test_what_surrounds_the_scan_has_exact_gradients():
+    """write_norm, also with k shared by a group of heads and below its floor, and Longhorn's step, against finite differences."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=g, dtype=F64).requires_grad_()  # noqa: E731
+    assert torch.autograd.gradcheck(lambda e, k: write_norm(e, k, 0.7, 1e-6), (draw(2, 3, 5), draw(2, 3, 4)))
+    assert torch.autograd.gradcheck(lambda e, k: write_norm(e, k, 0.7, 1e-6), (draw(2, 3, 2, 5), draw(2, 3, 1, 4)))
+    assert torch.autograd.gradcheck(lambda e, k: write_norm(e, k, 0.7, 1e3), (draw(2, 3, 5), draw(2, 3, 4)))
+    assert torch.autograd.gradcheck(implicit_step, (draw(2, 3, 5), draw(2, 3, 4)))
+    x, k = torch.tensor([[-90.0, 0.0, 90.0]], requires_grad=True), torch.full((1, 4), 30.0)
+    implicit_step(x, k).sum().backward()  # s = 8e-40, ½, 1; n = 3600
+    assert x.grad.isfinite().all()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..scan import implicit_step
 from .mamba import State, add_diagonal_parts, diagonal_forward, diagonal_state, diagonal_tags, draw_steps
 from .norm import at_least_fp32
 
@@ -48,5 +49,4 @@ class Longhorn(nn.Module):
 
     def gate(self, T: Tensor, k: Tensor) -> tuple[str, Tensor]:
         """(1) of T (B,L,D), which has no bias yet, and k (B,L,N)."""
-        s = torch.sigmoid(T + at_least_fp32(self.dt_head.bias))
-        return "longhorn", s / (1 + s * k.square().sum(-1, keepdim=True))
+        return "longhorn", implicit_step(T + at_least_fp32(self.dt_head.bias), k)

@@ -6,6 +6,6 @@ reference                                     the definitions, token by token
 """
 
 from .diagonal import choose_backend, diag_scan
-from .writes import gain, write_norm
+from .writes import gain, implicit_step, write_norm
 
-__all__ = ["choose_backend", "diag_scan", "gain", "write_norm"]
+__all__ = ["choose_backend", "diag_scan", "gain", "implicit_step", "write_norm"]

@@ -1,9 +1,10 @@
-"""Normalisation of a token's write: the matrix k eᵀ, which has rank one.
+"""Normalisation of a token's write: the matrix k eᵀ, which has rank one; and Longhorn's step size.
 
 A Newton–Schulz iteration on X/‖X‖_F with φ(s) = A s + B s³ + C s⁵ maps each singular value by φ and keeps the singular vectors.
 X = k eᵀ has a single one, which starts at 1, so S iterations give exactly κ k eᵀ / (‖k‖ ‖e‖), κ = φ∘…∘φ(1): a rescaling.
 
     write_norm(e, k) = κ e / √max(m₂, ε²),   m₂ = (Σ_c e_c²)(Σ_n k_n²)                         (1)
+    implicit_step(x, k) = s / (1 + s n), s = σ(x), n = ‖k‖²: the closed form of an implicit update, at most min(1, 1/n)      (2)
     norm   none: e itself · frobenius: κ = 1 · newton_schulz: κ of (poly, steps); the cubic's κ is 1 for any steps
     newton_schulz(X): the explicit iteration on whole matrices, for gdn_velocity_ns (rank above one) and as the tests' oracle
 
@@ -29,10 +30,60 @@ def gain(norm: str, poly: str, steps: int) -> float:
     return s
 
 
+class _WriteNorm(torch.autograd.Function):
+    """(1) in two passes over e; backward, with π = Σ_c w_c ∂w_c and nothing through m₂ below the floor, in three:
+
+    ∂e = r ∂w − π e/‖e‖²,   ∂k = −π k/‖k‖²,   r = κ/√max(m₂, ε²)
+    """
+
+    @staticmethod
+    def forward(ctx, e, k, kappa, eps):
+        e2, k2 = _dot(e, e), _dot(k, k)
+        m2 = e2 * k2
+        r = kappa * torch.rsqrt(m2.clamp(min=eps * eps))
+        ctx.save_for_backward(e, k, r, e2, k2, m2 > eps * eps)
+        return e * r
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dw):
+        e, k, r, e2, k2, above = ctx.saved_tensors
+        pi = r * _dot(e, dw)
+        de = torch.addcmul(r * dw, e, torch.where(above, -pi / e2, 0))
+        dk = k * torch.where(above, -pi / k2, 0).sum_to_size(*k.shape[:-1], 1)
+        return de, dk, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vecdot(a, b).unsqueeze(-1)
+
+
 def write_norm(e: Tensor, k: Tensor, kappa: float, eps: float) -> Tensor:
-    """(1) over the last axes: e (…,P), k (…,N) -> w (…,P)."""
-    m2 = e.square().sum(-1, keepdim=True) * k.square().sum(-1, keepdim=True)
-    return e * (kappa * torch.rsqrt(m2.clamp(min=eps * eps)))
+    """(1) over the last axes: e (…,P), k (…,N) -> w (…,P); k broadcasts against e."""
+    return _WriteNorm.apply(e, k, kappa, eps)
+
+
+class _ImplicitStep(torch.autograd.Function):
+    """(2); backward, with h = 1/(1 + s n): ∂x = ∂Δ h² s (1 − s), ∂n = −Σ_c ∂Δ h² s²."""
+
+    @staticmethod
+    def forward(ctx, x, k):
+        s = torch.sigmoid(x)
+        h = torch.addcmul(torch.ones((), dtype=s.dtype, device=s.device), s, _dot(k, k)).reciprocal_()
+        ctx.save_for_backward(s, h, k)
+        return s * h
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_delta):
+        s, h, k = ctx.saved_tensors
+        g = (d_delta * h).mul_(h).mul_(s)
+        return torch.addcmul(g, g, s, value=-1), k * (-2 * _dot(g, s))
+
+
+def implicit_step(x: Tensor, k: Tensor) -> Tensor:
+    """Longhorn's step size, (2): x (…,D), k (…,N) -> Δ (…,D)."""
+    return _ImplicitStep.apply(x, k)
 
 
 def newton_schulz(
