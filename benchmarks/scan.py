@@ -23,7 +23,7 @@ peak     MiB by which the process grew from the moment that inputs and weights w
          resident size before. Each in a process of its own, forked before any of them has computed anything, after a run at a
          tiny shape. torch.profiler would not see what numba and MKL allocate; this sees all, and noise of about 1 MiB.
 scaling  whole mixers, B 1, width 128 (D 256), L 512 to 8192: least-squares slope of log time and log peak over log L
-long     --long: one step (loss, gradients, AdamW) of a 10M-parameter MuonLonghorn on a row of 32768 tokens, and the peak
+long     --long: one step (loss, gradients, AdamW; blocks recomputed) of a 10M-parameter MuonLonghorn on a row of 32768 tokens, and the peak
          resident size of that process: below 8 GB or not
 
 The table goes to stderr, JSON to stdout or to a file. Peers that are not installed are listed with their reason.
@@ -448,6 +448,7 @@ def long_step(length: int) -> dict:
     def work() -> dict:
         torch.manual_seed(0)
         model = build_model(cfg)
+        model.recompute = True
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         tokens = torch.randint(cfg.vocab_size, (1, length + 1))
 

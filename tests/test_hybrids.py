@@ -136,6 +136,22 @@ def test_a_model_in_fp32_follows_the_loop_in_fp64(letter, backend):
         assert (found - true).norm() / true.norm() < 5e-6  # mixers.md §8 asks 5e-6 forward, 5e-5 backward
 
 
+def test_recomputed_blocks_give_the_same_loss_and_gradients_and_keep_less():
+    """Dropout included: the second run of a block draws the numbers of the first."""
+    x, kept, results = tokens(), [], []
+    model = small(pattern="lGA", n_layer=3, dropout=0.1).train()
+    for model.recompute in (False, True):
+        sizes = {}
+        torch.manual_seed(5)
+        hook = lambda t: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(hook, lambda t: t):
+            loss = model(x, tokens(seed=4))
+        kept.append(sum(sizes.values()))
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert kept[1] < kept[0] / 3
+
+
 def test_each_application_of_a_looped_block_has_a_state_of_its_own():
     model = small(pattern="l", loops=3)
     assert len(model(tokens())[1]) == len(model.init_state(3)) == 2 * 3 + 2

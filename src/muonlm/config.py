@@ -581,6 +581,8 @@ class TrainConfig:
     """auto, cpu, cuda or mps."""
     compile: bool = False
     """torch.compile the model: worth it on GPUs, 20–50 s of waiting on a CPU."""
+    recompute: bool = False
+    """Keep only the input of each block and run the block again in the backward pass: long rows in little memory, for a third more time."""
     save_every: int = 0
     """Steps between checkpoints. 0 = only at the end (and when interrupted)."""
     keep: int = 2

@@ -79,6 +79,7 @@ def train(
         if init_from:
             _, source = checkpoint.locate(init_from)
             checkpoint.load_weights(model, checkpoint.read(source, state=False)[0], str(source))
+        model.recompute = cfg.train.recompute
         objective = OBJECTIVES[cfg.train.objective]
         plan = plan_routes(cfg, model)
         optimizer = make_optimizer(cfg, plan, process_group="world" if dist.world > 1 else None)

@@ -36,6 +36,7 @@ class LM(nn.Module):
         super().__init__()
         assert cfg.vocab_size > 0, "vocab_size is derived from the tokenizer before the model is built"
         self.cfg = cfg
+        self.recompute = False  # keep only the input of each block for the backward pass, which runs the block again
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.conv = ShortConv(cfg.d_model, cfg.embed_conv) if cfg.embed_conv else None
         self.conv_norm = RMSNorm(cfg.d_model, eps=cfg.norm_eps, gain=False) if cfg.embed_conv else None
@@ -67,7 +68,10 @@ class LM(nn.Module):
             if i == first and self.cfg.inject:
                 x = x if entering is None else x + entering
                 entering = x if entering is None else entering
-            x, layer = self.blocks[i](x, layer, mask)
+            if self.recompute and targets is not None and torch.is_grad_enabled():
+                x, layer = checkpoint(self.blocks[i], x, layer, mask, use_reentrant=False)
+            else:
+                x, layer = self.blocks[i](x, layer, mask)
             if targets is None:
                 states.append(layer)
         x = self.norm(x if undo is None else undo(x))
