@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from muonlm.config import MIXERS, ModelConfig, UserError
+from muonlm.config import MIXERS, ModelConfig, UserError, load_recipe
 from muonlm.generate import map_state, stream
+from muonlm.info import as_text, describe
 from muonlm.model import build_model, count_parameters, layer_parameters, lm, train_flops_per_token
 from muonlm.model.block import CONSTRUCTORS
 from muonlm.optim import Muon, route
@@ -286,3 +287,9 @@ def test_flops_count_every_application_and_only_attention_grows_with_the_context
     assert of(pattern="l", loops=3) - head == pytest.approx(3 * (of(pattern="l") - head))
     cfg = ModelConfig(**SMALL | {"pattern": "M"})
     assert of(pattern="M") == 6 * (sum(layer_parameters(cfg)) + 50 * 32) + 2 * 35 * 4 * 64
+
+
+def test_info_names_every_layer_with_its_write_gain():
+    text = as_text(describe(load_recipe("muonssm/muonlonghorn-cpu")))
+    assert "layer 1        muon_longhorn, 540,288 parameters, write gain 0.7010" in text
+    assert "1,081,344 without embeddings" in text

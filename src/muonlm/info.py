@@ -102,7 +102,6 @@ def vocabulary(cfg: Config) -> tuple[int, str]:
 def describe(cfg: Config) -> dict:
     """Facts of a config as one JSON-able dict."""
     from .model import build_model, count_parameters, layer_parameters, train_flops_per_token
-    from .scan import gain
     from .train import global_rows, make_optimizer, plan_routes
 
     size, source = vocabulary(cfg)
@@ -113,15 +112,7 @@ def describe(cfg: Config) -> dict:
         "vocab_size": size,
         "vocab_source": source,
         "parameters": counts,
-        "layers": [
-            {"mixer": config.MIXERS[letter], "parameters": size}
-            | (
-                {"write_gain": cfg.model.alpha * gain(cfg.model.write_norm, cfg.model.ns_poly, cfg.model.ns_steps)}
-                if letter in "mdlg"
-                else {}
-            )
-            for letter, size in zip(cfg.model.layers, layer_parameters(cfg.model))
-        ],
+        "layers": [describe_layer(*each, cfg.model) for each in zip(cfg.model.layers, layer_parameters(cfg.model))],
         "train_flops_per_token": train_flops_per_token(cfg.model),
         "rows_per_step": global_rows(cfg, 1),
     }
@@ -151,6 +142,15 @@ def describe(cfg: Config) -> dict:
     return facts
 
 
+def describe_layer(letter: str, parameters: int, model: config.ModelConfig) -> dict:
+    from .scan import gain
+
+    facts = {"mixer": config.MIXERS[letter], "parameters": parameters}
+    if letter in "mdlg":
+        facts["write_gain"] = model.alpha * gain(model.write_norm, model.ns_poly, model.ns_steps)
+    return facts
+
+
 def as_text(facts: dict) -> str:
     p, memory = facts["parameters"], facts["memory_bytes"]
     lines = [
@@ -163,9 +163,9 @@ def as_text(facts: dict) -> str:
         + "; activations come on top",
         f"Muon share     {facts['muon_share']:.1%} of the parameters",
     ]
-    lines += [
-        f"layer {i:<8} {layer['mixer']}, {layer['parameters']:,} parameters" for i, layer in enumerate(facts["layers"])
-    ]
+    for i, layer in enumerate(facts["layers"]):
+        writes = f", write gain {layer['write_gain']:.4f}" if "write_gain" in layer else ""
+        lines.append(f"layer {i:<8} {layer['mixer']}, {layer['parameters']:,} parameters{writes}")
     return "\n".join(lines + ([""] + [facts["routing"]] if "routing" in facts else []))
 
 
