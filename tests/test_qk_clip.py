@@ -376,6 +376,7 @@ for bad_rank in (0, 1):  # whichever rank holds the NaN, both must stop: the rep
         assert "head 0 of layer 0 has a logit that is not finite" in str(error), error
     else:
         raise AssertionError(f"rank {rank} went on though rank {bad_rank} had a NaN")
+dist.barrier()  # a rank that leaves while the other still talks has aborted the other at its exit
 dist.destroy_process_group()
 """
 

@@ -153,7 +153,7 @@ def prepare(
         index = _build(files, val_files, aside, held, fixed or tokenizer, columns, num_tokens, layout, progress)
         for source in {s.path for s in files if s.path.parent == aside}:
             source.unlink()
-        _put_in_place(aside, to)
+        _put_in_place(aside, to, overwrite)
         return index
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -211,11 +211,12 @@ def prepared(
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         prepare(many, to, tokenizer=tokenizer, columns=columns, val=val, progress=progress)
-    except UserError:
-        if not to.exists():
+    except (UserError, OSError) as error:
+        if to.exists():  # another process was first: its folder stands where ours was to go
+            read_index(to)
+            return to
+        if isinstance(error, UserError):
             raise
-        read_index(to)  # another process was first
-    except OSError as error:
         raise UserError(
             f"prepared text is kept in {home}, which cannot be written ({error.strerror}); "
             "name another place: export MUONLM_CACHE=/tmp/muonlm"
@@ -517,13 +518,13 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be made ({error.strerror}); choose another --to") from None
 
 
-def _put_in_place(aside: Path, to: Path) -> None:
-    """Sync, then rename. An older target steps aside first and comes back if the rename fails."""
+def _put_in_place(aside: Path, to: Path, overwrite: bool) -> None:
+    """Sync, then rename. With `overwrite` an older target steps aside first and comes back if the rename fails."""
     for file in aside.iterdir():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
     old = to.parent / f".{to.name}.old-{os.getpid()}-{secrets.token_hex(4)}"
-    replaces = to.exists() and any((to / name).is_file() for name in INDEX_NAMES)
+    replaces = overwrite and to.exists() and any((to / name).is_file() for name in INDEX_NAMES)
     if replaces:
         os.rename(to, old)
     try:
