@@ -21,7 +21,7 @@ Source   M. Luby, C. Rackoff, "How to construct pseudorandom permutations", SIAM
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,19 +41,39 @@ ROUNDS = 6  # of the Feistel network; 4 suffice in theory for wide halves, ours 
 class Batch:
     inputs: Tensor  # (B, T) int64 token ids
     targets: Tensor  # (B, T) int64, IGNORE where nothing is trained
-    count: int  # number of trained targets
+    count: int  # what the loss is divided by: trained targets, or pairs
+    segments: Tensor | None = None  # (B, T) int64, 0, 1, … along a row: tokens see their own segment only; −1 = padding
+    reference: Tensor | None = None  # (B, S) fp32: log-probability of each segment's targets under a frozen model
+    pairs: bool = False  # segment 2j is preferred to segment 2j + 1
+
+    @property
+    def tokens(self) -> int:
+        """Trained targets."""
+        return int((self.targets != IGNORE).sum()) if self.pairs else self.count
 
     def split(self, rows: int) -> list["Batch"]:
         """Micro-batches of at most `rows` rows, none lost. An empty batch (a rank without rows) gives itself, once."""
         assert rows >= 1, rows
         if len(self.inputs) <= rows:
             return [self]
-        full = self.count == self.targets.numel()
-        parts = zip(self.inputs.split(rows), self.targets.split(rows), strict=True)
-        return [Batch(x, y, y.numel() if full else int((y != IGNORE).sum())) for x, y in parts]
+        return [self._rows(slice(at, at + rows)) for at in range(0, len(self.inputs), rows)]
+
+    def _rows(self, rows: slice) -> "Batch":
+        part = self._map(lambda t: t[rows])
+        if self.pairs:
+            part.count = int((part.segments.amax(1) + 1).sum()) // 2
+        elif self.count == self.targets.numel():
+            part.count = part.targets.numel()
+        else:
+            part.count = int((part.targets != IGNORE).sum())
+        return part
 
     def to(self, device) -> "Batch":
-        return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), self.count)
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def _map(self, fn) -> "Batch":
+        tensors = {f: getattr(self, f) for f in ("inputs", "targets", "segments", "reference")}
+        return replace(self, **{name: None if t is None else fn(t) for name, t in tensors.items()})
 
 
 def _keys(*what: int) -> np.ndarray:
