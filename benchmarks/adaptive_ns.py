@@ -64,7 +64,7 @@ def train(args, arm: str, seed: int, dist: Dist) -> dict:
     """One run: final loss, share of the flops, mean budget at the end."""
     cfg = config(args, seed, ARMS[arm])
     data = open_data(cfg, dist)
-    cfg = resolve(cfg, data.vocab_size, len(data.train), 1)
+    cfg = resolve(cfg, data, 1)
     model, objective = build_model(cfg.model, dist.device, seed), OBJECTIVES[cfg.train.objective]
     optimizer = make_optimizer(cfg, plan_routes(cfg, model))
     groups = [g for g in optimizer.param_groups if g["use_muon"]]

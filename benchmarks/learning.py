@@ -174,7 +174,7 @@ class Trainer:
     def __init__(self, cfg: Config):
         with parallel.start("cpu") as self.dist:
             self.data = open_data(cfg, self.dist)
-        self.cfg = cfg = resolve(cfg, self.data.vocab_size, len(self.data.train), 1)
+        self.cfg = cfg = resolve(cfg, self.data, 1)
         self.objective = OBJECTIVES[cfg.train.objective]
         self.model = build_model(cfg.model, self.dist.device, cfg.seed)
         self.optimizer = optimizer_of(cfg, self.model)

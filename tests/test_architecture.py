@@ -19,6 +19,7 @@ MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 LEVEL = {
     "config": 0,
     "scan": 1,
+    "presets": 1,
     "model": 2,
     "optim": 2,
     "data": 2,
@@ -27,6 +28,7 @@ LEVEL = {
     "checkpoint": 3,
     "generate": 3,
     "export": 3,
+    "chat": 4,
     "run": 4,
     "train": 5,
     "evals": 6,

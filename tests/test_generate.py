@@ -1,12 +1,15 @@
 """Generation: cached decoding equals the full forward, sampling settings mean what they say, streams join to the text."""
 
+import importlib
+import random
+
 import pytest
 import torch
 
 from muonlm import build_model
 from muonlm.config import ModelConfig, UserError
 from muonlm.data.tokenizer import resolve_tokenizer
-from muonlm.generate import generate, pick, stream
+from muonlm.generate import complete, generate, pick, stream
 
 BASE = {"n_layer": 2, "d_model": 32, "n_head": 4, "vocab_size": 50, "block_size": 24}
 VARIANTS = {
@@ -98,9 +101,9 @@ PROBABILITIES = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
 
 
 def frequencies(n=20000, *, temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(0)
+    draws = torch.rand(n, generator=torch.Generator().manual_seed(0))
     logits = PROBABILITIES.log().expand(n, -1) + 3.0  # a constant shift changes nothing
-    return torch.bincount(pick(logits, temperature, top_k, top_p, draw), minlength=5) / n
+    return torch.bincount(pick(logits, temperature, top_k, top_p, draws), minlength=5) / n
 
 
 @pytest.mark.parametrize(
@@ -125,6 +128,15 @@ def test_temperature_top_k_and_top_p_select_by_hand_computed_shares(settings, ex
     assert all(float(f) == 0 for f, e in zip(found, expected) if e == 0)
 
 
+def test_the_ends_of_the_interval_draw_tokens_that_may_be_drawn():
+    """Also where the sum of the probabilities is not 1 to the last bit."""
+    logits = torch.randn(200, 31, generator=torch.Generator().manual_seed(0)) * 4
+    logits[:, [0, 30]] = float("-inf")  # the first and the last, which a careless search would find
+    for draw in (0.0, 1 - 2**-24):  # the smallest and the largest number that torch.rand gives
+        drawn = pick(logits, 1.0, 0, 1.0, torch.full((200,), draw))
+        assert ((drawn > 0) & (drawn < 30)).all()
+
+
 def test_a_stop_token_ends_its_sample_only():
     """Sample i meets the stop at another time; afterwards it yields None, and the stream ends with the last."""
     model = model_of()
@@ -134,6 +146,52 @@ def test_a_stop_token_ends_its_sample_only():
     assert stopped == [sample[: sample.index(stop)] if stop in sample else sample for sample in free]
     assert len(stopped[0]) == free[0].index(stop) < 20
     assert len(list(stream(model, [1, 2], max_tokens=20, temperature=2.0, seed=1, stop=frozenset(range(50))))) == 1
+
+
+MIXERS = VARIANTS | {
+    letter: {"pattern": letter, "qk_norm": True} for letter in "MmLlDdGgVRS"
+} | {"a convolution on the embedding": {"embed_conv": 4}, "loops": {"loops": 2}}  # fmt: skip
+
+
+def prompts_of(lengths) -> list[list[int]]:
+    draw = random.Random(0)
+    return [[draw.randrange(50) for _ in range(n)] for n in lengths]
+
+
+@pytest.mark.parametrize("variant", MIXERS.values(), ids=MIXERS.keys())
+def test_prompts_of_all_lengths_at_once_are_continued_as_each_alone(variant, monkeypatch):
+    """Some longer than the context, some that outgrow it, some that stop early; in one batch, and in small ones read in pieces."""
+    model, stop = model_of(**variant), frozenset(range(40, 43))
+    prompts = prompts_of([1, 2, 5, 5, 9, 20, 23, 24, 60, 3])
+    alone = [tokens_of(model, p, max_tokens=25, temperature=0, stop=stop)[0] for p in prompts]
+    assert len(set(map(tuple, alone))) > 4, "the test needs continuations that differ"
+    assert complete(model, prompts, max_tokens=25, stop=stop) == alone
+    monkeypatch.setattr(importlib.import_module("muonlm.generate"), "LOGITS_PER_PIECE", 7 * 3 * 50)
+    assert complete(model, prompts, max_tokens=25, stop=stop, rows=3) == alone
+
+
+def test_what_is_drawn_depends_neither_on_batches_nor_on_rows_that_stopped():
+    model, prompts = model_of(), prompts_of([3, 8, 5, 12, 8])
+    settings = {"max_tokens": 10, "temperature": 1.5, "seed": 4}
+    free = complete(model, prompts, stop=frozenset(), **settings)
+    assert complete(model, prompts, stop=frozenset(), rows=2, **settings) == free
+    stop = free[1][3]
+    stopped = complete(model, prompts, stop=frozenset([stop]), **settings)
+    assert stopped == [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
+    assert complete(model, prompts, stop=frozenset(), **settings | {"seed": 5}) != free
+
+
+def test_rows_that_stopped_leave_the_batch():
+    """The model sees each token that was drawn once, and no stop token."""
+    model, sizes = model_of(), []
+    prompts = prompts_of([4] * 8)
+    free = complete(model, prompts, max_tokens=12, temperature=1.5, stop=frozenset())
+    stop = frozenset(range(0, 50, 5))
+    model.register_forward_hook(lambda module, args, out: sizes.append(len(args[0])))
+    lengths = list(map(len, complete(model, prompts, max_tokens=12, temperature=1.5, stop=stop)))
+    assert len(set(lengths)) > 3, "the test needs rows that stop at different times"
+    assert sizes[1:] == [n for t in range(11) if (n := sum(length > t for length in lengths))]
+    assert max(map(len, free)) == 12
 
 
 def test_streamed_pieces_join_to_the_returned_text_and_are_whole_characters():

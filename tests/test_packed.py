@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muonlm.config import UserError
-from muonlm.data import prepare as prepare_module
+from muonlm.data import formats
 from muonlm.data.packed import IGNORE, Batch, KeyedPermutation, PackedData, read_index
 from muonlm.data.prepare import prepare, verify
 
@@ -20,11 +20,11 @@ def make(folder, tokens: int, shard: int | None = None):
     text = "".join(chr(0x4E00 + i) for i in range(tokens))  # every token differs, so a position can be read off its id
     source = folder.parent / f"{folder.name}.txt"
     source.write_text(text + "一丁", "utf-8")
-    old, prepare_module.SHARD = prepare_module.SHARD, shard or prepare_module.SHARD
+    old, formats.SHARD = formats.SHARD, shard or formats.SHARD
     try:
         index = prepare(source, folder, tokenizer="char", val="tail:0.000001")
     finally:
-        prepare_module.SHARD = old
+        formats.SHARD = old
     assert index["splits"]["train"]["tokens"] == tokens
     return folder
 

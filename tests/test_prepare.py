@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muonlm.config import UserError
+from muonlm.data import formats
 from muonlm.data import prepare as module
 from muonlm.data import sources as sources_module
 from muonlm.data.packed import PackedData
@@ -53,12 +54,12 @@ MANY = [f"document {i}: {'é' * (i % 7)} ends\n" for i in range(400)]
 @settings(max_examples=40, deadline=None)
 def test_the_packer_loses_no_token_and_keeps_the_order(tmp_path_factory, documents, shard):
     base = tmp_path_factory.mktemp("pack")
-    old = module.SHARD, module.BATCH
-    module.SHARD, module.BATCH = shard, 20
+    old = formats.SHARD, module.BATCH
+    formats.SHARD, module.BATCH = shard, 20
     try:
         index = prepare(jsonl(base / "a.jsonl", documents), base / "out", tokenizer="byte", val="hash:0.3")
     finally:
-        module.SHARD, module.BATCH = old
+        formats.SHARD, module.BATCH = old
     train, val = texts(base / "out", "train"), texts(base / "out", "val")
     if index["val"]["fallback"]:
         assert "".join(train + val) == "".join(documents)

@@ -132,6 +132,79 @@ def test_training_bpe_twice_gives_the_same_tokenizer():
     assert resolve_tokenizer("bpe:300", CORPUS).fingerprint != BPE.fingerprint
 
 
+NEW = ("<|im_start|>", "<|im_end|>")
+CHAR = resolve_tokenizer("char", CORPUS)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "ids"),
+    [
+        (resolve_tokenizer("byte", special=NEW), {"<|endoftext|>": 256, NEW[0]: 257, NEW[1]: 258}),
+        (resolve_tokenizer("bpe:400", CORPUS, NEW), {"<|endoftext|>": 0, NEW[0]: 1, NEW[1]: 2}),
+        (
+            resolve_tokenizer("char", CORPUS, NEW),
+            {"<|endoftext|>": CHAR.eot_id, NEW[0]: CHAR.vocab_size, NEW[1]: CHAR.vocab_size + 1},
+        ),
+        (resolve_tokenizer("char", ["abc"], NEW), {NEW[0]: 3, NEW[1]: 4}),
+        (BPE.with_special(NEW), {"<|endoftext|>": 0, NEW[0]: BPE.vocab_size, NEW[1]: BPE.vocab_size + 1}),
+        (HF.with_special(NEW), HF.special | {NEW[0]: HF.vocab_size, NEW[1]: HF.vocab_size + 1}),
+    ],
+    ids=["byte", "bpe", "char", "char without EOT", "bpe, later", "hf"],
+)
+def test_special_tokens_have_their_ids_and_survive_a_file_but_no_text_makes_them(tokenizer, ids, tmp_path):
+    tokenizer.save(tmp_path)
+    for tok in (tokenizer, Tokenizer.load(tmp_path)):
+        assert tok.special == ids and tok.vocab_size > max(ids.values())
+        assert tok.eot_id == (ids.get("<|endoftext|>") if tok.kind != "hf" else HF.eot_id)
+        assert [tok.decode([i]) for i in ids.values()] == list(ids)
+        assert tok.fingerprint == tokenizer.fingerprint
+        assert tok.with_special(ids) is tok  # nothing is missing
+    if tokenizer.kind != "char":
+        assert not set(tokenizer.encode("a" + NEW[0] + "<|endoftext|></s>")) & set(ids.values())
+    stream = tokenizer.stream()
+    assert "".join(stream.push(ids[name]) for name in NEW) + stream.flush() == "".join(NEW)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE, BPE, HF, CHAR], ids=["byte", "bpe", "hf", "char"])
+def test_special_tokens_added_later_leave_every_text_as_it_was(tokenizer):
+    more = tokenizer.with_special(NEW)
+    assert more.encode(CORPUS[0]) == tokenizer.encode(CORPUS[0]) and more.fingerprint != tokenizer.fingerprint
+    assert (more.kind, more.eot_id, more.vocab_size) == (tokenizer.kind, tokenizer.eot_id, tokenizer.vocab_size + 2)
+    assert tokenizer.with_special([]) is tokenizer and tokenizer.with_special(tokenizer.special) is tokenizer
+
+
+def test_a_tokenizer_without_extras_is_stored_as_it_always_was():
+    assert BYTE.fingerprint == "35fd171e3c7ded5592b938a50d68ae3dc7c564689116933b99342bcd6da0fdb5"
+    assert Tokenizer.char("abc", eot=True).fingerprint == "a799d78c68ab0cae9780757fc317646eea40a1739fc18f4e22e5760306c40b5a"
+
+
+def test_a_plain_added_token_becomes_special_at_its_own_id():
+    stored = json.loads(json.dumps(BPE._stored))
+    stored["added_tokens"].append(stored["added_tokens"][0] | {"id": BPE.vocab_size, "content": "<think>", "special": False})
+    plain = Tokenizer(stored)
+    assert plain.encode("<think>") == [BPE.vocab_size] and "<think>" not in plain.special
+    more = plain.with_special(["<think>"])
+    assert more.special["<think>"] == BPE.vocab_size and more.vocab_size == plain.vocab_size
+    assert more.encode("<think>") == BPE.encode("<think>")
+
+
+def test_an_end_of_turn_added_later_does_not_become_the_end_of_text():
+    stored = json.loads(json.dumps(BPE._stored).replace("<|endoftext|>", "[SEP]"))
+    assert Tokenizer(stored).eot_id == 0 == Tokenizer(stored).with_special(["<|im_end|>"]).eot_id
+
+
+@pytest.mark.parametrize("name", ["", "user", "<a b>", "<a,b>", "im_end>"])
+def test_a_special_token_that_reads_like_text_is_refused(name):
+    with pytest.raises(UserError, match=r"stands in <> or \[\].*<\|im_start\|>"):
+        resolve_tokenizer("byte", special=[name])
+
+
+def test_a_vocabulary_too_small_for_its_special_tokens_is_refused():
+    with pytest.raises(UserError, match="256 bytes and 3 special tokens need a vocabulary of at least 259"):
+        resolve_tokenizer("bpe:258", CORPUS, NEW)
+    assert resolve_tokenizer("bpe:259", CORPUS, NEW).vocab_size == 259
+
+
 def test_encode_batch_gives_small_integer_arrays():
     out = BPE.encode_batch(["low", "", "wider"])
     assert [o.dtype for o in out] == [np.uint16] * 3 and len(out[1]) == 0

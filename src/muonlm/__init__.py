@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _HOME = {  # public name -> module that defines it
     "Config": "config",
     "UserError": "config",
-    "load_recipe": "config",
+    "load_recipe": "stages",
     "build_model": "model",
     "Muon": "optim",
     "train": "train",

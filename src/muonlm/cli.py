@@ -1,6 +1,7 @@
 """The command line: each verb is a few lines that call a function.
 
-    muonlm train [RECIPE] …    prep SOURCE… --to DIR    generate RUN …    eval RUN… --tasks bpb    info RECIPE|RUN    doctor
+    muonlm train [RECIPE] …    prep SOURCE… --to DIR    generate RUN …    chat RUN
+    muonlm eval RUN… --tasks bpb    info RECIPE|RUN    doctor
 
 Any key of the config is a flag of train and info: --section.key VALUE. `--json` prints one JSON document on stdout, progress on stderr.
 Exit codes: 0 done, 1 the run or a check failed, 2 bad input (the message says what to change), 130 interrupted.
@@ -10,16 +11,18 @@ import argparse
 import errno
 import json
 import os
+import re
 import sys
 
 from . import __version__
-from .config import UserError, keys, load_recipe, nearest
+from .config import UserError, keys, nearest
 
 HELP = f"""muonlm {__version__} trains small language models with Muon.
 
     muonlm train [RECIPE]              train; without a recipe: quickstart, two minutes on a CPU, offline
     muonlm generate RUN --prompt TEXT  continue a text with a trained model
-    muonlm eval RUN…                   bits per byte of held-out text, beside a byte trigram model
+    muonlm chat RUN                    talk with a model that was trained on conversations
+    muonlm eval RUN…                   bits per byte of held-out text; --tasks word_problems: exact match
     muonlm prep SOURCE… --to DIR       turn text files into a sealed folder of tokens
     muonlm info [RECIPE|RUN]           the recipes; parameters, memory and routing of one
     muonlm doctor                      check this machine
@@ -27,7 +30,7 @@ HELP = f"""muonlm {__version__} trains small language models with Muon.
 Your own text:    muonlm train --data my.txt      Any setting: --section.key VALUE, as in --optim.lr 0.01 (all: muonlm info --keys)
 One verb's flags: muonlm VERB --help              For programs: --json prints one JSON document on stdout, progress on stderr
 Exit codes:       0 done, 1 the run or a check failed, 2 bad input (the message says what to change), 130 interrupted"""
-VERBS = ("train", "prep", "generate", "eval", "info", "doctor")
+VERBS = ("train", "prep", "generate", "chat", "eval", "info", "doctor")
 REFUSALS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -169,7 +172,8 @@ def train(argv: list[str]) -> int:
     parser = Parser(
         "train",
         "Train a recipe (quickstart if none is named) on a CPU or GPU; with torchrun, on many.",
-        epilog="any config key is a flag: --optim.lr 0.01 --train.steps 500 --data my.txt --seed 7   (all: muonlm info --keys)",
+        epilog="--init-from RUN starts at step 0 from another run's weights, with its model and tokenizer (a stage such as minimind/sft finds "
+        "its parent's newest run itself). Any config key is a flag: --optim.lr 0.01 --train.steps 500 --data my.txt --seed 7   (all: muonlm info --keys)",
     )
     parser.add_argument("recipe", nargs="?", help="name of a recipe (muonlm info lists them) or path of a .toml file")
     parser.add_argument("--out", help="run directory; default runs/RECIPE, numbered if taken. {seed} is replaced")
@@ -177,7 +181,6 @@ def train(argv: list[str]) -> int:
     parser.add_argument(
         "--resume", nargs="?", const=True, help="continue a run: --resume RUN, or RECIPE --out RUN --resume"
     )
-    parser.add_argument("--init-from", default="", help="start at step 0 from the weights of a run or checkpoint")
     parser.add_argument("--seeds", help="several runs, one per seed: 1,2,3")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, a CPU, under a minute: does it work at all?")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
@@ -186,7 +189,7 @@ def train(argv: list[str]) -> int:
     resumed = args.resume if isinstance(args.resume, str) else (args.out if args.resume else None)
     if args.resume and not resumed:
         raise UserError("--resume needs to know the run: muonlm train --resume RUN (or RECIPE --out RUN --resume).")
-    if args.resume and args.init_from:
+    if args.resume and "init_from" in flags:
         raise UserError("--resume continues a run with everything it had; --init-from starts a new one. Choose one.")
     if resumed and args.out and resumed != args.out:
         raise UserError(
@@ -195,7 +198,7 @@ def train(argv: list[str]) -> int:
     cfg = (
         resume_config(resumed, args, flags)
         if resumed
-        else load_recipe(args.recipe or "quickstart", flags, preset=args.preset, smoke=args.smoke)
+        else begin_config(args, flags)
     )
     if args.dry_run:
         print(json.dumps(cfg.to_dict()) if args.json else cfg.to_toml(), end="\n" if args.json else "")
@@ -214,7 +217,7 @@ def train(argv: list[str]) -> int:
 
     reports = []
     for cfg, out in runs:
-        report = train_run(cfg, out, resume=bool(resumed), init_from=args.init_from, json_mode=args.json)
+        report = train_run(cfg, out, resume=bool(resumed), json_mode=args.json)
         if report is None:  # not rank 0
             continue
         if not report["interrupted"]:
@@ -234,6 +237,23 @@ def train(argv: list[str]) -> int:
     if args.json and reports:
         print(json.dumps(reports if args.seeds else reports[0]))
     return 130 if reports and reports[-1]["interrupted"] else 0
+
+
+def begin_config(args, flags: dict):
+    """The config of a new run: its recipe, the user's presets, and what the run it starts from hands down."""
+    from .config import read_recipe
+    from .presets import in_effect, user_presets
+    from .stages import load_recipe
+
+    name = args.recipe or "quickstart"
+    mine = user_presets(recipe=name) if args.preset else {}
+    cfg = load_recipe(name, flags, preset=args.preset, smoke=args.smoke, out=args.out, presets=mine)
+    if args.preset:
+        layer = mine.get(args.preset) or read_recipe(name)["preset"][args.preset]
+        lines = in_effect(args.preset, layer, cfg, mine=args.preset in mine)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\n".join(lines), file=sys.stderr)
+    return cfg
 
 
 def seeded_runs(cfg, seeds: str, out: str | None) -> list[tuple]:
@@ -269,14 +289,14 @@ def resume_config(run: str, args, flags: dict):
             not Path(run).exists() or Path(run).is_dir() and not any(p for p in Path(run).iterdir() if p.name[0] != ".")
         ):
             # killed before it began: begin
-            return load_recipe(args.recipe, flags, preset=args.preset, smoke=args.smoke)
+            return begin_config(args, flags)
         raise UserError(
             f"--resume {run}: there is no run to continue (no config.json).{nearest(run, map(str, Path('runs').glob('*')))}"
         )
     stored = read_config(Path(run))
     if args.recipe and args.recipe != stored.recipe:
         raise UserError(f"run {run} was made by recipe {stored.recipe!r}, not {args.recipe!r}; leave the recipe out.")
-    fixed = ("model.", "data.", "seed", "train.global_batch", "train.accum", "train.dtype", "optim.name")
+    fixed = ("model.", "data.", "seed", "parent", "init_from", "dpo.", "train.objective", "train.global_batch", "train.accum", "train.dtype", "optim.name")
     if not args.smoke and args.preset:
         raise UserError("--preset cannot change a run that has begun; leave it out, or start another with --out.")
     tree = flatten(stored.to_dict())
@@ -294,7 +314,9 @@ def resume_config(run: str, args, flags: dict):
 def next_steps(report: dict, say) -> None:
     run = report["run"]
     say("\nnext:")
-    if "val_bpb" in report:
+    if report["objective"] in ("sft", "dpo"):
+        say(f"  muonlm chat {run}     talk to it")
+    elif "val_bpb" in report:
         say(f'  muonlm generate {run} --prompt "The people of"     continue a text')
         say(f"  muonlm eval {run} --tasks bpb                      held-out bits per byte beside a byte trigram model")
         say(
@@ -443,40 +465,122 @@ def generate(argv: list[str]) -> int:
     return 0
 
 
-def eval(argv: list[str]) -> int:
-    parser = Parser("eval", "Measure trained models on held-out text.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run or checkpoint directories")
-    parser.add_argument("--tasks", default="bpb", help="bpb: held-out loss in nats per token and bits per byte")
-    parser.add_argument(
-        "--data", default="", help="evaluate on the held-out part of this text instead of the run's own"
+def chat(argv: list[str]) -> int:
+    parser = Parser(
+        "chat",
+        "Talk with a model that was trained on conversations: muonlm chat runs/my-sft. /help lists the commands.\n"
+        "Standard input may be a pipe: each line is one message.",
     )
-    parser.add_argument("--limit", type=int, default=0, help="batches; 0 = the whole split")
+    parser.add_argument("run", metavar="RUN", help="run or checkpoint directory")
+    parser.add_argument("--template", default="", help="form of a turn, by name or .toml file (default: the run's own)")
+    parser.add_argument("--system", default="", help="system turn to begin with (default: the template's)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="tokens per reply (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.85, help="0 = always the likeliest token (default 0.85)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample among the K likeliest tokens; 0 = all")
+    parser.add_argument(
+        "--top-p", type=float, default=0.85, help="sample among the likeliest that hold P (default 0.85)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="same seed and messages, same replies (default 0)")
+    parser.add_argument("--history", type=int, metavar="N", help="exchanges to remember; 0 = each message alone (default: all)")
     parser.add_argument("--checkpoint", default="best", help="best, latest or step-N (default best)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse(argv)
-    for task in args.tasks.split(","):
-        if task != "bpb":
-            raise UserError(f"unknown task {task!r}.{nearest(task, ['bpb']) or ' Known: bpb.'}")
+    from .chat import converse, open_chat
+    from .parallel import pick_device
+
+    settings = ("system", "max_tokens", "temperature", "top_k", "top_p", "seed", "history")
+    talk, name = open_chat(
+        args.run,
+        form=args.template,
+        which=args.checkpoint,
+        device=pick_device(args.device),
+        tell=lambda note: print(f"({note})" if "\n" not in note else note, file=sys.stderr, flush=True),
+        **{key: getattr(args, key) for key in settings},
+    )
+    talk.tell(f"chat with {name}; /help lists the commands, Ctrl-D leaves")
+    converse(talk, sys.stderr if args.json else sys.stdout)
+    if args.json:
+        print(json.dumps({"run": args.run, "template": talk.form.name, "conversation": talk.conversation()}))
+    return 0
+
+
+def eval(argv: list[str]) -> int:
+    parser = Parser("eval", "Measure trained models on held-out text and on word problems.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run or checkpoint directories")
+    parser.add_argument(
+        "--tasks",
+        default="bpb",
+        help="comma-separated. bpb: held-out loss in nats per token and bits per byte; "
+        "word_problems: exact match on arithmetic stories that no training row is like",
+    )
+    parser.add_argument(
+        "--data", default="", help="bpb: evaluate on the held-out part of this text instead of the run's own"
+    )
+    parser.add_argument("--limit", type=int, default=0, help="batches or problems; 0 = the whole split, or 200 problems")
+    parser.add_argument("--steps", default="1-3", help="word_problems: how many steps a story may have (default 1-3)")
+    parser.add_argument("--split", default="held_out", help="word_problems: held_out or train (new ones of that kind)")
+    parser.add_argument("--samples", type=int, default=1, help="word_problems: more than 1 also votes among samples")
+    parser.add_argument("--checkpoint", default="best", help="best, latest or step-N (default best)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    args = parser.parse(argv)
+    tasks, known = args.tasks.split(","), ["bpb", "word_problems"]
+    for task in tasks:
+        if task not in known:
+            raise UserError(f"unknown task {task!r}.{nearest(task, known) or ' Known: ' + ', '.join(known) + '.'}")
     if args.limit < 0:
         raise UserError(f"--limit {args.limit} must be 0 (everything) or more.")
-    from .checkpoint import write_atomically
-    from .evals.perplexity import bits_per_byte
-
+    span = re.fullmatch(r"(\d)(?:-(\d))?", args.steps)
+    if not span:
+        raise UserError(f"--steps {args.steps!r}: give the least and the greatest number of steps, such as 1-3, or one number")
+    steps = (int(span[1]), int(span[2] or span[1]))
     results = []
     for run in args.runs:
-        result = bits_per_byte(run, data=args.data, limit=args.limit, which=args.checkpoint, device=args.device)
-        results.append(result)
-        from pathlib import Path
-
-        target = Path(result["run"]) / "evals" / "bpb.json"
-        target.parent.mkdir(exist_ok=True)
-        write_atomically(target, json.dumps(result, indent=1))
-        if not args.json:
-            numbers = "  ".join(f"{key} {value:.4f}" for key, value in result.items() if isinstance(value, float))
-            print(f"{result['run']} ({result['checkpoint']}): {numbers}")
+        for task in tasks:
+            results.append(_bpb(run, args) if task == "bpb" else _word_problems(run, steps, args))
     if args.json:
         print(json.dumps(results[0] if len(results) == 1 else results))
     return 0
+
+
+def _bpb(run: str, args) -> dict:
+    from pathlib import Path
+
+    from .checkpoint import write_atomically
+    from .evals.perplexity import bits_per_byte
+
+    result = bits_per_byte(run, data=args.data, limit=args.limit, which=args.checkpoint, device=args.device)
+    target = Path(result["run"]) / "evals" / "bpb.json"
+    target.parent.mkdir(exist_ok=True)
+    write_atomically(target, json.dumps(result, indent=1))
+    if not args.json:
+        numbers = "  ".join(f"{key} {value:.4f}" for key, value in result.items() if isinstance(value, float))
+        print(f"{result['run']} ({result['checkpoint']}): {numbers}")
+    return result
+
+
+def _word_problems(run: str, steps: tuple[int, int], args) -> dict:
+    from .evals.word_problems import exact_match
+    from .parallel import pick_device
+
+    how = {"split": args.split, "which": args.checkpoint, "samples": args.samples, "device": pick_device(args.device)}
+    result = exact_match(run, n=args.limit or 200, steps=steps, **how)
+    if not args.json:
+
+        def percent(s: dict) -> str:
+            return f"{s['accuracy']:.1%} [{s['interval'][0]:.1%}, {s['interval'][1]:.1%}]"
+
+        by = "  ".join(f"{k}-step {s['accuracy']:.1%} of {s['n']}" for k, s in result["by_steps"].items())
+        print(
+            f"{result['run']} ({result['checkpoint']}): word_problems ({args.split}) exact {percent(result)} "
+            f"({result['correct']} of {result['n']})  last number {result['flexible']['accuracy']:.1%}  "
+            f"all steps right {result['right_steps']['accuracy']:.1%}  guessing {result['guessing']:.1%}  {by}"
+        )
+        if args.samples > 1:
+            print(
+                f"  {args.samples} samples: one {percent(result['single'])}  majority {percent(result['majority'])}  "
+                f"any {percent(result['any_sample'])}"
+            )
+    return result
 
 
 def info(argv: list[str]) -> int:

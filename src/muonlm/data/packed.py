@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..config import UserError
+from ..data.formats import foreign_index, foreign_tokenizer, is_foreign
 from ..data.tokenizer import Tokenizer
 
 IGNORE = -100  # torch's cross_entropy default: a target that is not trained
@@ -118,22 +119,30 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class PackedData:
-    """One split of a prepared folder. `rows` is the number of rows of the global step, over all ranks and
-    micro-batches."""
+    """One split of a prepared folder. `rows` is the number of rows of the global step, over all ranks and micro-batches.
 
-    def __init__(self, path, split: str = "train", *, block_size: int, rows: int, seed: int):
+    reset: rows say where documents begin (Batch.segments), so that these do not see each other; needs a tokenizer with EOT.
+    tokenizer: whose ids a folder without our index holds (formats.py); our own folders bring theirs.
+    """
+
+    def __init__(
+        self, path, split: str = "train", *, block_size: int, rows: int, seed: int, reset: bool = False, tokenizer: str = ""
+    ):
         if block_size < 1 or rows < 1:
             raise UserError(f"block_size={block_size}, rows={rows}: both must be at least 1")
         self.path = Path(path)
-        self.index = read_index(self.path)
+        self.index = read_index(self.path, tokenizer, block_size=block_size)
         if split not in self.index["splits"]:
             raise UserError(f"{self.path} has no split {split!r}; it has {', '.join(self.index['splits'])}")
-        self.tokenizer = Tokenizer.load(self.path)
+        foreign = "foreign" in self.index
+        self.tokenizer = foreign_tokenizer(self.path, tokenizer) if foreign else Tokenizer.load(self.path)
         if self.tokenizer.fingerprint != self.index["tokenizer"]["fingerprint"]:
             raise UserError(
                 f"{self.path / 'tokenizer.json'} is not the tokenizer this data was packed with; {remake(self.path)}"
             )
-        self.split, self.block_size, self.rows, self.seed = split, block_size, rows, seed
+        if reset and self.tokenizer.eot_id is None:
+            raise UserError(f"data.reset = true: the tokenizer of {self.path} has no end of text, so documents cannot be told apart")
+        self.split, self.block_size, self.rows, self.seed, self.reset = split, block_size, rows, seed, reset
         self.vocab_size: int = self.tokenizer.vocab_size
         self.fingerprint: str = self.index["fingerprint"]
         info = self.index["splits"][split]
@@ -141,7 +150,9 @@ class PackedData:
         self.num_bytes: int = info["bytes"]
         dtype = np.dtype(self.index["dtype"]).newbyteorder("<")
         # np.asarray: the same map without memmap's slower indexing
-        self._shards = [np.asarray(np.memmap(self.path / s["file"], dtype, mode="r")) for s in info["shards"]]
+        self._shards = [
+            np.asarray(np.memmap(self.path / s["file"], dtype, mode="r", offset=s.get("offset", 0))) for s in info["shards"]
+        ]
         self._ends = np.cumsum([len(s) for s in self._shards])
         self._ring = self.num_tokens - 1  # R of (1)
         self._samples = -(-self._ring // block_size)
@@ -215,7 +226,13 @@ class PackedData:
             trained = int(self._ring - offset[row])
             targets[row, trained:] = IGNORE
             count -= width - trained
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), count)
+        inputs = torch.from_numpy(inputs)
+        segments = None
+        if self.reset:  # a row's first token begins a segment whether or not a document begins there
+            begins = inputs == self.tokenizer.eot_id
+            segments = begins[:, 1:].cumsum(1)
+            segments = torch.cat([segments.new_zeros(rows, 1), segments], 1)
+        return Batch(inputs, torch.from_numpy(targets), count, segments)
 
     def tokens(self, limit: int) -> np.ndarray:
         """The first `limit` tokens of the stream, or all of them."""
@@ -244,13 +261,15 @@ def checksum(index: dict) -> str:
     return hashlib.sha256(canonical({k: v for k, v in index.items() if k != "checksum"})).hexdigest()
 
 
-def read_index(path) -> dict:
+def read_index(path, tokenizer: str = "", *, block_size: int = 0) -> dict:
     """The index of a prepared folder after the cheap checks: it is ours, unaltered, and every shard has the recorded
-    size."""
+    size. A folder of another format gets one made up (formats.foreign_index) for the tokenizer that is named."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; make it: muonlm prep SOURCE --to {path}")
     file = next((path / name for name in INDEX_NAMES if (path / name).is_file()), None)
+    if is_foreign(path) and (file is None or file.name == "meta.json" and b'"format_version"' not in file.read_bytes()):
+        return foreign_index(path, tokenizer, block_size=block_size)
     if file is None:
         raise UserError(f"{path} is not prepared data (no index.json in it); make it: muonlm prep {path} --to FOLDER")
     try:
@@ -264,7 +283,7 @@ def read_index(path) -> dict:
         raise UserError(f"{file} was altered after it was sealed (its checksum differs); {remake(path)}")
     for info in index["splits"].values():
         for shard in info["shards"]:
-            want = shard["tokens"] * np.dtype(index["dtype"]).itemsize
+            want = shard.get("offset", 0) + shard["tokens"] * np.dtype(index["dtype"]).itemsize
             found = (path / shard["file"]).stat().st_size if (path / shard["file"]).is_file() else None
             if found is None:
                 raise UserError(f"{path / shard['file']} is missing; {remake(path)}")

@@ -1,23 +1,20 @@
-"""Prepare: documents → tokens → a sealed folder that training maps into memory.
+"""Prepare: documents → tokens → a sealed folder that training maps into memory; or the documents alone.
 
-    layout "packed"  train-00000.bin … val-00000.bin …  tokenizer.json  index.json      shards of ≤ SHARD tokens
-    layout "bin"     train.bin  val.bin                 tokenizer.json  meta.json       nanoGPT's names, same content
+    layout "packed", "bin", "rows", "litpkds"   token files (formats.py)  tokenizer.json  index.json (bin: meta.json)
+    layout "raw"                                raw-00000.jsonl … of {"text": …}          raw.json
 
-Shards are flat little-endian uint16, or uint32 where the vocabulary needs it. A document is EOT + its tokens: EOT comes
-first, so that a document's first token is predicted too. A tokenizer without EOT concatenates documents.
+Token files are flat little-endian uint16, or uint32 where the vocabulary needs it. A document is EOT + its tokens: EOT
+comes first, so that a document's first token is predicted too. Without `eod`, or if the tokenizer has no EOT, documents
+follow each other unmarked; that is usual in rows and litpkds.
 
-Held out  "hash:F"  a document whose keyed hash, as a number in [0, 1), is below F. The hash is of its first HASHED
-                    characters: it depends on neither file, order nor F, so equal documents share a side, and raising F
-                    only adds documents. Where a side would be empty (one long file) it falls back to tail:F, and the
-                    index says so.
-          "tail:F"  the last F of the characters of the whole stream: the first int((1 − F)·characters) train, as
-                    nanoGPT splits; at least two are held out. A document that is cut becomes two.
-          PATH      documents of their own; the index counts the training documents that equal one ("overlap").
-Units     tokens, bytes of UTF-8 text (EOT counts as a token of no bytes), documents. Bits per byte: see `bpb`.
-Memory    two batches of BATCH characters and what `tokenizers` makes of them, whatever the corpus; BPE trains on
-          ≤ SAMPLE characters; under a PATH rule 8 bytes a held-out document
-Safety    all is written aside, synced, renamed at the end; any failure removes it and leaves an older target as it was
-Raises    UserError: bad sources, bad settings, existing target, full disk, splits of fewer than two tokens
+Held out  a rule of held_out.py: "hash:0.01" where none is given; in rows and litpkds "last:0.05", as published, except
+          from the hub or under num_tokens: "hash:0.05"
+Units     tokens, bytes of UTF-8 text (EOT counts as a token of no bytes), documents. Bits per byte: see `bpb`
+Memory    a few batches of text, whatever the corpus (build.py)
+Safety    all is made aside and renamed at the end (partial.py). After a kill or Ctrl-C the same call goes on where the
+          last save was, SAVE_SECONDS ago at most, to the same bytes as an undisturbed one; another command or changed
+          sources begin again. An error removes the work, but not a full disk nor an error while a hub is read
+Raises    UserError: bad sources, bad settings, existing target, full disk, splits of fewer than two tokens or of no row
 """
 
 import errno
@@ -25,99 +22,30 @@ import hashlib
 import json
 import math
 import os
-import re
-import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-import muonlm
-
 from ..config import UserError
-from ..data import sources as sources_module
+from ..data import formats
+from ..data.build import BATCH, SAMPLE, Job, Progress, build, build_raw, is_file
+from ..data.held_out import parse
 from ..data.packed import FORMAT_VERSION, INDEX_NAMES, canonical, checksum, read_index, remake
-from ..data.sources import Document, Source, documents, expand
+from ..data.partial import INDEX_FILES, Partial, partial_path, refuse_target, sync_file
+from ..data.sources import Source, expand, identity, licence
 from ..data.tokenizer import Tokenizer, made_from_text, resolve_tokenizer
 
-SHARD = 2**28  # tokens: 0.5 GB in uint16
-BATCH = 1 << 21  # characters tokenised at once: 128 parts keep all cores busy, and it is small beside torch
-SAMPLE = 1 << 25  # characters that BPE is trained on: merges of common words settle long before
-HASHED = (
-    1 << 16
-)  # characters of a document that choose its side; less than a piece, so known before anything is written
-assert HASHED < sources_module.PIECE
-
-Progress = Callable[[str, int, int], None]  # (stage, bytes of text done, bytes of the source files)
+from ..data.partial import make_folder as _make_folder, refuse_target as _refuse_target  # TEMPORARY, examples.py
 
 
-@dataclass
-class _Held:
-    """A parsed rule for the held-out split."""
+def _put_in_place(aside, to, overwrite):  # TEMPORARY, examples.py
+    from ..data.partial import exchange
 
-    kind: str  # "hash", "tail" or "path"
-    fraction: float
-    rule: str
-    cut: int = 0  # tail: characters that train
-    fallback: bool = False
-
-
-@dataclass
-class _Split:
-    """Writes one split's shards and counts what goes in."""
-
-    folder: Path
-    name: str
-    dtype: np.dtype
-    layout: str
-    tokens: int = 0
-    bytes: int = 0
-    documents: int = 0
-    shards: list[dict] = field(default_factory=list)
-    _file: object = None
-    _hash: object = None
-
-    def write(self, ids: np.ndarray) -> None:
-        while len(ids):
-            if self._file is None or (self.layout == "packed" and self.shards[-1]["tokens"] == SHARD):
-                self._next_shard()
-            room = SHARD - self.shards[-1]["tokens"] if self.layout == "packed" else len(ids)
-            now, ids = ids[:room], ids[room:]
-            data = now.astype(self.dtype.newbyteorder("<"), copy=False).tobytes()
-            self._file.write(data)
-            self._hash.update(data)
-            self.shards[-1]["tokens"] += len(now)
-            self.tokens += len(now)
-
-    def _next_shard(self) -> None:
-        self.close()
-        name = f"{self.name}.bin" if self.layout == "bin" else f"{self.name}-{len(self.shards):05d}.bin"
-        self._file, self._hash = open(self.folder / name, "wb"), hashlib.blake2b()  # noqa: SIM115, closed by close()
-        self.shards.append({"file": name, "tokens": 0})
-
-    def close(self) -> None:
-        """Seal the open shard: bytes on the disk, hash in the record."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self.shards[-1]["blake2b"] = self._hash.hexdigest()
-            self._file = None
-
-    def abandon(self) -> None:
-        if self._file is not None:
-            try:
-                self._file.close()
-            except OSError:  # closing flushes: a full disk says so a second time
-                pass
-
-    def record(self) -> dict:
-        return {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "shards": self.shards}
+    old = aside.with_name(aside.name + ".old")
+    exchange(aside, to, old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def prepare(
@@ -126,44 +54,110 @@ def prepare(
     *,
     tokenizer: str = "bpe:4096",
     columns=None,
-    val: str = "hash:0.01",
+    val: str | None = None,
     num_tokens: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
     layout: str = "packed",
+    special: Iterable[str] = (),
+    name: str = "",
+    split: str = "train",
+    eod: bool | None = None,
+    block_size: int = 4096,
+    wait: bool = False,
 ) -> dict:
-    """Make the sealed folder `to` from local sources; returns its index.
+    """Make the sealed folder `to`; returns its index. Interrupted work of the same call is taken up again.
 
-    num_tokens: stop with the piece (≤ 1 MB) of text that brings the training split to so many tokens.
+    num_tokens: stop with the piece (≤ 1 MB) of text that brings the training split to so many tokens, and go on only as
+    long as the held-out split is empty (under tail and last: shorter than its fraction). name, split: of hub data sets.
+    eod: mark documents; None = as usual in the layout. block_size: rows of rows and litpkds hold one token more.
+    say: hears what is worth a line (licences, going on, beginning again). wait: for another process at the same target.
     """
-    if layout not in ("packed", "bin"):
-        raise UserError(f"layout {layout!r} is unknown; it is packed or bin")
-    if num_tokens is not None and num_tokens < 2:
-        raise UserError(f"num_tokens={num_tokens}: at least 2 are needed")
-    to = Path(to).expanduser()
-    _refuse_target(to, overwrite)
-    files, held = expand(sources), _parse_val(val)
-    fixed = None if made_from_text(tokenizer) else resolve_tokenizer(tokenizer)
-    val_files = expand(val) if held.kind == "path" else []
-    _make_folder(to.parent)
-    aside = to.parent / f".{to.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    to, tell = Path(to).expanduser(), say or (lambda line: None)
+    _check_settings(layout, val, num_tokens, block_size)
+    if not partial_path(to).exists():
+        refuse_target(to, overwrite)
+    files = expand(sources, name=name, split=split)
+    hub, special = any(s.form == "hub" for s in files), tuple(special)
+    held = parse(val or _usual_rule(layout, hub, num_tokens))
+    fixed = None if layout == "raw" or made_from_text(tokenizer) else resolve_tokenizer(tokenizer, special=special)
+    if hub and layout != "raw" and tokenizer == "char":
+        raise UserError(
+            "the tokenizer char needs all characters of the text first, and a data set of the hub is too long to be read "
+            "twice; take --tokenizer byte, or save a part of it: muonlm prep ID --raw-only --split 'train[:1%]' --to FOLDER"
+        )
+    job = Job(
+        files=files,
+        val_files=expand(held.rule) if held.kind == "path" else [],
+        held=held,
+        tokenizer=fixed or tokenizer,
+        columns=columns,
+        num_tokens=num_tokens,
+        layout=layout,
+        special=special,
+        eod=layout not in ("rows", "litpkds") if eod is None else eod,
+        block_size=block_size,
+        report=progress or (lambda stage, done, total: None),
+    )
+    for line in dict.fromkeys(filter(None, map(licence, files))):
+        tell(line)
     try:
-        aside.mkdir()
-        files = _spool_stdin(files, aside)
-        index = _build(files, val_files, aside, held, fixed or tokenizer, columns, num_tokens, layout, progress)
-        for source in {s.path for s in files if s.path.parent == aside}:
-            source.unlink()
-        _put_in_place(aside, to, overwrite)
-        return index
+        with Partial(to, wait=wait) as job.work:
+            return _make(job, overwrite, hub, tell)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(to.parent).free
-            raise UserError(
-                f"the disk is full: writing {to} stopped with {free} bytes free; choose another --to"
-            ) from None
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(to.parent).free
+        raise UserError(
+            f"the disk is full: writing {to} stopped with {free} bytes free. Make room and run the same command again: it "
+            f"goes on from {partial_path(to)}; or remove that folder and choose another --to"
+        ) from None
+
+
+def _make(job: Job, overwrite: bool, hub: bool, tell) -> dict:
+    """Under the lock: take up earlier work or begin, build, put in place."""
+    work = job.work
+    work.keep = begun = work.begun  # until it is certain that this command may dispose of it
+    job.files = _spool_stdin(job.files, work.path)
+    sizes = _stat(job.files + job.val_files)
+    job.look_at_sources()
+    key = job.key()
+    if (state := work.peek(key)) and "sealed" in state and not work.out.exists():
+        index = _stored(work.to)
+        if index and index["checksum"] == state["sealed"]:  # killed right after the rename
+            tell(f"{work.to} was finished when the command was stopped")
+            return index
+    refuse_target(work.to, overwrite)
+    job.state = work.load(key) or {"key": key}
+    work.keep = hub
+    if "splits" in job.state:
+        tokens = sum(s.get("tokens", 0) for s in job.state["splits"].values())
+        texts = sum(s["documents"] for s in job.state["splits"].values())
+        tell(f"going on where the command was stopped: {texts:,} documents, {tokens:,} tokens are done")
+    elif begun and len(job.state) == 1:
+        tell("what an earlier command left unfinished is of other settings or sources: beginning again")
+    try:
+        if "sealed" not in job.state:
+            index = build_raw(job) if job.layout == "raw" else build(job)
+            for source, found in _stat(job.files + job.val_files).items():
+                if sizes[source] != found:
+                    raise UserError(f"{source} was changed while it was read; run the command again")
+            index["checksum"] = checksum(index)
+            file = work.out / {"raw": "raw.json", "bin": "meta.json"}.get(job.layout, "index.json")
+            file.write_text(json.dumps(index, indent=1), "utf-8")
+            sync_file(file)
+            job.save(sealed=index["checksum"])
+        work.put_in_place()
+        work.keep = False
+        return _stored(work.to)
+    except OSError as error:
+        work.keep |= error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise
-    finally:  # also on Ctrl-C; after success it is gone already
-        shutil.rmtree(aside, ignore_errors=True)
+    except UserError as error:
+        if work.keep:
+            raise UserError(f"{error}. What is done is kept: the same command goes on from there") from None
+        raise
 
 
 def prepared(
@@ -172,33 +166,48 @@ def prepared(
     tokenizer: str = "bpe:4096",
     columns=None,
     val: str = "hash:0.01",
+    num_tokens: int | None = None,
+    special: Iterable[str] = (),
+    name: str = "",
+    split: str = "train",
     cache=None,
     progress: Progress | None = None,
 ) -> Path:
-    """The prepared folder behind `--data`: `source` itself if it is one, else made once in the cache and found there
-    again.
+    """The prepared folder behind `--data`: `source` itself if it is one (ours or of another format that is read), else
+    made once in the cache and found there again.
 
-    The cache key covers the content of all sources and every setting. Processes may race: each writes aside, one
-    rename wins,
-    the others use its folder.
+    The cache key covers the content of all sources and every setting. Processes may race: one works, the others wait
+    and use its folder.
     """
     many = [source] if isinstance(source, (str, Path)) else list(source)
     one = many[0] if len(many) == 1 else ""
-    if one and any((Path(one) / name).is_file() for name in INDEX_NAMES):
-        read_index(one)
+    if one and (formats.is_foreign(one) or any((Path(one) / file).is_file() for file in INDEX_NAMES)):
+        if read_index(one, tokenizer)["layout"] == "examples":
+            raise UserError(f"{one} holds conversations, not text; train on them with --train.objective sft or dpo")
         return Path(one)
-    held = _parse_val(val)
-    files = expand(many)
+    held, special = parse(val), tuple(special)
+    try:
+        files = expand(many, name=name, split=split)
+    except UserError:
+        if one and Path(one).is_dir() and formats.token_files(Path(one)):
+            raise UserError(f"{one} holds .bin files of unknown names; {formats.EXPECTED}") from None
+        raise
     if any(s.name == "-" for s in files):
         raise UserError(
             "standard input can be read only once; save it first: muonlm prep - --to FOLDER, then --data FOLDER"
         )
+    if num_tokens is None and any(s.form == "hub" for s in files):
+        raise UserError(
+            f"{one or 'a data set of the hub'} may have no end for this machine; say how much of it: "
+            "--data.num_tokens 1e7, or prepare it once: muonlm prep ID --num-tokens 1e8 --to FOLDER"
+        )
     key = {
         "format": FORMAT_VERSION,
-        "sources": [[s.form, _hash_file(s.path)] for s in files],
+        "sources": [identity(s) for s in files],
         "tokenizer": tokenizer if made_from_text(tokenizer) else resolve_tokenizer(tokenizer).fingerprint,
         "columns": columns if isinstance(columns, str) or columns is None else ",".join(columns),
-        "val": [[s.form, _hash_file(s.path)] for s in expand(val)] if held.kind == "path" else held.rule,
+        "val": [identity(s) for s in expand(val)] if held.kind == "path" else held.rule,
+        "more": [num_tokens, special],
     }
     home = Path(cache or os.environ.get("MUONLM_CACHE") or Path.home() / ".cache" / "muonlm")
     to = home / "data" / hashlib.sha256(canonical(key)).hexdigest()[:20]
@@ -208,9 +217,10 @@ def prepared(
             return to
         except UserError:
             shutil.rmtree(to, ignore_errors=True)  # ours, damaged: a cache may be made anew
+    settings = dict(tokenizer=tokenizer, columns=columns, val=val, num_tokens=num_tokens, special=special)
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        prepare(many, to, tokenizer=tokenizer, columns=columns, val=val, progress=progress)
+        prepare(files, to, **settings, progress=progress, wait=True)
     except (UserError, OSError) as error:
         if to.exists():  # another process was first: its folder stands where ours was to go
             read_index(to)
@@ -251,295 +261,53 @@ def bpb(nats_per_token: float, index_split: dict) -> float:
     return nats_per_token * (index_split["tokens"] - 1) / (math.log(2) * index_split["bytes"])
 
 
-# -------------------------------------------------------------------------------------------------------------------
-# the work
-
-
-def _build(files, val_files, aside, held, tokenizer, columns, num_tokens, layout, progress) -> dict:
-    report = progress or (lambda stage, done, total: None)
-    total = sum(s.path.stat().st_size for s in files + val_files)
-    _decide(files, held, columns)
-    tok = _tokenizer(tokenizer, files, val_files, held, columns, total, report)
-    splits = {name: _Split(aside, name, tok.dtype, layout) for name in ("train", "val")}
-    try:
-        if held.kind == "path":
-            seen: set[bytes] = set()
-            val_stream = (
-                ("val", d, new) for _, d, new in _assign(documents(val_files, columns=columns), held, seen, None)
-            )
-            _encode(val_stream, splits, tok, None, report, total)
-            overlap = [0]
-            stream = _assign(documents(files, columns=columns), held, seen, overlap)
-        else:
-            stream, overlap = _assign(documents(files, columns=columns), held, None, None), [0]
-        _encode(stream, splits, tok, num_tokens, report, total)
-        for split in splits.values():
-            split.close()
-    finally:
-        for split in splits.values():
-            split.abandon()
-    for name, split in splits.items():
-        if split.tokens < 2:
-            raise UserError(
-                f"the {'training' if name == 'train' else 'held-out'} split has {split.tokens} tokens, at least 2 are "
-                f"needed: the "
-                f"corpus is too short for --data.val {held.rule}; give more text, a larger fraction (tail:0.5), or a "
-                f"file: --data.val PATH"
-            )
-    val_record = {"rule": held.rule, "fallback": held.fallback}
-    if held.kind != "tail":
-        val_record["overlap"] = overlap[0]
-    tok.save(aside)
-    index = {
-        "format_version": FORMAT_VERSION,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "muonlm": muonlm.__version__,
-        "layout": layout,
-        "sources": [_source_record(s, "train") for s in files] + [_source_record(s, "val") for s in val_files],
-        "tokenizer": {
-            "kind": tok.kind,
-            "vocab_size": tok.vocab_size,
-            "eot_id": tok.eot_id,
-            "fingerprint": tok.fingerprint,
-        },
-        "vocab_size": tok.vocab_size,
-        "dtype": tok.dtype.name,
-        "splits": {name: split.record() for name, split in splits.items()},
-        "val": val_record,
-    }
-    # What training sees: content, not where it lies or when it was made.
-    content = {name: [split.tokens, [s["blake2b"] for s in split.shards]] for name, split in splits.items()}
-    index["fingerprint"] = hashlib.sha256(canonical([tok.fingerprint, index["dtype"], content])).hexdigest()
-    index["checksum"] = checksum(index)
-    name = INDEX_NAMES[1 if layout == "bin" else 0]
-    (aside / name).write_text(json.dumps(index, indent=1), "utf-8")
-    return index
-
-
-def _decide(files: list[Source], held: _Held, columns) -> None:
-    """Settle a hash rule that would leave a split empty, and where a tail begins."""
-    if held.kind == "hash":
-        sides = set()
-        for document in _first_pieces(documents(files, columns=columns)):
-            sides.add(_digest(document.text) < _limit(held.fraction))
-            if len(sides) == 2:
-                return
-        held.kind, held.fallback = "tail", True
-    if held.kind == "tail":
-        characters = sum(len(d.text) for d in documents(files, columns=columns))
-        held.cut = max(0, min(int((1 - held.fraction) * characters), characters - 2))
-
-
-def _tokenizer(spec: str | Tokenizer, files, val_files, held, columns, total, report) -> Tokenizer:
-    if isinstance(spec, Tokenizer):
-        return spec
-    report("make tokenizer", 0, total)
-    if spec == "char":  # the characters of both splits, else held-out text could not be encoded
-        return resolve_tokenizer(spec, documents(files + val_files, columns=columns))
-    return resolve_tokenizer(spec, _sample(_assign(documents(files, columns=columns), held, None, None), total))
-
-
-def _sample(stream, total: int) -> Iterator[str]:
-    """Training text for BPE: all of it, or pieces spread over the corpus by their hash, SAMPLE characters at most."""
-    taken = 0
-    for split, document, _ in stream:
-        if split != "train" or (total > SAMPLE and _digest(document.text, b"muonlm sample") >= _limit(SAMPLE / total)):
-            continue
-        taken += len(document.text)
-        if taken > SAMPLE:
-            return
-        yield document.text
-
-
-def _assign(stream: Iterable[Document], held: _Held, seen, overlap) -> Iterator[tuple[str, Document, bool]]:
-    """(split, piece, whether a document begins with it) for every piece; a piece across the tail's cut comes in two.
-
-    seen, overlap: path rule only. Without overlap, digests are gathered in seen; with it, training documents in seen
-    are counted.
-    """
-    begins, side, at = True, "train", 0
-    for piece in stream:
-        if begins and held.kind == "hash":
-            side = "val" if _digest(piece.text) < _limit(held.fraction) else "train"
-        if begins and seen is not None:
-            digest = _digest(piece.text)
-            if overlap is None:
-                seen.add(digest)
-            else:
-                overlap[0] += digest in seen
-        if held.kind == "tail":
-            room = held.cut - at
-            at += len(piece.text)
-            if 0 < room < len(piece.text):
-                yield "train", Document(piece.text[:room], piece.origin, True), begins
-                yield "val", Document(piece.text[room:], piece.origin, piece.last), True
-                side, begins = "val", piece.last
-                continue
-            new_side = "train" if room > 0 else "val"
-            begins, side = begins or new_side != side, new_side
-        yield side, piece, begins
-        begins = piece.last
-
-
-def _encode(stream, splits: dict[str, _Split], tok: Tokenizer, num_tokens, report, total: int) -> None:
-    """Tokenise and write, in order. While `tokenizers` works on a batch (without the GIL), the one before is written
-    and the next read."""
-    eot = np.array([] if tok.eot_id is None else [tok.eot_id], dtype=tok.dtype)
-    done = 0
-    with ThreadPoolExecutor(1) as worker:
-        waiting = None
-        for batch in _batches(stream):
-            job = worker.submit(tok.encode_batch, [piece.text for _, piece, _ in batch])
-            if waiting is not None:
-                done = _write(*waiting, splits, tok, eot, num_tokens, done)
-                report("tokenise", done, total)
-                if num_tokens is not None and splits["train"].tokens >= num_tokens:
-                    return
-            waiting = (batch, job)
-        if waiting is not None:
-            done = _write(*waiting, splits, tok, eot, num_tokens, done)
-            report("tokenise", done, total)
-
-
-def _write(batch, job, splits, tok, eot, num_tokens, done: int) -> int:
-    try:
-        encoded = job.result()
-    except UserError:  # a character outside a char vocabulary; the tokenizer cannot know the file, so find it
-        for _, piece, _ in batch:
-            try:
-                tok.encode_batch([piece.text])
-            except UserError as error:
-                raise UserError(f"{piece.origin}: {error}") from None
-        raise
-    ready: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-    queued = 0  # training tokens in `ready`
-    for (name, piece, begins), ids in zip(batch, encoded, strict=True):
-        if name == "train" and num_tokens is not None and splits["train"].tokens + queued >= num_tokens:
-            continue
-        split = splits[name]
-        if begins:
-            ready[name].append(eot)
-        ready[name].append(ids)
-        if name == "train":
-            queued += len(ids) + len(eot) * begins
-        size = len(piece.text) if piece.text.isascii() else len(piece.text.encode())
-        split.bytes += size
-        split.documents += begins
-        done += size
-    for name, arrays in ready.items():
-        if arrays:
-            splits[name].write(np.concatenate(arrays))
-    return done
-
-
-def _batches(stream) -> Iterator[list]:
-    batch, size = [], 0
-    for item in stream:
-        if not item[1].text:  # an empty row is no document; an empty last piece adds nothing
-            continue
-        batch.append(item)
-        size += len(item[1].text)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # small steps
 
 
-def _parse_val(val: str) -> _Held:
-    rule = re.fullmatch(r"(hash|tail):(.*)", str(val))
-    if rule is None:
-        if str(val) in ("hash", "tail") or re.fullmatch(r"[0-9.]+", str(val)):
-            raise UserError(f"--data.val {val} is incomplete; write hash:0.01, tail:0.1 or the path of held-out text")
-        return _Held("path", 0.0, str(val))
-    try:
-        fraction = float(rule[2])
-    except ValueError:
-        fraction = math.nan
-    if not 0 < fraction < 1:
-        raise UserError(f"--data.val {val}: the fraction must lie between 0 and 1, like {rule[1]}:0.1")
-    return _Held(rule[1], fraction, str(val))
+def _check_settings(layout: str, val: str | None, num_tokens: int | None, block_size: int) -> None:
+    if layout not in (*formats.LAYOUTS, "raw"):
+        raise UserError(f"layout {layout!r} is unknown; it is {', '.join(formats.LAYOUTS)} or raw")
+    if num_tokens is not None and num_tokens < 2:
+        raise UserError(f"num_tokens={num_tokens}: at least 2 are needed")
+    if block_size < 1:
+        raise UserError(f"block_size={block_size}: at least 1 is needed; 4096 is usual")
+    if layout == "raw" and (val or num_tokens):
+        raise UserError(
+            "layout raw holds whole documents without tokens or splits: leave --val and --num-tokens to the command that "
+            "makes tokens of it (from the hub, --split 'train[:1%]' takes a part)"
+        )
 
 
-def _digest(text: str, key: bytes = b"muonlm held-out") -> bytes:
-    return hashlib.blake2b(text[:HASHED].encode(), digest_size=8, key=key).digest()
+def _usual_rule(layout: str, hub: bool, num_tokens: int | None) -> str:
+    if layout not in ("rows", "litpkds"):
+        return "hash:0.01"
+    return "hash:0.05" if hub or num_tokens else "last:0.05"
 
 
-def _limit(fraction: float) -> bytes:
-    """A digest, read as a big-endian fraction of 2^64, is below `fraction` iff it is below these bytes."""
-    return min(int(fraction * 2**64), 2**64 - 1).to_bytes(8, "big")
+def _stored(folder: Path) -> dict | None:
+    """The index in a folder of any layout."""
+    for name in INDEX_FILES:
+        try:
+            return json.loads((folder / name).read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+    return None
 
 
-def _first_pieces(stream: Iterable[Document]) -> Iterator[Document]:
-    begins = True
-    for piece in stream:
-        if begins and piece.text:
-            yield piece
-        begins = piece.last
+def _stat(sources: list[Source]) -> dict[str, tuple[int, int]]:
+    """File -> (bytes, time of the last change)."""
+    found = {str(s.path): s.path.stat() for s in sources if is_file(s)}
+    return {path: (info.st_size, info.st_mtime_ns) for path, info in found.items()}
 
 
-def _hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _source_record(source: Source, split: str) -> dict:
-    return {"path": source.name, "split": split, "bytes": source.path.stat().st_size, "sha256": _hash_file(source.path)}
-
-
-def _spool_stdin(files: list[Source], aside: Path) -> list[Source]:
+def _spool_stdin(files: list[Source], folder: Path) -> list[Source]:
     """Standard input is read several times below: keep it beside the output until that is sealed."""
     if not any(s.name == "-" for s in files):
         return files
-    with open(aside / "stdin.txt", "wb") as file:
+    spool = folder / "stdin.txt"
+    with open(spool, "wb") as file:
         shutil.copyfileobj(sys.stdin.buffer, file)
-    if not (aside / "stdin.txt").stat().st_size:
+    if not spool.stat().st_size:
         raise UserError("-:1: standard input is empty; pipe some text: cat FILE | muonlm prep - --to FOLDER")
-    return [Source(aside / "stdin.txt", "-", "text") if s.name == "-" else s for s in files]
-
-
-def _refuse_target(to: Path, overwrite: bool) -> None:
-    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
-        return
-    if not overwrite:
-        raise UserError(f"{to} exists already; add --overwrite to replace it, or choose another --to")
-    if not to.is_dir() or not any((to / name).is_file() for name in INDEX_NAMES):
-        raise UserError(f"{to} is not prepared data, so --overwrite would delete something else; choose another --to")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}); choose another --to") from None
-
-
-def _put_in_place(aside: Path, to: Path, overwrite: bool) -> None:
-    """Sync, then rename. With `overwrite` an older target steps aside first and comes back if the rename fails."""
-    for file in aside.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    old = to.parent / f".{to.name}.old-{os.getpid()}-{secrets.token_hex(4)}"
-    replaces = overwrite and to.exists() and any((to / name).is_file() for name in INDEX_NAMES)
-    if replaces:
-        os.rename(to, old)
-    try:
-        os.replace(aside, to)  # onto nothing or an empty folder
-    except OSError as error:
-        if replaces:
-            os.rename(old, to)
-            raise
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise UserError(f"{to} was made by another process meanwhile; add --overwrite to replace it") from None
-        raise
-    if replaces:
-        shutil.rmtree(old, ignore_errors=True)
-    handle = os.open(to.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # the rename itself
-    finally:
-        os.close(handle)
+    return [replace(s, path=spool) if s.name == "-" else s for s in files]

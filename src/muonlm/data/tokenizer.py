@@ -6,9 +6,12 @@
     gpt2   GPT-2's vocabulary, rebuilt from its merges file: 256 bytes, 50,000 merges, EOT = 50256
     hf     any other Hugging Face tokenizer.json; EOT: its special token of a usual name (EOT_NAMES), or None
 
+More special tokens (<|im_start|>, <think>) can be asked for: behind EOT in bpe (1, 2, …), at the end of the vocabulary in
+the others, hf and gpt2 only those they lack. `special` maps the name of every special token, EOT too, to its id.
+
 `encode` is for plain text: a special token's name in the text is encoded as the characters it is made of, so that a
-document cannot forge an end of text. Whoever wants an EOT puts `eot_id` there. No kind adds tokens of its own (no BOS).
-`decode` takes any ids: bytes that are no UTF-8, and ids beyond the vocabulary, give U+FFFD; EOT gives its name.
+document cannot forge an end of text. Whoever wants a special token puts its id there. No kind adds tokens of its own (no
+BOS). `decode` takes any ids: bytes that are no UTF-8, and ids beyond the vocabulary, give U+FFFD; EOT gives its name.
 
 bpe, gpt2 and hf are stored as plain tokenizer.json of Hugging Face, byte and char as {"muonlm": kind, …}.
 Cost     byte and char: numpy, no Python loop over characters. BPE: `tokenizers`, all cores in encode_batch
@@ -31,16 +34,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from ..config import UserError
 
 EOT = "<|endoftext|>"
-EOT_NAMES = (
-    EOT,
-    "</s>",
-    "<|im_end|>",
-    "<|end_of_text|>",
-    "<|eot_id|>",
-    "<eos>",
-    "[EOS]",
-    "[SEP]",
-)  # first found is taken
+# The first found is taken. <|im_end|> ends a turn where another of them is there: added later, it must not become EOT.
+EOT_NAMES = (EOT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<eos>", "[EOS]", "[SEP]", "<|im_end|>")
+SPECIAL_NAME = re.compile(r"<[^<>\s,]+>|\[[^\[\]\s,]+\]")  # what a template can be searched for: <|im_end|>, </s>, [SEP]
 SPECS = "byte, char, bpe:4096, gpt2:PATH/merges.txt, PATH/tokenizer.json"
 BAD = "\ufffd"
 # Where GPT-2's pre-tokenizer always ends a token: in front of a blank or newline that a non-space follows (the rest
@@ -72,18 +68,20 @@ class Tokenizer:
         self._bytes: list[bytes] | None = None  # id -> bytes, where decoding is joining bytes: all kinds but some hf
         self._hf = None
         self.eot_id: int | None
+        self.special: dict[str, int]  # every special token, EOT too: name -> id
         kind = stored.get("muonlm")
-        if kind == "byte":
-            self.kind, self.vocab_size, self.eot_id = "byte", 257, 256
-            self._bytes = [bytes([b]) for b in range(256)] + [EOT.encode()]
-        elif kind == "char":
-            chars: str = stored["chars"]
-            self.kind, self.vocab_size = "char", len(chars) + stored["eot"]
-            self.eot_id = len(chars) if stored["eot"] else None
-            self._bytes = [c.encode() for c in chars] + [EOT.encode()] * stored["eot"]
-            points = _code_points(chars)
-            self._rank = np.full(int(points.max(initial=0)) + 2, -1, np.int64)  # last entry: every character beyond
-            self._rank[points] = np.arange(len(points))
+        if kind in ("byte", "char"):
+            chars: str = stored.get("chars", "")
+            plain = [bytes([b]) for b in range(256)] if kind == "byte" else [c.encode() for c in chars]
+            names = [EOT] * (kind == "byte" or stored["eot"]) + stored.get("special", [])
+            self.kind, self.vocab_size = kind, len(plain) + len(names)
+            self.special = {name: i for i, name in enumerate(names, len(plain))}
+            self.eot_id = self.special.get(EOT)
+            self._bytes = plain + [name.encode() for name in names]
+            if kind == "char":
+                points = _code_points(chars)
+                self._rank = np.full(int(points.max(initial=0)) + 2, -1, np.int64)  # last entry: every character beyond
+                self._rank[points] = np.arange(len(points))
         else:
             self._from_hugging_face(stored)
         # Sized for the ids it gives; packed shards use the same rule.
@@ -96,7 +94,8 @@ class Tokenizer:
         self._hf.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
         vocab = self._hf.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        special = {a["content"]: a["id"] for a in stored.get("added_tokens") or [] if a["special"]}
+        added = stored.get("added_tokens") or []
+        self.special = special = {a["content"]: a["id"] for a in added if a["special"]}
         self.eot_id = next((special[name] for name in EOT_NAMES if name in special), None)
         byte_level = (stored.get("decoder") or {}).get("type") == "ByteLevel"
         if byte_level:
@@ -105,10 +104,17 @@ class Tokenizer:
             for token, i in vocab.items():
                 plain = token in special or not all(c in alphabet for c in token)
                 self._bytes[i] = token.encode() if plain else bytes(alphabet[c] for c in token)
-        ours = byte_level and stored["model"].get("type") == "BPE" and special == {EOT: self.eot_id}
         before = stored.get("pre_tokenizer") or {}
-        self._cuts = ours and (before.get("type"), before.get("add_prefix_space")) == ("ByteLevel", False)
-        self.kind = {(0, True): "bpe", (50256, True): "gpt2"}.get((self.eot_id, ours), "hf")
+        # As ours and GPT-2's: nothing but the pre-tokenizer splits a text, so it may be cut at a SAFE_CUT.
+        self._cuts = (
+            byte_level
+            and (before.get("type"), before.get("add_prefix_space")) == ("ByteLevel", False)
+            and stored["model"].get("type") == "BPE"
+            and not stored.get("normalizer")
+            and EOT in special
+            and len(special) == len(added)  # an added token that is not special is searched in texts
+        )
+        self.kind = {(0, True): "bpe", (50256, True): "gpt2"}.get((self.eot_id, self._cuts), "hf")
 
     @classmethod
     def byte(cls) -> "Tokenizer":
@@ -121,6 +127,17 @@ class Tokenizer:
     @classmethod
     def hugging_face(cls, hf: tokenizers.Tokenizer) -> "Tokenizer":
         return cls(json.loads(hf.to_str()))
+
+    def with_special(self, names: Iterable[str]) -> "Tokenizer":
+        """This tokenizer and, at the end of the vocabulary, those of the special tokens that it lacks."""
+        missing = [name for name in _special_names(names) if name not in self.special]
+        if not missing:
+            return self
+        if self._hf is None:
+            return Tokenizer(self._stored | {"special": [*self._stored.get("special", []), *missing]})
+        hf = tokenizers.Tokenizer.from_str(json.dumps(self._stored))
+        hf.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in missing])
+        return Tokenizer.hugging_face(hf)
 
     @classmethod
     def load(cls, path) -> "Tokenizer":
@@ -257,23 +274,23 @@ def made_from_text(spec: str) -> bool:
     return spec == "char"
 
 
-def resolve_tokenizer(spec: str, texts: Iterable | None = None) -> Tokenizer:
-    """The tokenizer of a spec (SPECS). char and bpe:N are made from `texts`: strings, one a document, or
-    sources.Documents."""
-    if spec == "byte":
-        return Tokenizer.byte()
-    if spec == "char":
-        if texts is None:
-            raise UserError(f"the tokenizer 'char' is made from a corpus; give one, or take another of {SPECS}")
-        return char_tokenizer(texts)
+def resolve_tokenizer(spec: str, texts: Iterable | None = None, special: Iterable[str] = ()) -> Tokenizer:
+    """The tokenizer of a spec (SPECS) with these special tokens. char and bpe:N are made from `texts`: strings, one a
+    document, or sources.Documents."""
+    special = _special_names(special)
     if made_from_text(spec):
         if texts is None:
-            raise UserError(f"the tokenizer {spec!r} is trained on a corpus; give one, or take another of {SPECS}")
-        return train_bpe(texts, int(spec.removeprefix("bpe:")))
+            how = "made from" if spec == "char" else "trained on"
+            raise UserError(f"the tokenizer {spec!r} is {how} a corpus; give one, or take another of {SPECS}")
+        if spec == "char":
+            return char_tokenizer(texts).with_special(special)
+        return train_bpe(texts, int(spec.removeprefix("bpe:")), special)
+    if spec == "byte":
+        return Tokenizer.byte().with_special(special)
     if spec.startswith("gpt2:"):
-        return gpt2_tokenizer(Path(spec.removeprefix("gpt2:")))
+        return gpt2_tokenizer(Path(spec.removeprefix("gpt2:"))).with_special(special)
     if Path(spec).exists():
-        return Tokenizer.load(spec)
+        return Tokenizer.load(spec).with_special(special)
     if spec == "gpt2":
         raise UserError("tokenizer 'gpt2' needs its merges file: gpt2:PATH/merges.txt")
     near = difflib.get_close_matches(
@@ -281,6 +298,18 @@ def resolve_tokenizer(spec: str, texts: Iterable | None = None) -> Tokenizer:
     )
     hint = f"did you mean {near[0].replace('bytes', 'byte')}? " if near else ""
     raise UserError(f"unknown tokenizer {spec!r}: no such kind or file; {hint}It is one of {SPECS}")
+
+
+def _special_names(names: Iterable[str]) -> list[str]:
+    """The distinct names, in order; refused if a template could not tell one from its own text."""
+    distinct = list(dict.fromkeys(names))
+    for name in distinct:
+        if not SPECIAL_NAME.fullmatch(name):
+            raise UserError(
+                f"special token {name!r}: a name stands in <> or [], without blanks and commas; "
+                "try --data.special '<|im_start|>,<|im_end|>'"
+            )
+    return distinct
 
 
 def char_tokenizer(texts: Iterable) -> Tokenizer:
@@ -291,13 +320,19 @@ def char_tokenizer(texts: Iterable) -> Tokenizer:
     return Tokenizer.char(map(chr, points.tolist()), eot=documents > 1)
 
 
-def train_bpe(texts: Iterable, vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable, vocab_size: int, special: Iterable[str] = ()) -> Tokenizer:
+    names = list(dict.fromkeys([EOT, *special]))
+    if vocab_size < 256 + len(names):
+        raise UserError(
+            f"tokenizer 'bpe:{vocab_size}': 256 bytes and {len(names)} special tokens need a vocabulary of at least "
+            f"{256 + len(names)}; try bpe:4096"
+        )
     hf = tokenizers.Tokenizer(models.BPE())
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     hf.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[EOT],  # given first, hence id 0
+        special_tokens=names,  # given first, hence ids 0, 1, …
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

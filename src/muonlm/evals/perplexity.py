@@ -17,7 +17,8 @@ from ..config import UserError
 from ..data.packed import PackedData
 from ..objectives import OBJECTIVES
 from ..parallel import Dist, start
-from ..train import Splits, evaluate, open_data
+from ..data.splits import Splits
+from ..train import evaluate, open_data
 
 TRIGRAM_TOKENS = 1 << 24  # more text would not change the counts that matter, and costs seconds
 

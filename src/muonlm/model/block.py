@@ -17,6 +17,7 @@ from .mamba import Mamba
 from .mamba2 import Mamba2
 from .mlp import MLP
 from .norm import make_norm
+from .padding import Segments
 from .recursive import MultiScaleAttention, StackedRecursion
 
 CONSTRUCTORS = {
@@ -49,8 +50,11 @@ class Block(nn.Module):
     def writers(self) -> list[nn.Linear]:
         return self.mixer.writers() + ([] if self.mlp is None else [self.mlp.down])
 
-    def forward(self, x: Tensor, state=None, mask: Tensor | None = None):
-        y, state = self.mixer(self.norm1(x), state, mask)
+    def forward(self, x: Tensor, state=None, mask: Tensor | None = None, rows: Segments | None = None):
+        if rows is None:
+            y, state = self.mixer(self.norm1(x), state, mask)
+        else:  # several documents to a row: no state comes in, none goes out
+            y = rows.apply(lambda part: self.mixer(part)[0], self.norm1(x))
         x = self._add(x, y, self.mixer_scale)
         return (x if self.mlp is None else self._add(x, self.mlp(self.norm2(x)), self.mlp_scale)), state
 

@@ -6,8 +6,9 @@ Loops    cfg.loops passes over the blocks (or a range of them) share weights, ne
          that was shared would make a step after a prefill differ from a longer prefill. cfg.loops may change between runs.
 Shapes   tokens, targets (B,T) int64 · logits (B,T,V) · state: one per applied block, the convolution's, tokens seen (B,)
 Masks    (B,T) bool: a masked token is deleted. Rows are compacted once, real tokens first, and the output is put back.
+Packing  segments (B,T): a token sees the tokens of its own segment only (padding.py); −1 = padding.
 Loss     with `targets`, forward returns Σ −log p(target) over targets ≥ 0, in fp32 nats, instead of logits: one call holds the whole
-         differentiable path, which data-parallel wrappers need. Logits are made and thrown away in chunks of rows, so memory is
+         differentiable path, which data-parallel wrappers need. With `per_token`, the terms (B,T) instead of their sum. Logits are made and thrown away in chunks of rows, so memory is
          O(chunk·V), not O(B·T·V).
 Init     R residual branches in all, loops counted; "writers" are the matrices that write to the stream.
          gpt2: every matrix N(0, .02), writers / √R (Radford 2019).
@@ -26,7 +27,7 @@ from ..config import ModelConfig
 from .block import Block
 from .conv import ShortConv
 from .norm import RMSNorm, at_least_fp32, make_norm
-from .padding import compact
+from .padding import Segments, compact
 
 LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of fp32 logits at a time
 
@@ -46,37 +47,49 @@ class LM(nn.Module):
         self.head = None if cfg.tie else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, state: list | None = None, mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        state: list | None = None,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        per_token: bool = False,
     ):
-        """Summed loss if `targets` are given, else (logits, state). `mask` (B,T): False tokens are treated as absent."""
+        """The loss if `targets` are given, else (logits, state); packed rows give no state."""
+        assert segments is None or (state is None and mask is None), "packed rows carry no state and mark padding as −1"
+        rows = None if segments is None else Segments(segments)
         x = self.embed(tokens)
-        schedule = self.cfg.schedule
-        *layers, conv_state, count = [None] * (len(schedule) + 2) if state is None else state
+        *layers, conv_state, count = [None] * (len(self.cfg.schedule) + 2) if state is None else state
         undo = None
         if mask is not None:
             x, lengths, undo = compact(x, mask)
             mask = None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         if self.conv is not None:
-            x, conv_state = self.conv(x, conv_state, mask)
+            if rows is None:
+                x, conv_state = self.conv(x, conv_state, mask)
+            else:
+                x = rows.apply(lambda part: self.conv(part)[0], x)
             x = self.conv_norm(x)
         if self.positions is not None:
-            x = x + self._positions(x, count, mask)
+            x = x + (self._positions(x, count, mask) if rows is None else self.positions[rows.positions])
         if self.cfg.dropout:
             x = F.dropout(x, self.cfg.dropout, self.training)
         first, entering, states = self.cfg.looped.start, None, []
-        for i, layer in zip(schedule, layers):
+        for i, layer in zip(self.cfg.schedule, layers):
             if i == first and self.cfg.inject:
                 x = x if entering is None else x + entering
                 entering = x if entering is None else entering
             if self.recompute and targets is not None and torch.is_grad_enabled():
-                x, layer = checkpoint(self.blocks[i], x, layer, mask, use_reentrant=False)
+                x, layer = checkpoint(self.blocks[i], x, layer, mask, rows, use_reentrant=False)
             else:
-                x, layer = self.blocks[i](x, layer, mask)
+                x, layer = self.blocks[i](x, layer, mask, rows)
             if targets is None:
                 states.append(layer)
         x = self.norm(x if undo is None else undo(x))
         if targets is not None:
-            return self._loss_sum(x, targets)
+            return self._loss(x, targets, per_token)
+        if rows is not None:
+            return self._logits(x), None
         new = torch.full((len(tokens),), tokens.shape[1]) if mask is None else mask.sum(1).cpu()
         conv_state = x.new_zeros(len(x), 0) if conv_state is None else conv_state  # a state is tensors only
         return self._logits(x), [*states, conv_state, new if count is None else count + new]
@@ -113,16 +126,19 @@ class LM(nn.Module):
         cap = self.cfg.logit_softcap
         return cap * torch.tanh(at_least_fp32(logits) / cap) if cap else logits
 
-    def _loss_sum(self, x: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, x: Tensor, targets: Tensor, per_token: bool) -> Tensor:
+        shape, reduction = targets.shape, "none" if per_token else "sum"
         x, targets = x.flatten(0, 1), targets.flatten()
         rows = max(1, LOGITS_PER_CHUNK // self.cfg.vocab_size)
         if len(x) <= rows:
-            return self._chunk_loss(x, targets)
-        chunks = zip(x.split(rows), targets.split(rows))
-        return sum(checkpoint(self._chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+            losses = [self._chunk_loss(x, targets, reduction)]
+        else:
+            chunks = zip(x.split(rows), targets.split(rows))
+            losses = [checkpoint(self._chunk_loss, *chunk, reduction, use_reentrant=False) for chunk in chunks]
+        return torch.cat(losses).view(shape) if per_token else sum(losses)
 
-    def _chunk_loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(at_least_fp32(self._logits(x)), targets, ignore_index=-100, reduction="sum")
+    def _chunk_loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        return F.cross_entropy(at_least_fp32(self._logits(x)), targets, ignore_index=-100, reduction=reduction)
 
     @torch.no_grad()
     def init_weights(self) -> None:

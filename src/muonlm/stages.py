@@ -1,0 +1,105 @@
+"""Stages: pretraining, SFT and DPO are runs of one loop; this is what a run takes from the one it starts from.
+
+    --init-from RUN     weights of RUN's best checkpoint (or of the checkpoint directory named), step 0, a new schedule, a new run;
+                        model, tokenizer and, unless the recipe names one, conversation template are RUN's too. Flags still win.
+    parent = "RECIPE"   in a recipe: without --init-from, the newest finished run of that recipe, beside --out or under runs/
+    --init-from none    fresh weights in spite of a parent; with --smoke that is also what follows from finding no parent's run
+
+Resuming is something else: --resume goes on with a run and everything it had (train.py, checkpoint.py).
+
+Raises   UserError: no run of the parent, or a run that cannot be read; data prepared with another tokenizer than the weights.
+"""
+
+import json
+from pathlib import Path
+
+from . import config
+from .config import Config, UserError, flatten, read_recipe
+
+NONE = "none"
+
+
+def load_recipe(
+    name: str = "quickstart",
+    flags: dict | None = None,
+    *,
+    preset: str = "",
+    smoke: bool = False,
+    out: str | Path | None = None,
+    presets: dict | None = None,
+) -> Config:
+    """config.load_recipe, with what the run named by --init-from, or found for the recipe's parent, hands down."""
+    flags = {key.replace("-", "_"): value for key, value in (flags or {}).items()}
+    source, parent = flags.pop("init_from", ""), flags.get("parent") or read_recipe(name).get("parent", "")
+    if not source and parent:
+        found = newest_run(parent, out)
+        if found is None and not smoke:
+            raise UserError(
+                f"recipe {name} starts from a run of {parent}, and no finished one lies under runs/"
+                + (f" or beside {out}" if out else "")
+                + f". Make it: muonlm train {parent}; or name a run: --init-from RUN; or start from fresh weights: --init-from {NONE}"
+            )
+        source = str(found) if found else ""
+    if not source or source == NONE:
+        return config.load_recipe(name, flags, preset=preset, smoke=smoke, presets=presets)
+    return config.load_recipe(name, flags, preset=preset, smoke=smoke, presets=presets, inherited=inherited(source))
+
+
+def newest_run(recipe: str, out: str | Path | None = None) -> Path | None:
+    """The run of `recipe` that finished last, among those beside `out` and under runs/."""
+    roots = {Path("runs").resolve(), *([Path(out).resolve().parent] if out else [])}
+    found = {path.parent for root in roots for depth in ("*", "*/*", "*/*/*") for path in root.glob(f"{depth}/report.json")}
+    runs = [path for path in found if (path / "config.json").is_file() and _recipe_of(path) == recipe]
+    return max(runs, key=lambda path: (path / "report.json").stat().st_mtime_ns, default=None)
+
+
+def _recipe_of(run: Path) -> str:
+    try:
+        return json.loads((run / "config.json").read_text("utf-8"))["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def inherited(source: str) -> dict:
+    """Flat keys that a run or checkpoint hands down, `init_from` (its checkpoint) among them."""
+    from .checkpoint import locate, read_config
+
+    run, path = locate(source)
+    stored = read_config(run)
+    tokenizer = run / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise UserError(f"run {run} has no tokenizer.json, so no text can be trained on from it; name another run.")
+    keys = {f"model.{key}": value for key, value in flatten(stored.to_dict()["model"]).items()}
+    return keys | {
+        "init_from": str(path.resolve()),
+        "data.tokenizer": str(tokenizer.resolve()),
+        "data.template": stored.data.template,
+    }
+
+
+def describe(cfg: Config, parameters: int) -> str:
+    """One line for the start of a run: where its weights, model, tokenizer and template come from. Empty for a first stage."""
+    if not cfg.init_from:
+        return f"fresh weights: no run of {cfg.parent} is taken" if cfg.parent else ""
+    template = f", template {cfg.data.template}" if cfg.data.template else ""
+    run = Path(cfg.init_from).parent.parent
+    return (
+        f"starts from {cfg.init_from} (recipe {_recipe_of(run) or '?'}): its weights and model ({parameters:,} parameters, "
+        f"layers {cfg.model.layers}), tokenizer {cfg.data.tokenizer}{template}"
+    )
+
+
+def check_tokenizer(cfg: Config, tokenizer) -> None:
+    """Refuse data whose tokenizer is not that of the weights it will train. More special tokens at its end are no other tokenizer."""
+    from .data.tokenizer import Tokenizer
+
+    if not cfg.init_from:
+        return
+    before = Tokenizer.load(Path(cfg.init_from).parent.parent)
+    if tokenizer is None or not tokenizer.extends(before):
+        found = "no tokenizer" if tokenizer is None else f"a {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,} tokens"
+        raise UserError(
+            f"--data {cfg.data.source} was prepared with {found}, but the weights of {cfg.init_from} were trained with a "
+            f"{before.kind} tokenizer of {before.vocab_size:,}; give the text itself, or prepare it with "
+            f"--tokenizer {Path(cfg.init_from).parent.parent / 'tokenizer.json'}"
+        )
