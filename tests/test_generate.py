@@ -1,4 +1,4 @@
-"""Generation: cached decoding equals the full forward, sampling settings mean what they say, streams join to the text."""
+"""Generation: cached decoding equals the full forward, sampling settings mean what they say, pieces join to a text."""
 
 import importlib
 import random
@@ -160,7 +160,7 @@ def prompts_of(lengths) -> list[list[int]]:
 
 @pytest.mark.parametrize("variant", MIXERS.values(), ids=MIXERS.keys())
 def test_prompts_of_all_lengths_at_once_are_continued_as_each_alone(variant, monkeypatch):
-    """Some longer than the context, some that outgrow it, some that stop early; in one batch, and in small ones read in pieces."""
+    """Some longer than the context, some outgrow it, some stop early; in one batch, and in small ones in pieces."""
     model, stop = model_of(**variant), frozenset(range(40, 43))
     prompts = prompts_of([1, 2, 5, 5, 9, 20, 23, 24, 60, 3])
     alone = [tokens_of(model, p, max_tokens=25, temperature=0, stop=stop)[0] for p in prompts]

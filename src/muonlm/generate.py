@@ -1,14 +1,14 @@
 """Generation: a reader reads tokens into a model's state, decoding draws the next one of each row and has it read.
 
-    p(i) ∝ exp(z_i / τ), restricted to the top_k most likely tokens, then to the smallest set whose probability reaches top_p
+    p(i) ∝ exp(z_i / τ), of the top_k most likely tokens, then of the smallest set whose probability reaches top_p
 
-τ = 0 is greedy. One engine: `stream` (samples of one prompt), `complete` (many prompts), `generate` (text) and chat.py all are a
-Reader and `decode`. The engine never looks inside a mixer's state: it picks its rows and passes it on. When a row outgrows the
-model's context, the last half of it is read again, so any length can be generated in bounded memory; a model whose layers all
-have a state of constant size has no such limit.
+τ = 0 is greedy. One engine: `stream` (samples of one prompt), `complete` (many prompts), `generate` (text) and
+chat.py all are a Reader and `decode`. The engine never looks inside a mixer's state: it picks its rows and passes it
+on. When a row outgrows the model's context, the last half of it is read again, so any length can be generated in
+bounded memory; a model whose layers all have a state of constant size has no such limit.
 
-Draws    every random choice is one number of a table (max_tokens, rows) made from the seed, so that what a row says depends
-         neither on which other rows have stopped nor on how prompts were batched
+Draws    every random choice is one number of a table (max_tokens, rows) made from the seed, so that what a row says
+         depends neither on which other rows have stopped nor on how prompts were batched
 Raises   UserError: impossible sampling settings, a prompt that the tokenizer cannot express, a model without tokenizer.
 """
 
@@ -121,8 +121,9 @@ def decode(
     stop: frozenset[int] = frozenset(),
     vocab: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Yield, step by step, the next token of each row of the reader, at most len(draws) steps; None for a row that has met a
-    stop token. Such rows leave the reader. It reads a token after it was yielded: the last ones, and stops, stay unread.
+    """Yield, step by step, the next token of each row of the reader; None for a row that has met a stop token.
+
+    Such rows leave the reader. It reads a token after it was yielded: the last ones, and stops, stay unread.
 
     draws  (steps, rows) uniform in [0, 1)       vocab  only ids below it are drawn
     """
@@ -173,7 +174,7 @@ def complete(
     vocab: int | None = None,
     rows: int = 64,
 ) -> list[list[int]]:
-    """The ids that follow each prompt, up to a stop token (left out) or max_tokens; at most `rows` prompts at a time."""
+    """The ids that follow each prompt, up to a stop token (left out) or max_tokens; `rows` prompts at a time."""
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens)
     draws = draw_table(model, max_tokens, len(prompts), seed)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths together: little padding
@@ -193,7 +194,8 @@ def complete(
 def need_words(tokenizer) -> None:
     if tokenizer is None:
         raise UserError(
-            "this run has no tokenizer, so there is no text to generate (grokking and recall runs answer in symbols, not in words)."
+            "this run has no tokenizer, so there is no text to generate "
+            "(grokking and recall runs answer in symbols, not in words)."
         )
 
 

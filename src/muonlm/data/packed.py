@@ -126,7 +126,15 @@ class PackedData:
     """
 
     def __init__(
-        self, path, split: str = "train", *, block_size: int, rows: int, seed: int, reset: bool = False, tokenizer: str = ""
+        self,
+        path,
+        split: str = "train",
+        *,
+        block_size: int,
+        rows: int,
+        seed: int,
+        reset: bool = False,
+        tokenizer: str = "",
     ):
         if block_size < 1 or rows < 1:
             raise UserError(f"block_size={block_size}, rows={rows}: both must be at least 1")
@@ -151,7 +159,8 @@ class PackedData:
         dtype = np.dtype(self.index["dtype"]).newbyteorder("<")
         # np.asarray: the same map without memmap's slower indexing
         self._shards = [
-            np.asarray(np.memmap(self.path / s["file"], dtype, mode="r", offset=s.get("offset", 0))) for s in info["shards"]
+            np.asarray(np.memmap(self.path / s["file"], dtype, mode="r", offset=s.get("offset", 0)))
+            for s in info["shards"]
         ]
         self._ends = np.cumsum([len(s) for s in self._shards])
         self._ring = self.num_tokens - 1  # R of (1)

@@ -37,16 +37,6 @@ from ..data.partial import INDEX_FILES, Partial, partial_path, refuse_target, sy
 from ..data.sources import Source, expand, identity, licence
 from ..data.tokenizer import Tokenizer, made_from_text, resolve_tokenizer
 
-from ..data.partial import make_folder as _make_folder, refuse_target as _refuse_target  # TEMPORARY, examples.py
-
-
-def _put_in_place(aside, to, overwrite):  # TEMPORARY, examples.py
-    from ..data.partial import exchange
-
-    old = aside.with_name(aside.name + ".old")
-    exchange(aside, to, old)
-    shutil.rmtree(old, ignore_errors=True)
-
 
 def prepare(
     sources,
@@ -84,8 +74,9 @@ def prepare(
     fixed = None if layout == "raw" or made_from_text(tokenizer) else resolve_tokenizer(tokenizer, special=special)
     if hub and layout != "raw" and tokenizer == "char":
         raise UserError(
-            "the tokenizer char needs all characters of the text first, and a data set of the hub is too long to be read "
-            "twice; take --tokenizer byte, or save a part of it: muonlm prep ID --raw-only --split 'train[:1%]' --to FOLDER"
+            "the tokenizer char needs all characters of the text first, and a data set of the hub is too long to be "
+            "read twice; take --tokenizer byte, or save a part of it: muonlm prep ID --raw-only --split 'train[:1%]' "
+            "--to FOLDER"
         )
     job = Job(
         files=files,
@@ -110,8 +101,8 @@ def prepare(
             raise
         free = shutil.disk_usage(to.parent).free
         raise UserError(
-            f"the disk is full: writing {to} stopped with {free} bytes free. Make room and run the same command again: it "
-            f"goes on from {partial_path(to)}; or remove that folder and choose another --to"
+            f"the disk is full: writing {to} stopped with {free} bytes free. Make room and run the same command again: "
+            f"it goes on from {partial_path(to)}; or remove that folder and choose another --to"
         ) from None
 
 
@@ -274,8 +265,8 @@ def _check_settings(layout: str, val: str | None, num_tokens: int | None, block_
         raise UserError(f"block_size={block_size}: at least 1 is needed; 4096 is usual")
     if layout == "raw" and (val or num_tokens):
         raise UserError(
-            "layout raw holds whole documents without tokens or splits: leave --val and --num-tokens to the command that "
-            "makes tokens of it (from the hub, --split 'train[:1%]' takes a part)"
+            "layout raw holds whole documents without tokens or splits: leave --val and --num-tokens to the command "
+            "that makes tokens of it (from the hub, --split 'train[:1%]' takes a part)"
         )
 
 

@@ -115,7 +115,10 @@ def rows(
             )
         if source.weight is not None:
             raise UserError(f"{source.group}={source.weight:g}: weights order text; of rows all are read: leave it out")
-    return islice(((row, where) for source in found for row, where, _ in _records(source, names)), start, None)
+    whole = ((row, where) for source in found for row, where, _ in _records(source, names))
+    if names:
+        whole = (({name: row[name] for name in names}, where) for row, where in whole)
+    return islice(whole, start, None)
 
 
 def _names(columns: str | list[str] | None) -> list[str]:
@@ -171,7 +174,7 @@ def _row_texts(source: Source, columns: list[str], skip: int, mark) -> Iterator[
 
 
 def _records(source: Source, columns: list[str], skip: int = 0, mark=None) -> Iterator[tuple[dict, str, list | None]]:
-    """(record, where, mark) of the rows behind the first `skip`; `columns`, if any, are in each record, alone."""
+    """(record, where, mark) of the rows behind the first `skip`; `columns`, if any, are in each record."""
     if source.form == "hub":
         found = hub.stream(source.options, columns=columns, taken=skip, mark=mark)
         stream = ((number, row, mark) for number, (row, mark) in enumerate(found, skip + 1))
@@ -187,7 +190,7 @@ def _records(source: Source, columns: list[str], skip: int = 0, mark=None) -> It
     for number, row, mark in stream:
         where = f"{source.name}:{number}"
         files.check_columns(columns, row, where)
-        yield {column: row[column] for column in columns} if columns else row, where, mark
+        yield row, where, mark
 
 
 # ---------------------------------------------------------------------------------------------- which files: the
@@ -254,7 +257,7 @@ def _expand_one(spec: str, name: str, split: str) -> list[Source]:
 
 
 def _folder(path: Path, spec: str, split: str) -> list[Source]:
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if (path / "dataset_dict.json").is_file() or all((path / f"{n}.json").is_file() for n in ("state", "dataset_info")):
         return _saved(path, spec, split)
     if (path / "train.jsonl").is_file() and (path / "metadata.json").is_file():
         return [_checked(path / "train.jsonl", str(path / "train.jsonl"))]

@@ -2,16 +2,18 @@
 
     byte   id = UTF-8 byte (0 … 255), EOT = 256; vocabulary 257
     char   id = rank among the corpus's sorted distinct characters; EOT last, if the corpus has several documents
-    bpe    byte-level BPE trained by `tokenizers`, GPT-2's pre-tokenizer; EOT `<|endoftext|>` = 0
+    bpe    byte-level BPE trained by `tokenizers`, GPT-2's pre-tokenizer; EOT `<|endoftext|>` = 0. bpe:N:digits makes
+           every digit a token, which small models need for arithmetic
     gpt2   GPT-2's vocabulary, rebuilt from its merges file: 256 bytes, 50,000 merges, EOT = 50256
     hf     any other Hugging Face tokenizer.json; EOT: its special token of a usual name (EOT_NAMES), or None
 
-More special tokens (<|im_start|>, <think>) can be asked for: behind EOT in bpe (1, 2, …), at the end of the vocabulary in
-the others, hf and gpt2 only those they lack. `special` maps the name of every special token, EOT too, to its id.
+More special tokens (<|im_start|>, <think>) can be asked for: behind EOT in bpe (1, 2, …), at the end of the vocabulary
+in the others, hf and gpt2 only those they lack. `special` maps the name of every special token, EOT too, to its id.
 
 `encode` is for plain text: a special token's name in the text is encoded as the characters it is made of, so that a
-document cannot forge an end of text. Whoever wants a special token puts its id there. No kind adds tokens of its own (no
-BOS). `decode` takes any ids: bytes that are no UTF-8, and ids beyond the vocabulary, give U+FFFD; EOT gives its name.
+document cannot forge an end of text. Whoever wants a special token puts its id there. No kind adds tokens of its own
+(no BOS). `decode` takes any ids: bytes that are no UTF-8, and ids beyond the vocabulary, give U+FFFD; a special token
+gives its name.
 
 bpe, gpt2 and hf are stored as plain tokenizer.json of Hugging Face, byte and char as {"muonlm": kind, …}.
 Cost     byte and char: numpy, no Python loop over characters. BPE: `tokenizers`, all cores in encode_batch
@@ -36,8 +38,8 @@ from ..config import UserError
 EOT = "<|endoftext|>"
 # The first found is taken. <|im_end|> ends a turn where another of them is there: added later, it must not become EOT.
 EOT_NAMES = (EOT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<eos>", "[EOS]", "[SEP]", "<|im_end|>")
-SPECIAL_NAME = re.compile(r"<[^<>\s,]+>|\[[^\[\]\s,]+\]")  # what a template can be searched for: <|im_end|>, </s>, [SEP]
-SPECS = "byte, char, bpe:4096, gpt2:PATH/merges.txt, PATH/tokenizer.json"
+SPECIAL_NAME = re.compile(r"<[^<>\s,]+>|\[[^\[\]\s,]+\]")  # no text of a template reads so by chance: </s>, [SEP]
+SPECS = "byte, char, bpe:4096, bpe:1024:digits, gpt2:PATH/merges.txt, PATH/tokenizer.json"
 BAD = "\ufffd"
 # Where GPT-2's pre-tokenizer always ends a token: in front of a blank or newline that a non-space follows (the rest
 # of a longer run
@@ -111,7 +113,6 @@ class Tokenizer:
             and (before.get("type"), before.get("add_prefix_space")) == ("ByteLevel", False)
             and stored["model"].get("type") == "BPE"
             and not stored.get("normalizer")
-            and EOT in special
             and len(special) == len(added)  # an added token that is not special is searched in texts
         )
         self.kind = {(0, True): "bpe", (50256, True): "gpt2"}.get((self.eot_id, self._cuts), "hf")
@@ -130,7 +131,7 @@ class Tokenizer:
 
     def with_special(self, names: Iterable[str]) -> "Tokenizer":
         """This tokenizer and, at the end of the vocabulary, those of the special tokens that it lacks."""
-        missing = [name for name in _special_names(names) if name not in self.special]
+        missing = [name for name in dict.fromkeys(names) if name not in self.special]
         if not missing:
             return self
         if self._hf is None:
@@ -153,6 +154,11 @@ class Tokenizer:
             return cls(stored)
         except Exception as error:  # noqa: BLE001, `tokenizers` raises bare Exception for a JSON it does not understand
             raise UserError(f"{file} is not a tokenizer.json ({error}); --data.tokenizer takes {SPECS}") from None
+
+    def extends(self, other: "Tokenizer") -> bool:
+        """Whether this is `other`, or `other` with more special tokens behind its vocabulary: same text, same ids."""
+        names = sorted((i, name) for name, i in self.special.items() if i >= other.vocab_size)
+        return other.with_special([name for _, name in names]).fingerprint == self.fingerprint
 
     def save(self, folder) -> None:
         """Write folder/tokenizer.json."""
@@ -263,9 +269,9 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def made_from_text(spec: str) -> bool:
-    """Whether the spec needs a corpus: char and bpe:N. A bad N is refused here, before anyone reads that corpus."""
+    """Whether the spec needs a corpus: char, bpe:N and bpe:N:digits. A bad N is refused here, before anyone reads it."""
     if spec == "bpe" or spec.startswith("bpe:"):
-        size = spec.removeprefix("bpe").removeprefix(":")
+        size = spec.removeprefix("bpe").removeprefix(":").removesuffix(":digits")
         if not re.fullmatch(r"[1-9][0-9]*", size) or int(size) < 257:
             raise UserError(
                 f"tokenizer {spec!r}: bpe needs a vocabulary size of at least 257 (256 bytes + EOT); try bpe:4096"
@@ -284,7 +290,7 @@ def resolve_tokenizer(spec: str, texts: Iterable | None = None, special: Iterabl
             raise UserError(f"the tokenizer {spec!r} is {how} a corpus; give one, or take another of {SPECS}")
         if spec == "char":
             return char_tokenizer(texts).with_special(special)
-        return train_bpe(texts, int(spec.removeprefix("bpe:")), special)
+        return train_bpe(texts, int(spec.split(":")[1]), special, digits=spec.endswith(":digits"))
     if spec == "byte":
         return Tokenizer.byte().with_special(special)
     if spec.startswith("gpt2:"):
@@ -320,7 +326,7 @@ def char_tokenizer(texts: Iterable) -> Tokenizer:
     return Tokenizer.char(map(chr, points.tolist()), eot=documents > 1)
 
 
-def train_bpe(texts: Iterable, vocab_size: int, special: Iterable[str] = ()) -> Tokenizer:
+def train_bpe(texts: Iterable, vocab_size: int, special: Iterable[str] = (), *, digits: bool = False) -> Tokenizer:
     names = list(dict.fromkeys([EOT, *special]))
     if vocab_size < 256 + len(names):
         raise UserError(
@@ -329,6 +335,8 @@ def train_bpe(texts: Iterable, vocab_size: int, special: Iterable[str] = ()) -> 
         )
     hf = tokenizers.Tokenizer(models.BPE())
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if digits:
+        hf.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), hf.pre_tokenizer])
     hf.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -1,0 +1,306 @@
+"""Chat: a conversation with a model that was trained on one, its state carried from turn to turn.
+
+    read in turn 1   begin, system, user 1, opening of the reply
+    read in turn n   the last reply's end (what it drew last, the stop token), user n, opening of the reply
+
+so each token is read once, however long the conversation is. Whatever ends a reply (the stop token, an end of text, the
+limit, Ctrl-C), the template's stop token is what is read behind it, as in training.
+
+Forgetting   A model whose context is limited looks back on `context` tokens. Before a turn that would leave less room
+             than a reply may take (at most half of the context), the oldest exchanges are forgotten until what is
+             read again fills at most half of it; the system turn stays. A reply that outgrows the context itself
+             loses the older half (generate.py). Both are told once. `history` = n remembers the last n exchanges,
+             read again each time.
+Raises       UserError: a run that has no template or no tokenizer, impossible sampling settings, a text that the
+             tokenizer cannot express; the conversation is then as it was before.
+"""
+
+import contextlib
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from .checkpoint import load, locate, read_config, write_atomically
+from .config import UserError, nearest
+from .data.templates import TEMPLATES, Template, template
+from .generate import Reader, check_sampling, decode, need_words
+
+COMMANDS = """\
+/reset          forget the conversation         /undo        forget the last exchange
+/system TEXT    begin again with this system turn            /save FILE   write the conversation as a line of JSON
+/exit           leave; so do exit, quit and Ctrl-D           /help        this list
+A line that ends in \\ goes on in the next; \"\"\" begins and ends a block of lines. Ctrl-C stops a reply."""
+
+
+class Chat:
+    """`turns`: the whole conversation, [{"role": "user" | "assistant", "content": …}, …], forgotten ones included."""
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        form: Template,
+        *,
+        system: str = "",
+        max_tokens: int = 256,
+        temperature: float = 0.85,
+        top_k: int = 0,
+        top_p: float = 0.85,
+        seed: int = 0,
+        history: int | None = None,
+        tell: Callable[[str], None] = lambda note: None,
+    ):
+        check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens)
+        if history is not None and history < 0:
+            raise UserError(f"--history {history} must be 0 (each message alone) or more; without it all is kept.")
+        need_words(tokenizer)
+        self.model, self.tokenizer, self.form = model, tokenizer, form
+        self.stop = form.stop_id(tokenizer)
+        self.system, self.max_tokens, self.history, self.tell = system, max_tokens, history, tell
+        self.sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        device = next(model.parameters()).device
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.told = False
+        self.reset()
+
+    def reset(self, system: str | None = None) -> None:
+        """Begin again, with another system turn if one is given."""
+        self.system = self.system if system is None else system
+        self.turns: list[dict] = []
+        self.first = 0  # turns before it are forgotten
+        self.reader: Reader | None = None  # None: the next turn reads all that is remembered
+        self.unread: list[int] = []  # the end of the last reply
+
+    def undo(self) -> None:
+        del self.turns[-2:]
+        self.first, self.reader = min(self.first, len(self.turns)), None
+
+    def conversation(self) -> list[dict]:
+        return [*self._opening(), *self.turns]
+
+    def say(self, text: str, on_text: Callable[[str], None] | None = None, stopped=lambda: False) -> str:
+        """The reply to a message. `on_text` gets its pieces as they come; it ends early when stopped() is true."""
+        user = {"role": "user", "content": text}
+        reader, self.first = self._read(user)
+        self.reader = None  # until the reply is whole: an exception must not leave half a turn behind
+        draws = torch.rand(self.max_tokens, 1, generator=self.generator, device=reader.device)
+        ends = frozenset({self.stop, self.tokenizer.eot_id} - {None})
+        length = len(reader.rows[0])
+        pieces, written, shown, unread = self.tokenizer.stream(), "", "", []
+
+        def show(piece: str) -> None:
+            nonlocal written, shown
+            written += piece
+            visible = self.form.reply(written)
+            if on_text and len(visible) > len(shown):
+                on_text(visible[len(shown) :])
+                shown = visible
+
+        for [token] in decode(reader, draws, **self.sampling, stop=ends, vocab=self.tokenizer.vocab_size):
+            unread = [] if token is None else [token]
+            if token is not None:
+                length += 1
+                show(pieces.push(token))
+            if stopped():
+                break
+        show(pieces.flush())
+        if reader.context and length > reader.context:
+            self._tell_of_forgetting()
+        reply = self.form.reply(written)
+        self.turns += [user, {"role": "assistant", "content": reply}]
+        self.reader, self.unread = reader, [*unread, self.stop]
+        return reply
+
+    def _opening(self) -> list[dict]:
+        return [{"role": "system", "content": self.system}] if self.system else []
+
+    def _read(self, user: dict) -> tuple[Reader, int]:
+        """A reader that has read all that leads to the reply, and the first turn that it remembers."""
+        context, first = self.model.context, self.first
+        if self.history is not None:
+            first = max(first, len(self.turns) - 2 * self.history)
+        if self.reader is not None and first == self.first:
+            new = self.unread + self.form.prompt([user], self.tokenizer, continues=True)
+            room = context and context - min(self.max_tokens, context // 2)
+            if not context or len(self.reader.rows[0]) + len(new) <= room:
+                self.reader.read([new])
+                return self.reader, first
+            self._tell_of_forgetting()
+        ids = self._ids_from(first, user)
+        if context and len(ids) > context - min(self.max_tokens, context // 2):
+            self._tell_of_forgetting()
+            while first < len(self.turns) and len(ids) > context // 2:
+                first += 2
+                ids = self._ids_from(first, user)
+        return Reader(self.model, [ids]), first
+
+    def _ids_from(self, first: int, user: dict) -> list[int]:
+        return self.form.prompt([*self._opening(), *self.turns[first:], user], self.tokenizer)
+
+    def _tell_of_forgetting(self) -> None:
+        if not self.told:
+            self.told = True
+            self.tell(
+                f"this model looks back on {self.model.context:,} tokens; what is older is forgotten from here on "
+                "(the oldest exchanges first, the system turn last)"
+            )
+
+
+def open_chat(run: str, *, form: str = "", which: str = "best", device="cpu", **settings) -> tuple[Chat, str]:
+    """(chat with a run or checkpoint directory, what to call it). `form`: a template, if not the run's own."""
+    folder, path = locate(run, which)
+    form = form or read_config(folder).data.template
+    if not form:
+        raise UserError(
+            f"run {folder} was not trained on conversations (data.template is empty): it does not know what a turn is. "
+            f"Continue a text with: muonlm generate {run} --prompt TEXT; or name the form of a turn: --template qa "
+            f"(one of {', '.join(TEMPLATES)}, or a .toml file)."
+        )
+    known = template(form)
+    model, tokenizer = load(path, device)
+    return Chat(model, tokenizer, known, **settings), f"{folder} ({path.name}, template {known.name})"
+
+
+# ------------------------------------------------------------------------------------------------ the terminal
+
+
+def converse(chat: Chat, out=None) -> None:
+    """Read messages and commands from standard input until it ends or one says so; the transcript goes to `out`.
+
+    At a terminal, mistakes and Ctrl-C are answered and the conversation goes on; in a pipe they end the program.
+    """
+    out = out or sys.stdout
+    terminal = sys.stdin.isatty()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # a stray byte is a character that nobody meant, not a traceback
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401, input() then edits lines and remembers them
+
+    def write(text: str) -> None:
+        print(text, end="", file=out, flush=True)
+
+    saved: set[Path] = set()
+    messages = read_messages(terminal, write)
+    while True:
+        try:
+            text, plain = next(messages)
+        except StopIteration:
+            return
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            chat.tell("nothing to stop; /exit or Ctrl-D leaves")
+            messages = read_messages(terminal, write)
+            continue
+        if not plain and text.strip().lower() in ("exit", "quit", "/exit", "/quit"):
+            return
+        try:
+            if not plain and (found := re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", text.strip(), re.DOTALL)):
+                obey(chat, found[1], found[2] or "", saved)
+                continue
+            with stoppable(terminal) as stopped:
+                write("Assistant: ")
+                chat.say(text, write, stopped)
+                write("\n")
+                if len(chat.unread) > 1 and not stopped():  # more than the stop token: it drew none itself
+                    chat.tell(f"cut after {chat.max_tokens} tokens; --max-tokens allows more")
+        except UserError as error:
+            if not terminal:
+                raise
+            chat.tell(str(error))
+
+
+def obey(chat: Chat, command: str, rest: str, saved: set[Path]) -> None:
+    if command == "help":
+        chat.tell(COMMANDS)
+    elif command == "reset":
+        chat.reset()
+        chat.tell("a new conversation")
+    elif command == "undo":
+        chat.undo()
+        chat.tell(f"{len(chat.turns) // 2} exchanges left" if chat.turns else "nothing said yet")
+    elif command == "system":
+        if rest:
+            chat.reset(rest)
+        current = chat.system or chat.form.default_system or "(none)"
+        chat.tell(f"a new conversation, system: {current}" if rest else f"system: {current}")
+    elif command == "save":
+        save(chat, rest, saved)
+    else:
+        known = ["/help", "/reset", "/system", "/undo", "/save", "/exit"]
+        raise UserError(f"unknown command /{command}.{nearest('/' + command, known) or ' /help lists them.'}")
+
+
+def save(chat: Chat, name: str, saved: set[Path]) -> None:
+    if not name:
+        raise UserError("/save needs a file, as in /save talk.jsonl")
+    path = Path(name).expanduser()
+    if path.exists() and path not in saved:
+        raise UserError(f"{path} exists; choose another, as in /save {path.with_name(path.stem + '-2' + path.suffix)}")
+    try:
+        write_atomically(path, json.dumps({"conversations": chat.conversation()}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}. Choose another place.") from None
+    saved.add(path)
+    chat.tell(f"{len(chat.conversation())} turns saved in {path}")
+
+
+def read_messages(terminal: bool, write: Callable[[str], None]) -> Iterator[tuple[str, bool]]:
+    """(message, whether it was a block and so cannot be a command); empty ones are left out."""
+
+    def line(prompt: str) -> str:
+        if not terminal:
+            text = sys.stdin.readline()
+            if not text:
+                raise EOFError
+            write(prompt + text.removesuffix("\n") + "\n")  # the transcript reads as it does at a terminal
+            return text.removesuffix("\n")
+        if sys.stdout.isatty():
+            return input(prompt)
+        write(prompt)  # standard output is no place for it
+        return input()
+
+    ended = False
+    while not ended:
+        parts, block = [], False
+        try:
+            first = line("You: ")
+            block = first.lstrip().startswith('"""')
+            parts = [first.lstrip().removeprefix('"""') if block else first]
+            while not parts[-1].rstrip().endswith('"""') if block else parts[-1].endswith("\\"):
+                parts.append(line("...  "))
+        except EOFError:
+            ended = True
+            if terminal:
+                write("\n")
+        text = "\n".join(parts if block else (part.removesuffix("\\") for part in parts))
+        text = text.rstrip().removesuffix('"""') if block else text
+        if text.strip():
+            yield text.strip("\n") if block else text, block
+
+
+@contextlib.contextmanager
+def stoppable(terminal: bool) -> Iterator[Callable[[], bool]]:
+    """While it lasts, the first Ctrl-C at a terminal only makes the yielded function true: a state stays whole between
+    two tokens. A second one interrupts as ever."""
+    pressed = []
+
+    def press(number, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    if not terminal:
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,182 @@
+"""Unfinished folders: a target is made beside itself, is taken up again after a kill, appears whole or not at all.
+
+    .NAME.partial/state.json    which command this is the work of (key), and how far its output counts
+    .NAME.partial/out/          the output, ≥ what state.json says: the surplus is cut off when work is taken up
+    .NAME.partial/old/          with overwrite, for the moment of the exchange: the older target
+
+A SIGKILL at any instruction is safe: state.json is replaced whole and after the output that it counts; out/ becomes the
+target by one rename; an old target that was set aside comes back when the folder is next opened. Only one process works
+on a target: it holds a lock on the folder itself, which ends with the process.
+
+    open, of the same key       go on from state.json
+    open, of another key        begin again
+    "sealed" in the state       only the exchange is left, or, where out/ is gone, nothing
+Cost      a save syncs what was written since the last one
+Raises    UserError: the target exists, is something else, cannot be made, or another process is at work on it
+"""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: no lock there
+    fcntl = None
+
+from ..config import UserError
+
+INDEX_FILES = ("index.json", "meta.json", "raw.json")  # of layouts packed/rows/litpkds/examples, bin, raw
+
+
+class Partial:
+    """The work on one target. `with Partial(to, wait=…) as work:` holds the lock; an Exception discards the folder
+    unless `keep` is set, KeyboardInterrupt and SystemExit keep it once there is a state."""
+
+    def __init__(self, to: Path, *, wait: bool = False):
+        self.to, self.path, self.wait = to, partial_path(to), wait
+        self.out = self.path / "out"
+        self.keep = False  # also on an Exception
+
+    def __enter__(self) -> "Partial":
+        make_folder(self.to.parent)
+        while True:  # until the locked folder is the one that has the name: its last owner may have just removed it
+            make_folder(self.path)
+            try:
+                self._lock = os.open(self.path, os.O_RDONLY)
+            except FileNotFoundError:
+                continue
+            try:
+                self._acquire()
+                if os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
+                    break
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                os.close(self._lock)
+                raise
+            os.close(self._lock)
+        old = self.path / "old"
+        if old.exists() and not self.to.exists():  # killed in the middle of an exchange
+            os.rename(old, self.to)
+        return self
+
+    def _acquire(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | (0 if self.wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(
+                f"another process is making {self.to} right now; wait for it, or choose another --to"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                raise  # a file system without locks is used without
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None or not self.begun or (issubclass(kind, Exception) and not self.keep):
+            shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+    def peek(self, key: str) -> dict | None:
+        """The state of earlier work of this key."""
+        try:
+            state = json.loads((self.path / "state.json").read_text("utf-8"))
+            return state if state["key"] == key else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def load(self, key: str) -> dict | None:
+        """The same; without any, out/ is emptied."""
+        if state := self.peek(key):
+            return state
+        (self.path / "state.json").unlink(missing_ok=True)  # first: without it nothing else counts
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir(exist_ok=True)
+        return None
+
+    @property
+    def begun(self) -> bool:
+        return (self.path / "state.json").exists()
+
+    def save(self, state: dict) -> None:
+        """Whole or not at all. What the state counts must have been synced."""
+        new = self.path / "state.new"
+        with open(new, "w", encoding="utf-8") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.path / "state.json")
+        sync_folder(self.path)
+
+    def put_in_place(self) -> None:
+        """out/ becomes the target."""
+        exchange(self.out, self.to, self.path / "old")
+
+
+def exchange(new: Path, to: Path, old: Path) -> None:
+    """Sync `new`, rename it to `to`. An older target of ours steps aside to `old`, and comes back if that fails."""
+    for file in new.rglob("*"):
+        sync_folder(file) if file.is_dir() else sync_file(file)
+    sync_folder(new)
+    shutil.rmtree(old, ignore_errors=True)
+    replaces = is_ours(to)
+    if replaces:
+        os.rename(to, old)
+    try:
+        os.replace(new, to)  # onto nothing or an empty folder
+    except BaseException as error:
+        if replaces and not to.exists():
+            os.rename(old, to)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UserError(f"{to} was made by another process meanwhile; choose another --to") from None
+        raise
+    sync_folder(to.parent)  # the rename itself
+
+
+def partial_path(to: Path) -> Path:
+    return to.parent / f".{to.name}.partial"
+
+
+def kept_work(to) -> Path | None:
+    """The folder of unfinished work on a target, if there is any that can be taken up."""
+    path = partial_path(Path(to).expanduser())
+    return path if (path / "state.json").exists() else None
+
+
+def is_ours(path: Path) -> bool:
+    return any((path / name).is_file() for name in INDEX_FILES)
+
+
+def refuse_target(to: Path, overwrite: bool) -> None:
+    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{to} exists already; add --overwrite to replace it, or choose another --to")
+    if not is_ours(to):
+        raise UserError(f"{to} is not prepared data, so --overwrite would delete something else; choose another --to")
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{folder} cannot be made ({error.strerror}); choose another --to") from None
+
+
+def sync_file(file: Path) -> None:
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
