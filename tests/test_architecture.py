@@ -29,6 +29,8 @@ LEVEL = {
     "generate": 3,
     "export": 3,
     "chat": 4,
+    "stages": 4,
+    "reference": 4,
     "run": 4,
     "train": 5,
     "evals": 6,

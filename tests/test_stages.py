@@ -4,6 +4,8 @@ import contextlib
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from muonlm.checkpoint import read
 from muonlm.cli import main
 from muonlm.config import load_recipe, read_recipe, recipe_names
 from muonlm.data.examples import prepare_examples
+from muonlm.data.sources import expand
+from muonlm.data.sources import rows as source_rows
 from muonlm.info import describe
 
 CHAINS = {
@@ -269,3 +273,31 @@ def test_a_stage_can_be_resumed_and_keeps_its_start(here, capsys):
     capsys.readouterr()
     assert main(["train", "--resume", str(run), "--train.steps", "2"]) == 0
     assert report(run)["steps"] == 2 and "pretrain" in report(run)["init_from"]
+
+
+# --- docs/data.md -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_page_about_data_work_as_they_are_typed(here, capsys):
+    """prep lines run; train lines run as far as their config, tiny, with the preset that the page writes down."""
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text("utf-8")
+    rows = [record for record, _ in source_rows(expand("word_problems:80"))]
+    chats = [{"conversations": [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}]} for r in rows]  # fmt: skip
+    solved = [{key: r[key] for key in ("question", "rationale", "answer")} for r in rows]
+    Path("corpus").mkdir()
+    for name, records in {"chats": chats, "pairs": rows, "problems": solved, "corpus/a": rows}.items():
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (preset,) = re.findall(r"```toml\n(.*?)```", page, re.S)
+    Path("muonlm.toml").write_text(preset)
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()]
+    assert len(lines) == 13 and all(line.startswith("muonlm ") for line in lines)
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        assert main(words + ["--smoke", "--dry-run"] * (words[0] == "train")) == 0, line
+    assert prepared_kind("data/chats") == "sft" and prepared_kind("data/pairs") == "preferences"
+    for recipe in re.findall(r"`((?:minimind|mamba_slm|mamba_trainer)/[\w-]+)`", page):
+        assert recipe in recipe_names()
+
+
+def prepared_kind(folder: str) -> str:
+    return json.loads((Path(folder) / "index.json").read_text())["kind"]

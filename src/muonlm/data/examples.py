@@ -1,7 +1,8 @@
 """Examples: conversations (SFT) and preference pairs (DPO), sealed in a folder and packed into training rows.
 
 Folder   layout "examples": SPLIT-tokens.bin, SPLIT-trained.bin (uint8, 1 = trained), SPLIT-lengths.bin (uint32, two a
-         document: tokens, and how many of them precede the first trained one), tokenizer.json, index.json.
+         document: tokens, and how many of them precede the first trained one), tokenizer.json, index.json, and the
+         template as TEMPLATE.toml.
          An SFT example is one document; a pair is two, chosen then rejected, each behind the prompt that both share.
          What follows a document's last trained token is not stored: it trains nothing and nothing sees it.
 
@@ -259,7 +260,9 @@ class ExampleData:
         found, kept = int(long.sum()), int((long & keep).sum())
         self.notes: list[str] = []
         if found and overlong == "drop":
-            self.notes.append(f"{self.split}: {found:,} {what} of more than {width} tokens left out (data.overlong drop)")
+            self.notes.append(
+                f"{self.split}: {found:,} {what} of more than {width} tokens left out (data.overlong drop)"
+            )
         if kept:
             self.notes.append(f"{self.split}: {kept:,} {what} of more than {width} tokens cut (data.overlong cut)")
         if overlong == "cut" and found > kept:
@@ -649,7 +652,7 @@ def _encode(spools: list[_Spool], writers: dict[int, _Writer], form: Template, t
         given = [len(shared) for _, (_, shared, *sides) in batch for _ in sides]
         try:
             encoded = form.encode_batch(conversations, tok, given=given)
-        except UserError as error:  # a character outside a char vocabulary; the tokenizer cannot know the row, so find it
+        except UserError as error:  # a character outside a char vocabulary: find its row
             for _, (where, shared, *sides) in batch:
                 for turns in sides:
                     try:

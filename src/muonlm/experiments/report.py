@@ -31,7 +31,7 @@ def crossings(history: list[dict]) -> dict:
 
     (Training accuracy of exactly 1 over the whole split comes late, if at all, while the rate is constant: it is reported, not divided by.)
     """
-    if not any("val_acc" in r for r in history):
+    if not any("train_acc" in r for r in history):
         return {}
     steps = {name: first_crossing(history, *rule) for name, rule in CROSSINGS.items()}
     ratio = steps["val_99_step"] / steps["train_99_step"] if steps["val_99_step"] and steps["train_99_step"] else None
