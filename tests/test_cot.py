@@ -1,4 +1,4 @@
-"""Chain-of-thought data: the answer found wherever it stands, programs and test questions kept out, everything counted."""
+"""Chain-of-thought data: answers found where they stand, programs and test questions kept out, all counted."""
 
 import hashlib
 import json
@@ -38,7 +38,11 @@ def made(folder):
         ("\\boxed{\\frac{3}{4}} it is", "\\boxed{\\frac{3}{4}} it is", "\\frac{3}{4}"),
         ("2 * 3.5 = 7. Therefore, the final answer is: $7.00.", "2 * 3.5 = 7.", "7.00"),
         ("The answer is 9. Because 3 * 3 = 9.", "Because 3 * 3 = 9.", "9"),  # the reasoning goes before the answer
-        ("First the answer is 4.\nNo: 2 + 3 = 5. The answer is 5 apples.", "First the answer is 4.\nNo: 2 + 3 = 5.", "5"),
+        (
+            "First the answer is 4.\nNo: 2 + 3 = 5. The answer is 5 apples.",
+            "First the answer is 4.\nNo: 2 + 3 = 5.",
+            "5",
+        ),
         ("B has more.\nThe answer is (B).", "B has more.", "(B)"),
         ("3.5 m + 1 m = 4.5 m. Answer: 4.5", "3.5 m + 1 m = 4.5 m.", "4.5"),
     ],
@@ -53,8 +57,9 @@ def test_a_solution_without_an_answer_has_none():
 
 @pytest.mark.parametrize(
     "text, found",
-    [("1,200", "1200"), ("$5.", "5"), ("-3", "-3"), ("−3", "-3"), ("-$4", "-4"), ("x = 5", "5"), ("10%", "10"), ("12 apples", "12"),
-     ("$ 1,200.00 in all.", "1200.00"), ("72.0", "72.0"), ("3/4", None), ("5x", None), ("(B)", None), ("2 or 3", None), ("", None)],
+    [("1,200", "1200"), ("$5.", "5"), ("-3", "-3"), ("−3", "-3"), ("-$4", "-4"), ("x = 5", "5"), ("10%", "10"),
+     ("12 apples", "12"), ("$ 1,200.00 in all.", "1200.00"), ("72.0", "72.0"), ("3/4", None), ("5x", None), ("(B)", None), ("2 or 3", None),
+     ("", None)],
 )  # fmt: skip
 def test_a_number_loses_what_is_written_around_it_and_nothing_else_becomes_a_number(text, found):
     assert number(text) == found
@@ -78,7 +83,9 @@ def test_questions_are_sorted_by_type(question, rationale, expected):
 
 def test_programs_are_known_by_their_source_and_by_their_looks_and_worked_equations_are_not_programs():
     assert is_program("anything", "data/PoT/gsm.json") and not is_program("anything", "data/CoT/gsm.json")
-    assert is_program("import math\nmath.sqrt(2)") and is_program("def solve():\n    return 1") and is_program("print(2)")
+    assert (
+        is_program("import math\nmath.sqrt(2)") and is_program("def solve():\n    return 1") and is_program("print(2)")
+    )
     assert is_program("apples = 3\npears = 4 * apples\napples + pears")
     assert not is_program("3 + 4 = 7\n7 * 2 = 14") and not is_program("x = 3") and not is_program("We print the page.")
 
@@ -129,7 +136,10 @@ def test_questions_of_a_test_set_are_dropped_whole_or_by_thirteen_words_in_a_row
 
 def test_gsm8k_is_excluded_by_itself_where_a_source_is_of_the_hub(tmp_path, monkeypatch):
     test = [({"question": "How many legs have 3 cows?", "answer": "#### 12"}, "gsm8k:1")]
-    train = [({"question": q, "answer": "3 * 4 = 12\n#### 12"}, "x:1") for q in ("How many legs have 3 cows?", "And 3 birds?")]
+    train = [
+        ({"question": q, "answer": "3 * 4 = 12\n#### 12"}, "x:1")
+        for q in ("How many legs have 3 cows?", "And 3 birds?")
+    ]
     asked = []
 
     def answer(specs, **how):
@@ -171,7 +181,8 @@ def test_columns_of_other_names_are_read_when_they_are_named(tmp_path):
 
 def test_gsm8k_marks_stay_unless_they_are_to_go_and_dialogues_are_left_out(tmp_path):
     records = [{"question": "3 bags of 4 nuts. How many?", "answer": "3*4 = <<3*4=12>>12\n#### 12"},
-               {"conversations": [{"role": r, "content": "1 + 1 = 2. The answer is 2."} for r in ("user", "assistant") * 2]}]  # fmt: skip
+               {"conversations": [{"role": r, "content": "1 + 1 = 2. The answer is 2."} for r in ("user", "assistant") * 2]},
+    ]  # fmt: skip
     path = write(tmp_path / "gsm.jsonl", records)
     said = prepare_cot(path, tmp_path / "kept")
     prepare_cot(path, tmp_path / "stripped", strip_calc=True)

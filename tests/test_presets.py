@@ -120,7 +120,9 @@ def test_learning_rate_leaves_the_rate_of_what_adamw_takes_beside_muon(preset):
 
 
 def test_our_own_keys_work_in_every_way_toml_writes_them(preset):
-    preset('optim.lr = 0.011\n"sched.warmup" = 12\n[presets.mine.train]\nsave-every = 13\n[presets.mine.eval]\nevery = 14')
+    preset(
+        'optim.lr = 0.011\n"sched.warmup" = 12\n[presets.mine.train]\nsave-every = 13\n[presets.mine.eval]\nevery = 14'
+    )
     cfg = config()
     assert (cfg.optim.lr, cfg.sched.warmup, cfg.train.save_every, cfg.eval.every) == (0.011, 12, 13, 14)
 
@@ -240,4 +242,3 @@ def test_a_mistake_in_the_file_does_not_stop_runs_that_use_no_preset(preset, cap
     assert begin(capsys, RECIPE)[0] == 0
     capsys.readouterr()
     assert main(["train", RECIPE, "--preset", "mine", "--dry-run"]) == 2
-

@@ -18,6 +18,7 @@ from muonlm.config import load_recipe, read_recipe, recipe_names
 from muonlm.data.examples import prepare_examples
 from muonlm.data.sources import expand
 from muonlm.data.sources import rows as source_rows
+from muonlm.data.tokenizer import resolve_tokenizer
 from muonlm.info import describe
 
 CHAINS = {
@@ -29,7 +30,12 @@ STAGES = [recipe for chain in CHAINS.values() for recipe in chain[1:]]
 PARENTS = {stage: parent for chain in CHAINS.values() for parent, stage in zip(chain, chain[1:])}
 TEMPLATE = dict(zip(STAGES, ("minimind-chatml", "minimind-chatml", "alpaca-plain", "qa"), strict=True))
 SHORT = ("--train.steps", "3", "--eval.iters", "2", "--eval.sample", "8")
-STILL = ("--optim.name", "adamw", "--optim.lr", "1e-30")  # far below the last bit of any weight; Muon refuses to stand still
+STILL = (
+    "--optim.name",
+    "adamw",
+    "--optim.lr",
+    "1e-30",
+)  # far below the last bit of any weight; Muon refuses to stand still
 
 
 @pytest.fixture(scope="module", params=CHAINS)
@@ -123,6 +129,14 @@ def test_rates_and_lengths_are_the_published_ones():
     assert load_recipe("mamba_slm/sft").data.source == "tatsu-lab/alpaca"
 
 
+@pytest.mark.parametrize("recipe", CHAINS["minimind"])
+def test_minimind_has_the_published_ids_of_its_special_tokens(recipe):
+    data = load_recipe(recipe).data
+    tokenizer = resolve_tokenizer("bpe:300", ["a text to learn from"], data.special.split(","))
+    assert data.tokenizer == "bpe:6400"
+    assert tokenizer.special == {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+
+
 def test_an_experimental_recipe_says_so(capsys):
     assert main(["info"]) == 0
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("minimind/dpo "))
@@ -166,13 +180,14 @@ def test_a_stage_leaves_everything_that_a_run_leaves(chain):
         assert json.loads((run / "config.json").read_text())["recipe"] == recipe
 
 
+@pytest.mark.parametrize("chain", ["minimind"], indirect=True)  # the family that has preferences
 def test_the_first_loss_of_preferences_is_that_of_a_coin(chain):
     folder, recipes, _ = chain
-    if recipes[-1] != "minimind/dpo":
-        pytest.skip("this family has no preferences")
     first = json.loads((folder / "runs" / recipes[-1] / "metrics.jsonl").read_text().splitlines()[0])
     assert first["step"] == 0
-    assert first["val_loss"] == pytest.approx(math.log(2), abs=1e-6)  # model = reference: every margin is 0 but for fp32
+    assert first["val_loss"] == pytest.approx(
+        math.log(2), abs=1e-6
+    )  # model = reference: every margin is 0 but for fp32
 
 
 def test_a_stage_at_a_vanishing_rate_keeps_its_parents_weights_bit_for_bit(chain, monkeypatch):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -504,6 +505,7 @@ def test_a_missing_tracker_does_not_stop_a_run(smoke, tmp_path, monkeypatch, cap
 
 def test_float32_means_no_probe_in_a_new_run_and_changes_nothing_in_a_started_one():
     cfg = load_recipe("quickstart", {"train.dtype": "float32"})
-    new, started = (resolve(cfg, 257, 1000, 1, started=old).optim for old in (False, True))
+    data = SimpleNamespace(vocab_size=257, train=range(1000), template="")
+    new, started = (resolve(cfg, data, 1, started=old).optim for old in (False, True))
     assert (new.ns_dtype, new.ns_method) == ("float32", "direct")
     assert (started.ns_dtype, started.ns_method) == ("auto", "auto"), "its choices are in the checkpoint"

@@ -64,7 +64,9 @@ def user_presets(folder: str | Path = ".", *, recipe: str = "") -> dict[str, dic
     tables = tree.get("presets", {})
     for name, table in tables.items() if isinstance(tables, dict) else [("presets", tables)]:
         if not isinstance(table, dict):
-            raise UserError(f"{path}: {name!r} is no table of settings; write [presets.NAME] and the settings below it.")
+            raise UserError(
+                f"{path}: {name!r} is no table of settings; write [presets.NAME] and the settings below it."
+            )
     return {name: _layer(table, f"{path} [presets.{name}]", recipe) for name, table in tables.items()}
 
 
@@ -139,13 +141,15 @@ def in_effect(name: str, layer: dict, cfg: Config, *, mine: bool) -> list[str]:
             "preset, or train with --optim.name muon."
         )
     baseline = {key.removeprefix("baseline."): value for key, value in layer.items() if key.startswith("baseline.")}
-    wanted = {key: value for key, value in layer.items() if not key.startswith("baseline.")} | ({} if muon else baseline)
+    wanted = {key: value for key, value in layer.items() if not key.startswith("baseline.")} | (
+        {} if muon else baseline
+    )
     shown = []
     for key, value in wanted.items():
         if key in LENGTHS and not value or key.endswith("_per_layer") or not muon and key == "optim.adamw_wd":
             continue
-        other = "" if key == "model.pattern" or _same(tree[key], value) else f" (the preset says {_text(value)})"
-        shown.append(f"{key} {_text(tree[key])}{other}")
+        now, said = _text(tree[key]), _text(value)
+        shown.append(f"{key} {now}" + (f" (the preset says {said})" if now != said and key != "model.pattern" else ""))
     origin = f"{FILE}, {cfg.recipe}" if mine else cfg.recipe
     lines = [f"preset {name} ({origin}; {cfg.optim.name}): {', '.join(shown) or 'the recipe as it stands'}"]
     before, beta = recipe_betas(cfg.recipe)[0][0], cfg.optim.betas[0]
@@ -156,12 +160,6 @@ def in_effect(name: str, layer: dict, cfg: Config, *, mine: bool) -> list[str]:
             f"takes (embeddings, head, norms); the matrices follow Muon's momentum, still {cfg.optim.momentum:g}: set momentum = …"
         )
     return lines
-
-
-def _same(value, wanted) -> bool:
-    if isinstance(value, (list, tuple)) or isinstance(wanted, (list, tuple)):
-        return list(value) == list(wanted)
-    return value == wanted or isinstance(value, (int, float)) and str(wanted).replace("_", "") in (str(value), f"{value:g}")
 
 
 def _text(value) -> str:

@@ -1,17 +1,21 @@
 """Chain-of-thought data: rows of questions with worked answers, in one form whose reasoning comes before the answer.
 
-    row      {"question", "rationale", "answer", "type", "text"}      text = "Question: q\\nAnswer: rationale\\n#### answer"
-    answer   what stands behind `####`, in \\boxed{…}, or behind "the answer is"; a number loses commas, spaces, currency,
-             unit and final dot ("$1,200.00 in all." -> "1200.00"); what is no number stays as it is ("B", "3/4")
-    type     the first that fits: percentage, equation, geometry, arithmetic (at most one calculation), word_problem, default
-    program  the solution is Python, by its `source` (MathInstruct: data/PoT/…) or its looks. Never executed, so that its
-             answer is unknown: dropped, or with drop_programs=False kept as it is with "program": true and answer ""
-    overlap  a question is dropped if its words are those of an `exclude`d one, or share SHINGLE of them in a row with it:
-             so no question of a test set is trained on. Words are compared without case and punctuation
+    row      {"question", "rationale", "answer", "type", "text"}
+    text     "Question: q\\nAnswer: rationale\\n#### answer"
+    answer   what stands behind `####`, in \\boxed{…}, or behind "the answer is"; a number loses commas, spaces,
+             currency, unit and final dot ("$1,200.00 in all." -> "1200.00"); what is no number stays as it is ("B",
+             "3/4")
+    type     the first that fits: percentage, equation, geometry, arithmetic (at most one calculation), word_problem,
+             default
+    program  the solution is Python, by its `source` (MathInstruct: data/PoT/…) or its looks. Never executed, so that
+             its answer is unknown: dropped, or with drop_programs=False kept as it is with "program": true and answer
+             ""
+    overlap  a question is dropped if its words are those of an `exclude`d one, or share SHINGLE of them in a row with
+             it: so no question of a test set is trained on. Words are compared without case and punctuation
 
-Written  to/train.jsonl (all rows) · examples.json (the first 10) · metadata.json (counts of everything kept and dropped,
-         sources, licences, checksum). Nothing random: the same rows give the same bytes. In bounded memory: the words of the
-         excluded questions are all that is held
+Written  to/train.jsonl (all rows) · examples.json (the first 10) · metadata.json (counts of everything kept and
+         dropped, sources, licences, checksum). Nothing random: the same rows give the same bytes. In bounded memory:
+         the words of the excluded questions are all that is held
 Safety   written aside, synced, renamed: the folder is whole or absent
 Raises   UserError: unknown schema or column (with what was found), no usable row, a target that exists
 Source   X. Yue et al., MAmmoTH, arXiv:2309.05653 (MathInstruct: CoT and PoT rows); 13-word overlap: T. Brown et al.,
@@ -45,12 +49,16 @@ SAID = re.compile(
     r"(\S[^\n]*?)(?:\.(?=\s|$)|(?=\n|$))",
     re.IGNORECASE,
 )
-NUMBER = re.compile(r"(?:\w+\s*=\s*)?([-−]?)\s*[$€£]?\s*([-−]?(?:\d[\d,]*(?:\.\d+)?|\.\d+))(?:\s*%|\s+[A-Za-z][A-Za-z ]*)?\.?")
+NUMBER = re.compile(
+    r"(?:\w+\s*=\s*)?([-−]?)\s*[$€£]?\s*([-−]?(?:\d[\d,]*(?:\.\d+)?|\.\d+))(?:\s*%|\s+[A-Za-z][A-Za-z ]*)?\.?"
+)
 PROGRAM = re.compile(r"^\s*(?:import \w|from \w+ import |def \w+\(|print\(|```python)", re.MULTILINE)
 ASSIGNMENT = re.compile(r"^[A-Za-z_]\w* = [^=\n]+$")
 CALCULATION = re.compile(r"\d[\d.,]*\s*%?\s*(?:[-+*/×÷]|x(?=\s))\s*[$(]?\d[^=\n]*=")
 PERCENTAGE = re.compile(r"%|\bpercent", re.IGNORECASE)
-EQUATION = re.compile(r"\b(?:equations?|solve for|find the value of [a-z]\b)|\b[a-z]\s*=|\d[a-z]\b\s*[-+=]", re.IGNORECASE)
+EQUATION = re.compile(
+    r"\b(?:equations?|solve for|find the value of [a-z]\b)|\b[a-z]\s*=|\d[a-z]\b\s*[-+=]", re.IGNORECASE
+)
 GEOMETRY = re.compile(
     r"\b(?:triang|circle|rectang|squares?\b(?! root)|polygon|radius|diameter|perimeter|circumference|angle|cylinder|"
     r"cone\b|sphere|cube\b|area\b|volume|hypotenuse|parallel)",
@@ -77,8 +85,8 @@ def prepare_cot(
     """Write the folder `to`; returns its metadata.
 
     columns        question and solution column, for rows of no known schema
-    exclude        data whose questions may not occur (split `exclude_split` of hub data sets); None: GSM8K's test set if
-                   a source is of the hub, else none (the metadata says which)
+    exclude        data whose questions may not occur (of hub data sets split `exclude_split`); None: GSM8K's test set
+                   if a source is of the hub, else none (the metadata says which)
     max_examples   rows kept of each source; 0 = all        strip_calc     take GSM8K's <<…>> marks out
     progress       called with the number of rows read
     """
@@ -120,7 +128,10 @@ def prepare_cot(
                         break
         if not counts["kept"]:
             why = ", ".join(f"{counts[fate]} {fate}" for fate in DROPPED if counts[fate]) or "there are none"
-            raise UserError(f"{', '.join(specs)}: of {read} rows none can be used ({why}); --columns QUESTION,SOLUTION names other columns")
+            raise UserError(
+                f"{', '.join(specs)}: of {read} rows none can be used ({why}); other columns are named by "
+                "--columns QUESTION,SOLUTION"
+            )
         metadata = {
             "format_version": 1,
             "layout": "cot",
@@ -148,7 +159,7 @@ def prepare_cot(
 
 
 def number(text: str) -> str | None:
-    """The number that an answer is, without commas, spaces, currency, unit and final dot; None if it is something else."""
+    """The number that an answer is, without commas, spaces, currency, unit and final dot; else None."""
     found = NUMBER.fullmatch(text.strip())
     if not found:
         return None
@@ -184,7 +195,7 @@ def kind(question: str, rationale: str) -> str:
 
 
 def is_program(solution: str, source: str = "") -> bool:
-    """Whether a solution is a Python program, by where it is from or by its looks: two lines in three are assignments."""
+    """Whether a solution is a Python program, by its source or its looks: two lines in three are assignments."""
     if "/PoT/" in source or PROGRAM.search(solution):
         return True
     lines = [line for line in solution.splitlines() if line.strip() and not line.lstrip().startswith("#")]
@@ -192,11 +203,14 @@ def is_program(solution: str, source: str = "") -> bool:
 
 
 def _examples(record: dict, where: str, names: list[str], strip_calc: bool) -> Iterator[dict]:
-    """The rows of a record; "answer" or "rationale" are None where there is none, "dialogue" is set for several turns."""
+    """The rows of a record; "answer" is None where none is found, "dialogue" is set where there are more turns."""
     if names:
         lacking = [column for column in names if column not in record]
         if lacking:
-            raise UserError(f"{where}: no column {lacking[0]!r}; found {', '.join(record)}; give two of them: --columns QUESTION,SOLUTION")
+            raise UserError(
+                f"{where}: no column {lacking[0]!r}; found {', '.join(record)}; give two of them: "
+                "--columns QUESTION,SOLUTION"
+            )
         record = {"question": record[names[0]], "answer": record[names[1]], "source": record.get("source")}
     for turns, _ in read_conversations([(record, where)], strip_calc=strip_calc):
         turns = [turn for turn in turns if turn["role"] != "system"]
@@ -219,7 +233,7 @@ def _examples(record: dict, where: str, names: list[str], strip_calc: bool) -> I
 
 
 def _fate(row: dict, forbidden: "_Forbidden", drop_programs: bool) -> str:
-    """"kept", or which of DROPPED."""
+    """ "kept", or which of DROPPED."""
     if "dialogue" in row:
         return "dialogue"
     if row["question"] in forbidden:
@@ -275,7 +289,9 @@ def _many(given: str | Iterable[str]) -> list[str]:
 def _question_and_solution(columns) -> list[str]:
     names = [n.strip() for part in _many(columns or []) for n in part.split(",") if n.strip()]
     if names and len(names) != 2:
-        raise UserError(f"--columns {','.join(names)}: chain-of-thought data has two columns; give --columns QUESTION,SOLUTION")
+        raise UserError(
+            f"--columns {','.join(names)}: chain-of-thought data has two columns; give --columns QUESTION,SOLUTION"
+        )
     return names
 
 
@@ -285,7 +301,9 @@ def _refuse(to: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(f"{to} exists already; add --overwrite to replace it, or choose another --to")
     if not _is_ours(to):
-        raise UserError(f"{to} is not chain-of-thought data, so --overwrite would delete something else; choose another --to")
+        raise UserError(
+            f"{to} is not chain-of-thought data, so --overwrite would delete something else; choose another --to"
+        )
 
 
 def _is_ours(folder: Path) -> bool:

@@ -22,7 +22,7 @@ Held out  "hash:F"  examples whose prompt (the first user turn; without one, or 
           PATH      examples of their own
           Under tail and PATH, training examples whose prompt is held out are left out, and counted.
 Shapes   inputs, targets, segments (B, T) int64; reference (B, S) fp32; B rows, S the most segments of a row
-Cost     prepare: one pass to read, one to encode, 8 bytes an example in memory. Batches: O(B·T), token files are mapped;
+Cost     prepare: one pass to read, one to encode, 8 bytes of memory an example. Batches: O(B·T), files are mapped;
          O(n) integers an epoch for n items
 Raises   UserError: bad sources or settings, no trained text, a folder that is altered or of another kind
 Source   D. S. Johnson et al., "Worst-case performance bounds for simple one-dimensional packing algorithms", SIAM J.
@@ -74,7 +74,7 @@ EVALUATION = 0  # key of the row order of `sequential`: the same for every run, 
 
 
 class ExampleData:
-    """One split of a folder made by `prepare_examples`. `rows`: rows of the global step over all ranks and micro-batches.
+    """One split of a folder made by `prepare_examples`. `rows`: of the global step, over all ranks and micro-batches.
 
     overlong, for an item of more than T positions: "cut" keeps the first T of an example; of a pair it takes away the
     beginning of the prompt (the same number of tokens from both sides), then ends. "drop" leaves the item out.
@@ -337,7 +337,7 @@ def read_examples(path) -> dict:
     path, index = Path(path), read_index(path)
     if index.get("layout") != "examples":
         raise UserError(
-            f"{path} holds packed text, not examples; make them: muonlm prep SOURCE --as sft --template NAME --to FOLDER"
+            f"{path} holds packed text, not examples; make them: muonlm prep FILE --as sft --template NAME --to FOLDER"
         )
     for info in index["splits"].values():
         for part, want in (("trained", info["tokens"]), ("lengths", 8 * info["documents"])):
@@ -441,7 +441,7 @@ def prepared_examples(
     held, files = held_out.parse(val), expand(many, name=name, split=split)
     if any(s.name == "-" for s in files):
         raise UserError(
-            "standard input is taken for plain text, and rows are wanted here; save it first, as FILE.jsonl: --data FILE.jsonl"
+            "standard input is taken for plain text, and rows are wanted here; save it first: --data FILE.jsonl"
         )
     key = {
         "format": FORMAT_VERSION,
@@ -566,7 +566,7 @@ def _choose_sides(held: held_out.HeldOut, spools: list[_Spool], what: str) -> No
     first.side[(first.side == TRAIN) & np.isin(prompts, known)] = LEFT_OUT
     if not len(known):
         raise UserError(
-            f"there are no {what} to hold out: {f'{n} in all' if len(spools) == 1 else 'the file of --data.val has none'}; "
+            f"there are no {what} to hold out: {f'{n} in all' if len(spools) == 1 else 'none in --data.val'}; "
             "give more, or a file of some: --data.val PATH"
         )
     if not (first.side == TRAIN).any():

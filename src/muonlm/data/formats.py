@@ -68,7 +68,7 @@ def header(layout: str, tokens: int) -> bytes:
     return HEADER.pack(MAGIC, 1, 8, tokens) if layout == "litpkds" else b""
 
 
-# ---------------------------------------------------------------------------------------------- what others have written
+# ------------------------------------------------------------------------------------------- what others have written
 
 
 def _split_of(name: str) -> str | None:

@@ -47,23 +47,6 @@ class Files:
         self._file.write(data)
         self.size += len(data)
 
-    def take_back(self, size: int) -> bytes:
-        """The last `size` bytes, which the file then lacks."""
-        self._file.flush()
-        with open(self.folder / self.shards[-1]["file"], "rb") as file:
-            file.seek(self.size - size)
-            data = file.read()
-        self.size -= size
-        self._file.truncate(self.size)
-        self._file.seek(0, os.SEEK_END)
-        return data
-
-    def drop(self) -> None:
-        """Remove the open file."""
-        self._file.close()
-        self._file = None
-        (self.folder / self.shards.pop()["file"]).unlink()
-
     def overwrite_start(self, data: bytes) -> None:
         self._file.seek(0)
         self._file.write(data)
@@ -101,12 +84,19 @@ class TokenShards:
         self._dtype = dtype.newbyteorder("<")
         self._full = formats.shard_tokens(layout, split, block_size)
         self._offset = len(formats.header(layout, 0))
-        saved = saved or {"tokens": 0, "bytes": 0, "documents": 0, "shards": [], "size": 0}
+        saved = saved or {"tokens": 0, "bytes": 0, "documents": 0, "shards": [], "size": 0, "pending": []}
         self.tokens, self.bytes, self.documents = saved["tokens"], saved["bytes"], saved["documents"]
+        # Tokens of a row that is not whole yet: files only ever grow, else what a state counts could be gone
+        self._pending = np.array(saved["pending"], dtype)
         self.files = Files(folder, saved["shards"], saved["size"])
 
     def write(self, ids: np.ndarray) -> None:
         files = self.files
+        self.tokens += len(ids)
+        if self.layout in ("rows", "litpkds"):
+            ids = np.concatenate([self._pending, ids])
+            whole = len(ids) // self.row * self.row
+            ids, self._pending = ids[:whole], ids[whole:]
         while len(ids):
             if files.open is None or files.open["tokens"] == self._full:
                 name = formats.shard_file(self.layout, self.split, len(files.shards))
@@ -116,7 +106,6 @@ class TokenShards:
             now, ids = ids[:room], ids[room:]
             files.write(now.astype(self._dtype, copy=False).tobytes())
             files.open["tokens"] += len(now)
-            self.tokens += len(now)
 
     def record(self) -> dict:
         shards = [dict(s) for s in self.files.shards]
@@ -125,28 +114,18 @@ class TokenShards:
     def sync(self) -> dict:
         """The record of what is now safe on the disk."""
         self.files.sync()
-        return self.record() | {"size": self.files.size}
+        return self.record() | {"size": self.files.size, "pending": self._pending.tolist()}
 
     def finish(self, tok: Tokenizer) -> None:
-        """Nothing follows: drop an incomplete last row, hash the last file."""
-        if self.layout in ("rows", "litpkds") and self.files.open is not None:
-            self._whole_rows(tok)
-        self.files.seal()
-
-    def _whole_rows(self, tok: Tokenizer) -> None:
-        files, last = self.files, self.files.open
-        surplus = last["tokens"] % self.row
-        if surplus:
-            ids = np.frombuffer(files.take_back(surplus * self._dtype.itemsize), self._dtype)
-            special = np.isin(ids, list(tok.special.values()))
+        """Nothing follows: an incomplete last row is dropped, the last file's header and hash are made."""
+        if len(self._pending):
+            special = np.isin(self._pending, list(tok.special.values()))
             # A character whose bytes the cut parts is counted as U+FFFD, three bytes: of no weight beside a row
-            self.bytes -= len(tok.decode(ids[~special]).encode())
-            self.tokens -= surplus
-            last["tokens"] -= surplus
-        if not last["tokens"]:
-            files.drop()
-        elif last["tokens"] != self._full:
-            files.overwrite_start(formats.header(self.layout, last["tokens"]))
+            self.bytes -= len(tok.decode(self._pending[~special]).encode())
+            self.tokens -= len(self._pending)
+        if self._offset and self.files.open is not None:
+            self.files.overwrite_start(formats.header(self.layout, self.files.open["tokens"]))
+        self.files.seal()
 
 
 class RawShards:

@@ -1,24 +1,25 @@
 """Word problems: arithmetic stories of one to four steps, each with a right and a wrong worked solution.
 
-    step k   a_k ∘ b_k = a_{k+1},   ∘ ∈ {+, −, ×, ÷} (÷ exact);  the answer of a K-step story is a_{K+1}                  (1)
-    numbers  2 ≤ all of them ≤ largest;  a_1 ≤ largest/2;  b_k ≤ largest/3 of + and −, ≤ 9 of × and ÷                    (2)
-    answer   is none of the question's numbers: copying one of them is never right                                       (3)
-    split    an equation (a, ∘, b) is reserved if a or b lies in a band 13–15, 33–35, 53–55, … (n mod 20), or, for + and −,
-             if its hash says so (1 of 8; a + b and b + a are one). No row of the training split has a reserved equation,
-             its wrong solution included. In a held-out solution every sum and difference is reserved, and there is at
-             least one; products and quotients are those of training: tables are known or not, nothing infers them      (4)
-    wrong    one mistake in one step, carried on through the steps after it, and the answer differs:                     (5)
+    step k   a_k ∘ b_k = a_{k+1}, ∘ ∈ {+, −, ×, ÷}, ÷ exact; the answer of a K-step story is a_{K+1} (1)
+    numbers  2 ≤ all of them ≤ largest; a_1 ≤ largest/2; b_k ≤ largest/3 of + and −, ≤ 9 of × and ÷ (2)
+    answer   is none of the question's numbers: copying one of them is never right (3)
+    split    an equation (a, ∘, b) is reserved if a or b lies in a band 13–15, 33–35, 53–55, … (n mod 20), or, for +
+             and −, if its hash says so (1 of 8; a + b and b + a are one). No row of the training split has a reserved
+             equation, its wrong solution included. In a held-out solution every sum and difference is reserved, and
+             there is at least one; products and quotients are those of training: tables are known or not, nothing
+             infers them (4)
+    wrong    one mistake in one step, carried on through the steps after it, and the answer differs: (5)
                  result     a ∘ b = c ± 1, ± 2 or ± 10       (the only false equation)
                  operation  + for −, × for + and so on       (a true equation of the wrong story)
                  number     another number of the question in the place of b
 
-Sentences, names and things of the two splits are disjoint; the held-out sentences are made of words that the training ones use.
-Row i is a function of (seed, split, i) and the settings: nothing is read before it, nothing after it changes it.
+Sentences, names and things of the two splits are disjoint; the held-out sentences use words of the
+training ones. Row i is a function of (seed, split, i) and the settings: instant seek, whatever n is.
 
 Rows     {"question", "rationale": "12 + 5 = 17\\n17 - 4 = 13", "answer": "13", "wrong_rationale", "wrong_answer",
          "mistake": "operation in step 2", "steps": 2, "text": question and solution as prose, for pretraining}
-Digits   a number is at most a few digits; with the tokenizer `byte` each digit is a token, and sums are learned digit by digit
-Cost     about 10,000 rows a second at the defaults
+Digits   take a tokenizer that makes each digit a token (bpe:1024:digits, byte): sums are learned digit by digit
+Cost     about 6,000 rows a second at the defaults
 Raises   UserError for steps outside 1 … 4, a largest number outside 20 … 999, an unknown split, a negative count
 """
 
@@ -233,7 +234,9 @@ def _moves(a: int, largest: int, split: str) -> dict[str, tuple[int, ...]]:
 
 def _allowed(left: tuple[int, str, int], largest: int, split: str) -> bool:
     result = compute(*left)
-    return result is not None and 2 <= result <= largest and reserved(*left) == (split == "held_out" and left[1] in "+-")
+    return (
+        result is not None and 2 <= result <= largest and reserved(*left) == (split == "held_out" and left[1] in "+-")
+    )
 
 
 def _in_band(n: int) -> bool:
@@ -271,7 +274,7 @@ def _story(draw: Draw, chain: list[Step], words: dict) -> str:
 
 
 def _mistaken(draw: Draw, chain: list[Step], largest: int, split: str) -> tuple[str, list[Step]]:
-    """(what went wrong, the equations written down): one mistake, drawn among the kinds possible, then among its cases."""
+    """(what went wrong, the equations written down): a kind of mistake is drawn, then one of its cases."""
     cases: dict[str, list[tuple[str, list[Step]]]] = {}
     for at, (a, op, b, result) in enumerate(chain):
         tries = [("result", (a, op, b, result + slip)) for slip in SLIPS]

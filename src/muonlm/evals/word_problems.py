@@ -2,15 +2,15 @@
 
     strict     the reply's first `#### n`            flexible     its last number, wherever it stands
     correct    n is the answer as a decimal: commas, $ and a final dot do not count, 72 = 72.0
-    steps      every `a ∘ b = c` of the reply is one of the right solution's, in its order (strict correct or not)       (1)
-    Wilson     centre (p + z²/2n) / (1 + z²/n),  half-width z·√(p(1 − p)/n + z²/4n²) / (1 + z²/n),  z = 1.96             (2)
+    steps      every `a ∘ b = c` of the reply is one of the right solution's, in its order (strict correct or not) (1)
+    Wilson     centre (p + z²/2n) / (1 + z²/n), half-width z·√(p(1 − p)/n + z²/4n²) / (1 + z²/n), z = 1.96 (2)
     samples    K > 1: K replies a question at `temperature`, each drawn by its own seed; the majority of their strict
                answers counts, the first seen of equals; a reply without one has no vote
 
-Only what the model writes is scored; it answers until its stop token, greedily, at most twice as long as the longest right
-reply. The questions of "held_out" have sentences, names, things and sums that no training row has; those of "train" are
-drawn with another seed than the training rows. What guessing gives is `guessing`: always the most frequent answer of these
-very questions. Copying a number of the question is never right. These are our own problems; the result is not GSM8K's.
+Only what the model writes is scored; it answers until its stop token, greedily, at most twice as long as the longest
+right reply. The questions of "held_out" have sentences, names, things and sums that no training row has; those of
+"train" are drawn with another seed than the training rows. `guessing` is what always saying the most frequent answer of
+these very questions gives; copying a number of the question is never right. The problems are our own, not GSM8K's.
 
 Raises   UserError: a run without tokenizer, problems longer than its context, impossible settings
 Source   E. B. Wilson, JASA 22 (1927); X. Wang et al., arXiv:2203.11171 (majority of samples)

@@ -1,0 +1,154 @@
+"""SFT and DPO in the loop: what they start from, what they repeat, what many ranks change (nothing)."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from muonlm.cli import main
+from muonlm.stages import load_recipe
+from muonlm.train import train
+
+STEPS = ["--train.steps", "6", "--train.save_every", "3", "--eval.every", "3", "--eval.iters", "2", "--log.every", "1",
+         "--eval.sample", "8", "--train.global_batch", "2048"]  # fmt: skip
+MODEL = ["--model.pattern", "MA", "--model.block_size", "256", "--data.tokenizer", "byte"]
+DATA = ["--data", "word_problems:300:1-2", "--data.val", "hash:0.1"]
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """A pretrained model of two layers and an SFT run from it."""
+    home = tmp_path_factory.mktemp("stages")
+    assert main(["train", "quickstart", "--smoke", *DATA, *STEPS, *MODEL, "--out", str(home / "pre")]) == 0
+    sft = ["--init-from", str(home / "pre"), "--train.objective", "sft", "--data.template", "qa", *DATA, *STEPS]
+    assert main(["train", "quickstart", "--smoke", *sft, "--out", str(home / "sft")]) == 0
+    return home
+
+
+def finetune(stages, objective: str, out, *flags: str) -> list[str]:
+    start = {"sft": "pre", "dpo": "sft"}[objective]
+    return ["train", "quickstart", "--smoke", "--init-from", str(stages / start), "--train.objective", objective,
+            "--data.template", "qa", *DATA, *STEPS, "--out", str(out), *flags]  # fmt: skip
+
+
+def metrics(run) -> list[dict]:
+    volatile = {"time", "step_ms", "tok_per_s", "train_seconds", "peak_memory_gib", "mfu"}
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in volatile} for line in lines]
+
+
+def weights(run, step: int = 6) -> dict:
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+def test_the_first_step_sees_the_parents_weights_and_the_start_is_told(stages, tmp_path, capsys):
+    assert main(finetune(stages, "sft", tmp_path / "run")) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    start = json.loads((tmp_path / "run" / "config.json").read_text())["init_from"]
+    assert f"starts from {start} (recipe quickstart)" in said and "template qa" in said and "layers MA" in said
+    assert start.startswith(str(stages / "pre"))
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["step"] == 0 and lines[-1]["val_loss"] < lines[0]["val_loss"]
+
+
+@pytest.mark.parametrize("reference, bound", [("model", 0.0), ("cached", 1e-5)])
+def test_dpo_begins_at_ln_2(stages, tmp_path, reference, bound):
+    """Exactly, with the reference in memory: the same sums twice. Cached sums come from other batches: other orders of
+    summation, 1e-6 of sums near 100 nats, times β / 2."""
+    assert main(finetune(stages, "dpo", tmp_path / "run", "--dpo.reference", reference)) == 0
+    first = next(line for line in metrics(tmp_path / "run") if "loss" in line)
+    assert first["step"] == 1 and abs(first["loss"] - math.log(2)) <= bound + 1e-7  # the mean over pairs is fp32
+    assert {"acc", "margin", "chosen", "rejected"} <= first.keys()
+    held_out = [line for line in metrics(tmp_path / "run") if "val_acc" in line]
+    assert abs(held_out[0]["val_loss"] - math.log(2)) <= bound + 1e-7
+
+
+def test_cached_and_kept_references_train_alike_and_the_cache_is_used_again(stages, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MUONLM_CACHE", str(tmp_path / "cache"))
+    runs = {}
+    for name, flags in {"cached": [], "again": [], "model": ["--dpo.reference", "model"]}.items():
+        assert main(finetune(stages, "dpo", tmp_path / name, *flags)) == 0
+        runs[name] = capsys.readouterr().out
+    assert "reference: log-probabilities of" in runs["cached"] and "reference: log-probabilities of" not in runs["again"]
+    assert len(list((tmp_path / "cache" / "reference").iterdir())) == 1
+    a, b, c = (weights(tmp_path / name) for name in runs)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert all(torch.allclose(a[n], c[n], atol=1e-4) for n in a)  # sums in another order, six steps on
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(stages, tmp_path, objective, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(finetune(stages, objective, whole)) == 0
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "step-00000006")
+    (cut / "report.json").unlink()
+    for pointer in ("latest", "best"):
+        (cut / "checkpoints" / pointer).write_text("step-00000003")
+    monkeypatch.setenv("MUONLM_CACHE", str(tmp_path / "empty"))  # what a run needs to go on is in it, but for the data
+    assert main(["train", "--resume", str(cut)]) == 0
+    a, b = weights(whole), weights(cut)
+    assert all(torch.equal(a[name], b[name]) for name in a) and metrics(whole) == metrics(cut)
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_two_ranks_train_as_one(stages, tmp_path, objective):
+    """1e-4: sums over ranks are in another order, and AdamW divides the smallest gradients by their size."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "muonlm"]
+    result = subprocess.run([*launch, *finetune(stages, objective, tmp_path / "two")], capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr
+    assert main(finetune(stages, objective, tmp_path / "one")) == 0
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in one.items():
+        assert float((two[name] - value).norm()) <= 1e-4 * float(value.norm()), name
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a["step"] == b["step"]
+        assert all(math.isclose(a[k], b[k], rel_tol=1e-3, abs_tol=1e-4) for k in a if k.endswith(("loss", "acc", "margin")))
+
+
+def test_prompts_are_not_trained_on(stages, tmp_path, monkeypatch):
+    """The masked loss is the mean over the assistant's tokens: counted here from the text, by hand."""
+    cfg = load_recipe("quickstart", {"init_from": str(stages / "pre"), "train.objective": "sft", "data.template": "qa",
+                      "data.source": "word_problems:300:1-2", "train.steps": 1, "eval.sample": 0,
+                      "train.global_batch": 2048, "eval.every": 0}, smoke=True)  # fmt: skip
+    report = train(cfg, tmp_path / "run")
+    from muonlm.data.splits import open_splits
+    from muonlm.parallel import Dist
+
+    data = open_splits(cfg, 8, Dist(0, 1, torch.device("cpu")))
+    batch = data.train.batch(0)
+    texts = [data.train.tokenizer.decode(batch.targets[row][batch.targets[row] >= 0].tolist()) for row in range(8)]
+    written = sum(len(text.replace("<|endoftext|>", "\0")) for text in texts)  # a byte is a token here
+    assert batch.count == report["tokens"] == written
+    assert all("Question" not in t and t.count("####") == t.count("<|endoftext|>") > 0 for t in texts)
+
+
+@pytest.mark.parametrize(
+    "flags, found, remedy",
+    [
+        (["--model.n_layer", "3"], "lacks 'blocks.2", "do not fit this model"),
+        (["--model.d_model", "128"], "(257, 64) in the file, (257, 128) in the model", "do not fit"),
+        (["--data.tokenizer", "bpe:300"], "bpe tokenizer of 300 tokens", "--tokenizer"),
+        (["--data.template", "alpaca-plian"], "alpaca-plian", "alpaca-plain"),
+        (["--dpo.beta", "0"], "dpo.beta = 0", "0.1 is usual"),
+        (["--resume"], "--init-from starts a new one", "Choose one"),
+    ],
+)
+def test_what_does_not_fit_the_parent_is_refused(stages, tmp_path, capsys, flags, found, remedy):
+    assert main(finetune(stages, "sft", tmp_path / "run", *flags)) == 2
+    error = capsys.readouterr().err
+    assert found in error and remedy in error and "Traceback" not in error
+
+
+def test_pretraining_rows_can_hide_documents_from_each_other(stages, tmp_path):
+    flags = ["train", "quickstart", "--smoke", *DATA, *STEPS, *MODEL]
+    losses = {}
+    for reset in ("false", "true"):
+        assert main([*flags, "--data.reset", reset, "--out", str(tmp_path / reset)]) == 0
+        losses[reset] = [line["loss"] for line in metrics(tmp_path / reset) if "loss" in line]
+    assert losses["false"][0] != losses["true"][0] and abs(losses["false"][0] - losses["true"][0]) < 0.1
