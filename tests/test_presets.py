@@ -1,4 +1,4 @@
-"""Presets: the published six of the trainer family, and a user's own in muonlm.toml, of which every key acts or is refused."""
+"""Presets: the published six of the trainer family, and one's own in muonlm.toml: every key acts or is refused."""
 
 import json
 
@@ -72,7 +72,7 @@ def test_an_unknown_preset_says_so_names_it_and_lists_known_ones(capsys):
     assert "'slow'" in err and all(name in err for name in SIX)
 
 
-# --- of one's own -------------------------------------------------------------------------------------------------------------
+# --- of one's own -----------------------------------------------------------------------------------------------------
 
 
 def test_without_a_file_there_are_none(tmp_path):

@@ -1,4 +1,4 @@
-"""Stages: each starts from the newest run of its parent, with its model and tokenizer, and no other start slips in unsaid."""
+"""Stages: each starts from its parent's newest run, with its model and tokenizer, and no other start goes unsaid."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ STILL = (
 
 @pytest.fixture(scope="module", params=CHAINS)
 def chain(request, tmp_path_factory, text):
-    """(folder, recipes, what each said): a family's stages one after another in a folder of their own, as one types them."""
+    """(folder, recipes, what each said): a family's stages one after another in a folder, as one types them."""
     folder, recipes, said = tmp_path_factory.mktemp(request.param), CHAINS[request.param], {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -89,7 +89,7 @@ def sft(*flags: str) -> list[str]:
     return ["train", "minimind/sft", "--smoke", *SHORT, *flags]
 
 
-# --- recipes ------------------------------------------------------------------------------------------------------------------
+# --- recipes ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_every_recipe_of_the_three_families_can_be_a_stage_or_be_followed_by_one
         assert cfg.model.block_size == 256  # holds a word problem of two steps and its solution, byte by byte
 
 
-# --- chains -------------------------------------------------------------------------------------------------------------------
+# --- chains -----------------------------------------------------------------------------------------------------------
 
 
 def test_each_stage_finds_its_parents_run_and_says_what_it_takes(chain):
@@ -176,7 +176,8 @@ def test_a_stage_leaves_everything_that_a_run_leaves(chain):
     for recipe in recipes:
         run = folder / "runs" / recipe
         names = {path.name for path in run.iterdir()}
-        assert names >= {"config.json", "environment.json", "routing.txt", "metrics.jsonl", "samples", "checkpoints", "report", "report.json"}  # fmt: skip
+        files = {"config.json", "environment.json", "routing.txt", "metrics.jsonl", "report.json", "tokenizer.json"}
+        assert names >= files | {"samples", "checkpoints", "report"}
         assert json.loads((run / "config.json").read_text())["recipe"] == recipe
 
 
@@ -199,7 +200,7 @@ def test_a_stage_at_a_vanishing_rate_keeps_its_parents_weights_bit_for_bit(chain
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-# --- which run ----------------------------------------------------------------------------------------------------------------
+# --- which run --------------------------------------------------------------------------------------------------------
 
 
 def test_the_run_that_finished_last_is_taken_and_one_that_did_not_finish_is_not(here, capsys):
@@ -249,7 +250,7 @@ def test_without_a_parents_run_a_stage_names_the_command_that_makes_one(stage, t
     assert f"muonlm train {PARENTS[stage]};" in err and "--init-from" in err
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def refused(capsys, *argv: str) -> str:
@@ -290,14 +291,15 @@ def test_a_stage_can_be_resumed_and_keeps_its_start(here, capsys):
     assert report(run)["steps"] == 2 and "pretrain" in report(run)["init_from"]
 
 
-# --- docs/data.md -------------------------------------------------------------------------------------------------------------
+# --- docs/data.md -----------------------------------------------------------------------------------------------------
 
 
 def test_the_commands_of_the_page_about_data_work_as_they_are_typed(here, capsys):
     """prep lines run; train lines run as far as their config, tiny, with the preset that the page writes down."""
     page = (Path(__file__).parent.parent / "docs" / "data.md").read_text("utf-8")
     rows = [record for record, _ in source_rows(expand("word_problems:80"))]
-    chats = [{"conversations": [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}]} for r in rows]  # fmt: skip
+    turns = (("user", "question"), ("assistant", "answer"))
+    chats = [{"conversations": [{"role": role, "content": r[key]} for role, key in turns]} for r in rows]
     solved = [{key: r[key] for key in ("question", "rationale", "answer")} for r in rows]
     Path("corpus").mkdir()
     for name, records in {"chats": chats, "pairs": rows, "problems": solved, "corpus/a": rows}.items():

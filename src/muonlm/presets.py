@@ -1,13 +1,13 @@
 """Presets of one's own: [presets.NAME] in muonlm.toml of the current folder, for `muonlm train RECIPE --preset NAME`.
 
     [presets.muon_custom]
-    learning_rate = 2.5e-3          # published names, or ours (optim.lr = 2.5e-3, [presets.muon_custom.optim] lr = …), or both
+    learning_rate = 2.5e-3          # published names, or ours: optim.lr = 2.5e-3, [presets.muon_custom.optim] lr = …
     max_steps = 80_000
 
-A preset becomes a layer of the config like the recipes' own (config.py); one of the same name comes before the recipe's. What the
-published names mean here:
-    learning_rate     the rate of the optimizer that trains: Muon's matrices (optim.lr; what AdamW takes beside them keeps the
-                      recipe's adamw_lr, for a Muon rate means nothing there), or under optim.name = adamw every parameter
+A preset becomes a layer of the config like the recipes' own (config.py); one of the same name comes before theirs.
+What the published names mean here:
+    learning_rate     the rate of the optimizer that trains: Muon's matrices (optim.lr; what AdamW takes beside them
+                      keeps the recipe's adamw_lr), or under optim.name = adamw every parameter
     weight_decay      of all matrices, whoever moves them: optim.wd and optim.adamw_wd
     momentum          Muon's, constant from the first step; refused under AdamW, whose momentum is adam_beta1
     adam_beta1, 2     one given alone leaves the other as the recipe has it
@@ -49,8 +49,8 @@ NOT_OF_A_PRESET = {
 
 
 def user_presets(folder: str | Path = ".", *, recipe: str = "") -> dict[str, dict]:
-    """{name: layer} of FOLDER/muonlm.toml, {} without such a file; its "baseline" holds under AdamW. `recipe` is the one that the
-    layer will lie on (its betas complete a pair)."""
+    """{name: layer} of FOLDER/muonlm.toml, {} without such a file; its "baseline" holds under AdamW. `recipe` is
+    the one that the layer will lie on (its betas complete a pair)."""
     path = Path(folder) / FILE
     try:
         tree = tomllib.loads(path.read_text("utf-8"))
@@ -96,8 +96,8 @@ def _layer(table: dict, where: str, recipe: str) -> dict:
 
     if plain.get("label_smoothing"):
         raise UserError(
-            f"{where}: label_smoothing = {plain['label_smoothing']} would change nothing: next-token training has none; leave it "
-            "out. That of preference training is dpo.label_smoothing = …"
+            f"{where}: label_smoothing = {plain['label_smoothing']} would change nothing: next-token training has none."
+            " Leave it out; that of preference training is dpo.label_smoothing = …"
         )
     for name, value in plain.items():
         for key in PUBLISHED[name]:
@@ -133,12 +133,13 @@ def recipe_betas(recipe: str) -> tuple[list[float], list[float]]:
 
 
 def in_effect(name: str, layer: dict, cfg: Config, *, mine: bool) -> list[str]:
-    """Lines for the start of a run: what each setting of a preset came to, and a warning where one acts less than it seems to."""
+    """Lines for the start of a run: what each setting of a preset came to, and a warning where one acts less than it
+    seems to. mine: the preset is of muonlm.toml."""
     layer, tree, muon = flatten(layer), flatten(asdict(cfg)), cfg.optim.name == "muon"
     if mine and not muon and "optim.momentum" in layer:
         raise UserError(
-            f"{FILE} [presets.{name}] sets momentum, which AdamW does not have (its own is adam_beta1); leave it out of the "
-            "preset, or train with --optim.name muon."
+            f"{FILE} [presets.{name}] sets momentum, which AdamW does not have (its own is adam_beta1); leave it out "
+            "of the preset, or train with --optim.name muon."
         )
     baseline = {key.removeprefix("baseline."): value for key, value in layer.items() if key.startswith("baseline.")}
     wanted = {key: value for key, value in layer.items() if not key.startswith("baseline.")} | (
@@ -157,7 +158,8 @@ def in_effect(name: str, layer: dict, cfg: Config, *, mine: bool) -> list[str]:
     if muon and "optim.betas" in layer and beta != before and "optim.momentum" not in layer and steady:
         lines.append(
             f"warning: preset {name} changes adam_beta1 ({before:g} → {beta:g}), which moves only what AdamW "
-            f"takes (embeddings, head, norms); the matrices follow Muon's momentum, still {cfg.optim.momentum:g}: set momentum = …"
+            f"takes (embeddings, head, norms); the matrices follow Muon's momentum, still {cfg.optim.momentum:g}: set "
+            "momentum = …"
         )
     return lines
 

@@ -61,7 +61,7 @@ from ..data.packed import (
     remake,
 )
 from ..data.partial import Partial, refuse_target
-from ..data.prepare import BATCH, SAMPLE, Progress
+from ..data.build import BATCH, SAMPLE, Progress
 from ..data.sources import Source, expand, identity, licence, rows, size
 from ..data.templates import TEMPLATES, Template
 from ..data.templates import template as find_template
