@@ -242,3 +242,27 @@ def test_a_mistake_in_the_file_does_not_stop_runs_that_use_no_preset(preset, cap
     assert begin(capsys, RECIPE)[0] == 0
     capsys.readouterr()
     assert main(["train", RECIPE, "--preset", "mine", "--dry-run"]) == 2
+
+
+# --- epochs, tokens or steps (SL-06) ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ({"train.epochs": "1", "train.tokens": "10_000_000_000"}, 305_175),  # the published example
+        ({"train.epochs": "2", "train.tokens": "10_400_000"}, 634),
+        ({"train.epochs": "0.5", "train.tokens": "10_400_000"}, 159),  # 158.5
+        ({"train.tokens": "10_400_000"}, 318),  # all tokens, the last batch too
+        ({"train.steps": "77"}, 77),
+    ],
+)
+def test_epochs_of_so_many_tokens_are_whole_steps_and_each_way_alone_still_works(flags, steps):
+    cfg = load_recipe("mamba_slm/pretrain", flags)
+    assert cfg.train.fixed_steps(32_768) == steps
+
+
+@pytest.mark.parametrize("other", ["train.epochs", "train.tokens"])
+def test_steps_go_with_nothing_else(other):
+    with pytest.raises(UserError, match="both set the length"):
+        load_recipe("mamba_slm/pretrain", {"train.steps": "5", other: "2"})

@@ -93,7 +93,7 @@ def test_headers_say_name_place_and_source_and_their_counts_are_true(recipe):
 
 @pytest.mark.parametrize("recipe", families("mamba_trainer"))
 def test_trainer_sizes_differ_in_the_model_only(recipe):
-    if recipe.endswith("-cpu"):
+    if recipe.endswith(("-cpu", "gsm8k-finetune")):  # quickstart's; a stage
         return
     cfg, base = load_recipe(recipe), load_recipe("mamba_trainer/medium")
     cfg.model, cfg.recipe = base.model, base.recipe

@@ -738,7 +738,8 @@ def info(argv: list[str]) -> int:
         return 0
     if args.presets:
         table = inform.describe_presets(args.what)
-        print(json.dumps(table) if args.json else "\n".join(f"{p['recipe']:36} --preset {p['preset']}" for p in table))
+        lines = [f"{p['recipe']:36} --preset {p['preset']:24} " + ", ".join(f"{k} {v}" for k, v in p["sets"].items()) for p in table]
+        print(json.dumps(table) if args.json else "\n".join(lines))
         return 0
     if not args.what:
         table = inform.describe_recipes()

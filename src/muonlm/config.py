@@ -582,9 +582,9 @@ class TrainConfig:
     steps: int = 0
     """Optimizer steps. 0 = derived from epochs, tokens or budget."""
     epochs: float = 0.0
-    """Passes over the training split."""
+    """Passes over the training split, or over `tokens` if those are given too."""
     tokens: int = 0
-    """Training tokens in all; 1e8 is accepted."""
+    """Training tokens in all, or with epochs those of one epoch (a stream's length, say); 1e8 is accepted."""
     budget: str = ""
     """"tsz512x4k_10B": 512 rows × 4096 tokens a step, 10 billion tokens in all."""
     micro_batch: int = 0
@@ -626,12 +626,20 @@ class TrainConfig:
         )
         _at_least("train", 1, keep=self.keep)
         lengths = [name for name in ("steps", "epochs", "tokens", "budget") if getattr(self, name)]
-        if len(lengths) > 1:
+        if len(lengths) > 1 and lengths != ["epochs", "tokens"]:
             raise UserError(
                 f"train.{' and train.'.join(lengths)} both set the length of the run; keep one (set the other to 0)."
             )
         if self.budget:
             self.parse_budget()
+
+    def fixed_steps(self, tokens_per_step: int) -> int:
+        """Steps that follow without knowing the data; 0 if its size decides. Epochs of so many tokens end in no short batch."""
+        if self.steps or self.budget:
+            return self.steps or self.parse_budget()[1] // tokens_per_step
+        if self.epochs and self.tokens:
+            return math.ceil(self.epochs * (self.tokens // tokens_per_step))
+        return -(-self.tokens // tokens_per_step)
 
     def parse_budget(self) -> tuple[int, int]:
         """'tsz512x4k_10B' -> (tokens per step, tokens in all)."""
@@ -955,7 +963,7 @@ def load_recipe(
     layer = _check(flatten(tree), where) | {"recipe": name}
     if preset and preset not in presets:
         known = f" Known: {', '.join(presets)}." if presets else " This recipe has none."
-        raise UserError(f"recipe {name} has no preset {preset!r}.{nearest(preset, presets) or known}")
+        raise UserError(f"recipe {name} has no preset {preset!r}.{nearest(preset, presets)}{known}")
     tuned = dict(presets.get(preset, {}))
     baseline |= _check(flatten(tuned.pop("baseline", {})), f"{where} [preset.{preset}.baseline]")
     chosen = _check(flatten(tuned), f"{where} [preset.{preset}]")

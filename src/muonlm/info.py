@@ -14,6 +14,7 @@ from pathlib import Path
 
 from . import config
 from .config import Config, UserError, load_recipe, nearest, recipe_names
+from .presets import user_presets
 
 
 def describe_keys() -> list[dict]:
@@ -50,11 +51,11 @@ def describe_recipes() -> list[dict]:
 
 
 def describe_presets(recipe: str | None = None) -> list[dict]:
-    """Presets by recipe; of one recipe, or of all."""
+    """Presets by recipe, of one recipe or of all, with what each sets; the user's own of this folder come first."""
     names = [recipe] if recipe else recipe_names()
-    return [
-        {"recipe": name, "preset": preset} for name in names for preset in config.read_recipe(name).get("preset", {})
-    ]
+    packaged = [(name, preset) for name in names for preset in config.read_recipe(name).get("preset", {}).items()]
+    mine = [("muonlm.toml", preset) for preset in user_presets(recipe=recipe or "").items()]
+    return [{"recipe": name, "preset": key, "sets": config.flatten(table)} for name, (key, table) in mine + packaged]
 
 
 def find(what: str, flags: dict, *, preset: str = "", smoke: bool = False) -> Config:
@@ -66,7 +67,7 @@ def find(what: str, flags: dict, *, preset: str = "", smoke: bool = False) -> Co
 
         return read_config(Path(what))
     try:
-        return load_recipe(what, flags, preset=preset, smoke=smoke)
+        return load_recipe(what, flags, preset=preset, smoke=smoke, presets=user_presets(recipe=what) if preset else None)
     except UserError as error:
         if (
             "unknown recipe" in str(error)
@@ -88,12 +89,13 @@ def vocabulary(cfg: Config) -> tuple[int, str]:
     if cfg.data.source == "recall":
         return cfg.data.symbols, "data.symbols"
     spec = cfg.data.tokenizer
+    more = len([name for name in cfg.data.special.split(",") if name.strip()])
     sizes = {"byte": 257, "char": 65, "gpt2": 50257}
-    kind, _, number = spec.partition(":")
-    if kind == "bpe" and number.isdigit():
-        return int(number), spec
+    kind, *numbers = spec.split(":")
+    if kind == "bpe" and numbers and numbers[0].isdigit():  # special tokens are among the N
+        return int(numbers[0]), spec
     if kind in sizes:
-        return sizes[kind], f"{spec}: tiny Shakespeare's 65 characters are assumed" if kind == "char" else spec
+        return sizes[kind] + more, f"{spec}: tiny Shakespeare's 65 characters are assumed" if kind == "char" else spec
     from .data.tokenizer import resolve_tokenizer
 
     return resolve_tokenizer(spec).vocab_size, spec
@@ -117,9 +119,7 @@ def describe(cfg: Config) -> dict:
         "rows_per_step": global_rows(cfg, 1),
     }
     facts["tokens_per_step"] = facts["rows_per_step"] * cfg.model.block_size
-    t, size = cfg.train, facts["tokens_per_step"]
-    steps = t.steps or (t.parse_budget()[1] // size if t.budget else -(-t.tokens // size))
-    facts["steps"] = steps or f"{cfg.train.epochs:g} epochs of the data"
+    facts["steps"] = cfg.train.fixed_steps(facts["tokens_per_step"]) or f"{cfg.train.epochs:g} epochs of the data"
     model = build_model(cfg.model, "meta")
     muon, state = 0, 8 * counts["total"]
     if cfg.optim.name == "muon":

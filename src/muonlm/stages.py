@@ -74,6 +74,7 @@ def inherited(source: str) -> dict:
         "init_from": str(path.resolve()),
         "data.tokenizer": str(tokenizer.resolve()),
         "data.template": stored.data.template,
+        "data.special": "",  # the weights have no rows for more tokens; a template's stop falls back to EOT
     }
 
 

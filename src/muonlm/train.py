@@ -257,14 +257,9 @@ def resolve(cfg: Config, data: Splits, world: int, started: bool = False) -> Con
     rows, block = global_rows(cfg, world), cfg.model.block_size
     share = -(-rows // world)
     t = cfg.train
-    tokens = t.parse_budget()[1] if t.budget else t.tokens
     # only modular epochs end in a short batch
     steps_per_epoch = -(-samples // rows) if cfg.data.source == "modular" else samples / rows
-    steps = (
-        t.steps
-        or (tokens // (rows * block) if t.budget else math.ceil(tokens / (rows * block)))
-        or math.ceil(t.epochs * steps_per_epoch)
-    )
+    steps = t.fixed_steps(rows * block) or math.ceil(t.epochs * steps_per_epoch)
     if not steps:
         raise UserError(
             "the length of the run is not set; use --train.steps N, --train.epochs E, --train.tokens T or --train.budget"

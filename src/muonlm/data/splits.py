@@ -55,6 +55,12 @@ def open_splits(cfg: Config, rows: int, dist) -> Splits:
             for split in ("train", "val")
         }
         return Splits(made["train"], {"val": made["val"]})
+    conversations = cfg.train.objective in ("sft", "dpo")
+    if not d.source and conversations:
+        raise UserError(
+            f"recipe {cfg.recipe} brings no {'preferences' if cfg.train.objective == 'dpo' else 'conversations'} of its own. Name "
+            "some: --data FILE.jsonl (docs/data.md shows the forms), or --data word_problems:20000:1-3, which are made here."
+        )
     if not d.source:
         raise UserError(
             f"recipe {cfg.recipe} brings no text of its own. Name some: --data FILE_OR_FOLDER (.txt, .jsonl, .parquet, or a folder "
@@ -64,7 +70,6 @@ def open_splits(cfg: Config, rows: int, dist) -> Splits:
         dist.barrier()
     special = tuple(name.strip() for name in d.special.split(",") if name.strip())
     common = dict(tokenizer=d.tokenizer, val=d.val, special=special, name=d.name, split=d.split)
-    conversations = cfg.train.objective in ("sft", "dpo")
     if conversations:
         kind = {"sft": "sft", "dpo": "preferences"}[cfg.train.objective]
         folder = prepared_examples(d.source, kind=kind, template=d.template or "qa", **common)
