@@ -219,6 +219,14 @@ def test_a_run_that_knows_no_turns_is_refused_with_the_two_ways_on(capsys, tmp_p
     assert "did you mean qa" in capsys.readouterr().err
 
 
+def test_a_run_without_words_is_not_told_to_generate_text(tmp_path, capsys):
+    symbols = make_run(tmp_path / "symbols")
+    (symbols / "tokenizer.json").unlink()
+    assert main(["chat", str(symbols)]) == 2
+    said = capsys.readouterr().err
+    assert "no tokenizer" in said and "muonlm generate" not in said
+
+
 def test_a_pipe_gives_one_turn_a_line_and_json_one_document(run, capsys, monkeypatch, tmp_path):
     lines = ["we the people", "", "a line \\", "that goes on", '"""', "/reset is text here", '"""']
     lines += [f"/save {tmp_path}/t.jsonl"]

@@ -371,6 +371,14 @@ HH = "\n\nHuman: a\n\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:"
         {"prompt": [user("q")], "chosen": [says("x")], "rejected": [says("y")]},
         {"chosen": "\n\nHuman: q\n\nAssistant: x", "rejected": "\n\nHuman: q\n\nAssistant: y"},
         {"prompt": None, "chosen": "\n\nHuman: q\n\nAssistant: x", "rejected": "\n\nHuman: q\n\nAssistant: y"},
+        # each side repeats the prompt
+        {"prompt": "q", "chosen": [user("q"), says("x")], "rejected": [user("q"), says("y")]},
+        {"prompt": [user("q")], "chosen": [user("q"), says("x")], "rejected": [user("q"), says("y")]},
+        {
+            "prompt": "\n\nHuman: q\n\nAssistant:",
+            "chosen": "\n\nHuman: q\n\nAssistant: x",
+            "rejected": "\n\nHuman: q\n\nAssistant: y",
+        },
     ],
 )
 def test_each_preference_schema_gives_the_shared_turns_and_both_sides(row):

@@ -207,4 +207,7 @@ def test_a_target_is_replaced_only_if_it_is_ours_and_a_failure_leaves_nothing(tm
         prepare_cot(write(tmp_path / "bad.jsonl", MATH[3:4]), tmp_path / "made", overwrite=True)
     assert (tmp_path / "made" / "train.jsonl").read_bytes() == before
     assert prepare_cot(source, tmp_path / "made", overwrite=True, max_examples=1)["examples"] == 1
+    (tmp_path / ".made.partial" / "out").mkdir(parents=True)  # what a kill leaves: the next run clears it
+    (tmp_path / ".made.partial" / "out" / "train.jsonl").write_text("half a row")
+    assert prepare_cot(source, tmp_path / "made", overwrite=True, max_examples=1)["examples"] == 1
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]

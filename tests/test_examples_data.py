@@ -214,6 +214,23 @@ def test_evaluation_reads_everything_once_in_the_same_order_for_every_seed(folde
     assert torch.equal(some, torch.cat([b.inputs for b in batches])[:5])
 
 
+def test_the_first_prompt_is_what_leads_to_a_reply_and_no_token_of_it(folders, tmp_path):
+    prompt = BYTE.decode(ExampleData(folders["sft"], block_size=200, rows=3, seed=1).first_prompt())
+    known = [BYTE.decode(QA.prompt([{"role": "user", "content": f"{i}?"}], BYTE)) for i in range(60)]
+    assert prompt in known and prompt.endswith("?\nAnswer:")
+    rows = [
+        {
+            "chosen": [{"role": r, "content": c} for r, c in turns],
+            "rejected": [{"role": r, "content": c} for r, c in bad],
+        }
+        for i in range(3)
+        for before in [[("user", f"{i}"), ("assistant", "a"), ("user", "so")]]
+        for turns, bad in [(before + [("assistant", "good")], before + [("assistant", "bad")])]
+    ]
+    data = ExampleData(make(tmp_path / "d", rows, "preferences"), "val", block_size=300, rows=1, seed=1)
+    assert BYTE.decode(data.first_prompt()).endswith("Question: 2\nAnswer: a<|endoftext|>Question: so\nAnswer:")
+
+
 # -------------------------------------------------------------------------------------------------------- preferences
 
 

@@ -201,3 +201,13 @@ def test_a_folder_that_is_not_prepared_says_how_to_prepare_it(tmp_path, folder):
         PackedData(folder, "test", block_size=8, rows=2, seed=0)
     with pytest.raises(UserError, match=r"block_size=0"):
         PackedData(folder, "train", block_size=0, rows=2, seed=0)
+
+
+def test_reset_is_refused_where_no_token_says_that_documents_end(tmp_path):
+    (tmp_path / "t.txt").write_text("some text " * 100)
+    for eod in (True, False):
+        prepare(tmp_path / "t.txt", tmp_path / str(eod), tokenizer="byte", eod=eod)
+    PackedData(tmp_path / "True", block_size=8, rows=1, seed=0, reset=True)
+    PackedData(tmp_path / "False", block_size=8, rows=1, seed=0)
+    with pytest.raises(UserError, match="first 990 tokens of .*False hold no end of text.*--eod"):
+        PackedData(tmp_path / "False", block_size=8, rows=1, seed=0, reset=True)

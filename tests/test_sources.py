@@ -775,3 +775,10 @@ def test_a_data_set_of_the_hub_streams_goes_on_from_any_place_and_gives_parts(fa
     assert "owner/other is no path here, and the hub shows no data set of this name (HTTP 404)" in found["no set"]
     assert "owner/forbidden" in found["forbidden"] and "HTTP 403" in found["forbidden"]
     assert all(local in found["forbidden"] for local in ALTERNATIVES)
+
+
+@pytest.mark.parametrize("name", ["deep.json", "deep.jsonl"])
+def test_json_nested_without_end_is_broken_json(name, tmp_path):
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(UserError, match=f"{name}:1: broken JSON .maximum recursion"):
+        list(documents(tmp_path / name))

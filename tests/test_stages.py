@@ -290,6 +290,91 @@ def test_a_stage_can_be_resumed_and_keeps_its_start(here, capsys):
     assert report(run)["steps"] == 2 and "pretrain" in report(run)["init_from"]
 
 
+# --- what is trained, and what a run tells ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chain", ["minimind"], indirect=True)
+def test_the_mask_that_is_shown_is_the_assistants_text_and_its_stop(chain, monkeypatch, capsys):
+    folder, (_, first, second), _ = chain
+    monkeypatch.chdir(folder)
+    before = sorted(folder.glob("runs/*/*"))
+    assert main(["train", first, "--smoke", "--show-mask"]) == 0
+    head, out = capsys.readouterr().out.split("\n", 1)
+    (trained,) = re.findall(r"\[\[(.*?)\]\]", out, re.S)
+    prompt = out.partition("[[")[0]
+    assert re.fullmatch(r"[^<]*#### \d+<\|im_end\|>", trained) and prompt.endswith("<|im_start|>assistant\n")
+    tokens, of_them = map(int, re.search(r"example: (\d+) tokens, (\d+) of them trained", head).groups())
+    stop, others = "<|im_end|>", len(re.findall(r"<\|im_(?:start|end)\|>", prompt))
+    assert of_them == len(trained) - len(stop) + 1  # a byte is a token, a special token is one
+    assert tokens - of_them == len(re.sub(r"<\|im_(?:start|end)\|>", "", prompt).encode()) + others
+    assert main(["train", second, "--smoke", "--show-mask", "--json"]) == 0
+    sides = json.loads(capsys.readouterr().out)["examples"]
+    (chosen, rejected) = [[text for text, trained in side["pieces"] if trained] for side in sides]
+    assert len(chosen) == len(rejected) == 1 and chosen != rejected
+    assert sides[0]["pieces"][0] == sides[1]["pieces"][0], "one prompt"
+    assert sorted(folder.glob("runs/*/*")) == before, "nothing was trained"
+
+
+def test_plain_text_has_no_mask_to_show(here, text, capsys):
+    said = refused(capsys, "train", "quickstart", "--smoke", "--data", str(text), "--show-mask")
+    assert "every token is trained" in said
+
+
+@pytest.mark.parametrize("chain", ["minimind"], indirect=True)
+def test_metrics_of_a_stage_tell_epoch_rates_time_and_perplexity(chain):
+    """families.md MM-11, SL-10."""
+    folder, recipes, said = chain
+    for recipe in recipes[1:]:
+        lines = (folder / "runs" / recipe / "metrics.jsonl").read_text().splitlines()
+        step = next(r for r in map(json.loads, lines) if "loss" in r)
+        assert step.keys() >= {"step", "epoch", "loss", "lr_muon", "lr_adamw", "tokens", "train_seconds"}
+        assert 0 < step["epoch"] < 1 and json.loads(lines[0])["eval_seconds"] > 0
+        assert re.search(r"step 3/3  epoch 0\.0\d+  loss .* lr_muon .* lr_adamw", said[recipe])
+    first = json.loads((folder / "runs" / recipes[1] / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["val_perplexity"] == pytest.approx(math.exp(first["val_loss"]))
+
+
+@pytest.mark.parametrize("chain", ["minimind"], indirect=True)
+def test_a_finished_run_says_why_it_stops_and_is_not_taken_back(chain, monkeypatch, capsys):
+    """families.md MT-12. Fewer steps than were done once trained without end."""
+    folder, recipes, _ = chain
+    monkeypatch.chdir(folder)
+    run = f"runs/{recipes[1]}"
+    assert main(["train", "--resume", run]) == 0
+    said = capsys.readouterr().out
+    assert "has done its 3 steps" in said and f"--resume {run} --train.steps 6" in said and "--init-from" in said
+    assert "has done 3 steps" in refused(capsys, "train", "--resume", run, "--train.steps", "2")
+
+
+@pytest.mark.parametrize("chain", ["minimind"], indirect=True)
+def test_preferences_are_evaluated_with_the_reference_of_the_run(chain, monkeypatch, capsys):
+    folder, recipes, _ = chain
+    monkeypatch.chdir(folder)
+    run = Path("runs") / recipes[2]
+    sums = (run / "reference.safetensors").read_bytes()
+    assert main(["eval", str(run), "--limit", "2", "--checkpoint", "latest", "--json"]) == 0
+    found, made = json.loads(capsys.readouterr().out), report(run)
+    for key in ("val_loss", "val_acc", "val_margin"):
+        assert found[key] == pytest.approx(made[key], abs=1e-6)
+    assert main(["eval", str(run), "--data", "word_problems:40", "--json"]) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert other["val_loss"] == pytest.approx(math.log(2), abs=0.05) and other["val_loss"] != found["val_loss"]
+    assert (run / "reference.safetensors").read_bytes() == sums
+
+
+def test_ctrl_c_before_the_first_step_of_dpo_says_how_to_go_on(here, monkeypatch, capsys):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    argv = ["train", "minimind/dpo", "--smoke", *SHORT, "--init-from", "runs/minimind/pretrain", "--data.template", "qa"]
+    with monkeypatch.context() as patch:
+        patch.setattr("muonlm.reference.log_probabilities", pressed)
+        patch.setenv("MUONLM_CACHE", str(here / "cache"))
+        assert main([*argv, "--out", "d"]) == 130
+    assert "muonlm train --resume d" in capsys.readouterr().err
+    assert main(["train", "--resume", "d"]) == 0 and report(here / "d")["steps"] == 3
+
+
 # --- docs/data.md -----------------------------------------------------------------------------------------------------
 
 

@@ -210,6 +210,23 @@ def test_special_tokens_added_one_by_one_are_as_added_at_once():
         assert tok.with_special(NEW[:1]).with_special(NEW).special == tok.with_special(NEW).special
 
 
+def test_a_tokenizer_extends_one_that_gives_every_text_the_same_ids(tmp_path):
+    for tok in (BYTE, BPE, HF, Tokenizer.char("abc", eot=True)):
+        more = tok.with_special(NEW)
+        more.save(tmp_path)
+        assert tok.extends(tok) and Tokenizer.load(tmp_path).extends(tok) and more.extends(tok.with_special(NEW[:1]))
+        assert not tok.extends(more) and not more.extends(tok.with_special(NEW[::-1]))  # other ids
+    assert not BYTE.extends(BPE) and not BPE.extends(BYTE)
+    assert not Tokenizer.char("abcd", eot=True).extends(Tokenizer.char("abc", eot=True))
+    inside = resolve_tokenizer("bpe:400", CORPUS, NEW)  # its special tokens stand in front of the merges
+    assert inside.special.keys() == BPE.with_special(NEW).special.keys() and not inside.extends(BPE)
+    stored = json.loads(json.dumps(BPE._stored))
+    stored["added_tokens"].append(
+        stored["added_tokens"][0] | {"id": BPE.vocab_size, "content": "<x>", "special": False}
+    )
+    assert Tokenizer(stored).with_special(["<x>"]).extends(Tokenizer(stored))  # a token that was there becomes special
+
+
 @pytest.mark.parametrize("name", ["", "user", "<a b>", "<a,b>", "im_end>"])
 def test_a_special_token_that_reads_like_text_is_refused(name):
     with pytest.raises(UserError, match=r"stands in <> or \[\].*<\|im_start\|>"):

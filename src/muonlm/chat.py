@@ -156,6 +156,8 @@ def open_chat(run: str, *, form: str = "", which: str = "best", device="cpu", **
     folder, path = locate(run, which)
     form = form or read_config(folder).data.template
     if not form:
+        if not (folder / "tokenizer.json").exists():
+            need_words(None)
         raise UserError(
             f"run {folder} was not trained on conversations (data.template is empty): it does not know what a turn is. "
             f"Continue a text with: muonlm generate {run} --prompt TEXT; or name the form of a turn: --template qa "

@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except UserError as error:
         return fail(error, 2, debug, json_mode)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130, debug, json_mode)
+    except KeyboardInterrupt as stop:
+        return fail(str(stop) or "interrupted", 130, debug, json_mode)
     except BrokenPipeError:  # `muonlm info … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -184,6 +184,9 @@ def train(argv: list[str]) -> int:
     parser.add_argument("--seeds", help="several runs, one per seed: 1,2,3")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, a CPU, under a minute: does it work at all?")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    parser.add_argument(
+        "--show-mask", action="store_true", help="sft, dpo: print the first example, its trained tokens marked, and stop"
+    )
     args = parser.parse(argv, also=tuple("--" + key for key in keys()))
 
     resumed = args.resume if isinstance(args.resume, str) else (args.out if args.resume else None)
@@ -203,6 +206,8 @@ def train(argv: list[str]) -> int:
     if args.dry_run:
         print(json.dumps(cfg.to_dict()) if args.json else cfg.to_toml(), end="\n" if args.json else "")
         return 0
+    if args.show_mask:
+        return show_mask(cfg, args.json)
     if args.seeds and resumed:
         raise UserError("--seeds starts several runs; resume them one by one.")
     runs = (
@@ -254,6 +259,36 @@ def begin_config(args, flags: dict):
         if int(os.environ.get("RANK", 0)) == 0:
             print("\n".join(lines), file=sys.stderr)
     return cfg
+
+
+def show_mask(cfg, json_mode: bool) -> int:
+    """The first example that a run would train, what of it is trained marked; in colour on a terminal."""
+    from .data.mask import first_example, marked
+    from .parallel import start
+    from .stages import check_tokenizer
+    from .train import open_data
+
+    with start("cpu") as dist:
+        if cfg.train.objective not in ("sft", "dpo"):
+            raise UserError(
+                "--show-mask is for conversations (--train.objective sft or dpo); elsewhere every token is trained."
+            )
+        data = open_data(cfg, dist)
+        check_tokenizer(cfg, data.train.tokenizer)
+        examples, index = first_example(data.train.batch(0), data.train.tokenizer), data.train.index["splits"]["train"]
+        if not dist.main:
+            return 0
+    if json_mode:
+        print(json.dumps({"template": data.template, "notes": data.train.notes, "examples": examples}))
+        return 0
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for side, example in zip(("chosen", "rejected") if len(examples) == 2 else ("example",), examples):
+        print(f"{side}: {example['tokens']:,} tokens, {example['trained']:,} of them trained, {'coloured' if colour else 'marked [[ ]]'}")
+        print(marked(example["pieces"], colour) + "\n")
+    print(f"template {data.template}; train: {index['tokens']:,} tokens, {index['targets']:,} of them trained")
+    for note in data.train.notes:
+        print(note)
+    return 0
 
 
 def seeded_runs(cfg, seeds: str, out: str | None) -> list[tuple]:
@@ -474,7 +509,7 @@ def _made(made: dict, to: str) -> list[str]:
     if layout == "cot":
         lines = [*made["licences"], f"{made['examples']:,} examples of {made['rows_read']:,} rows"]
         lines += [f"  {count:,} dropped: {why}" for why, count in made["dropped"].items() if count]
-        return [*lines, f"made {to}; its rows are read as conversations: muonlm train RECIPE --data {to}"]
+        return [*lines, f"made {to}; train on it with: muonlm train quickstart --data {to} --train.objective sft"]
     counts = ("tokens", "trained", "bytes", "examples", "documents")
     for name, split in made["splits"].items():
         shown = [f"{split[c]:,} {c}" for c in counts if isinstance(split.get(c), int)]
@@ -747,7 +782,7 @@ def info(argv: list[str]) -> int:
         return 0
     cfg = inform.find(args.what, flags, preset=args.preset, smoke=args.smoke)
     if args.toml:
-        print(cfg.to_toml(), end="")
+        print(json.dumps(cfg.to_dict()) if args.json else cfg.to_toml(), end="\n" if args.json else "")
         return 0
     facts = inform.describe(cfg)
     print(json.dumps(facts) if args.json else inform.as_text(facts))

@@ -24,6 +24,7 @@ from .config import Config, UserError, flatten
 from .model import build_model
 from .objectives import DPO, segment_sums
 
+
 def dpo_objective(cfg: Config, model, data, run: Path, *, started: bool, dist, say):
     """The DPO objective of a run; with dpo.reference = cached, every split of `data` is given its reference sums."""
     options = (cfg.dpo.beta, cfg.dpo.label_smoothing, cfg.dpo.length_normalize)
@@ -39,9 +40,10 @@ def dpo_objective(cfg: Config, model, data, run: Path, *, started: bool, dist, s
         if dist.sum(torch.tensor(float(found is None))) > 0:
             say(f"reference: log-probabilities of {sum(s.num_examples for s in splits.values()):,} pairs …")
             found = {name: log_probabilities(frozen, split, cfg, dist) for name, split in splits.items()}
+            if dist.main:
+                _write(path, found)
         if dist.main:
-            for place in (path, kept):
-                _write(place, found)
+            _write(kept, found)
         say(f"reference: log-probabilities kept in {path}")
     for name, split in splits.items():
         split.reference = found[name].numpy()
@@ -53,8 +55,15 @@ def _frozen(cfg: Config, model, started: bool):
     if not started:
         frozen = copy.deepcopy(model)
     else:
-        frozen = build_model(cfg.model, next(model.parameters()).device, cfg.seed)  # also the start of a run from fresh weights
+        frozen = build_model(
+            cfg.model, next(model.parameters()).device, cfg.seed
+        )  # also the start of a run from fresh weights
         if cfg.init_from:
+            if not Path(cfg.init_from).is_dir():
+                raise UserError(
+                    f"{cfg.init_from} is gone, and its weights are the reference of this run; put it back where it was, or start "
+                    "a new run from this one's weights: --init-from RUN"
+                )
             load_weights(frozen, read(Path(cfg.init_from), state=False)[0], cfg.init_from)
     return frozen.requires_grad_(False).eval()
 
@@ -63,7 +72,12 @@ def _cache_path(cfg: Config, frozen, splits: dict) -> Path:
     weights = hashlib.sha256()
     for name, value in sorted(frozen.state_dict().items()):
         weights.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    key = [weights.hexdigest(), flatten(cfg.to_dict()["model"]), cfg.train.dtype, {n: s.fingerprint for n, s in splits.items()}]
+    key = [
+        weights.hexdigest(),
+        flatten(cfg.to_dict()["model"]),
+        cfg.train.dtype,
+        {n: s.fingerprint for n, s in splits.items()},
+    ]
     home = Path(os.environ.get("MUONLM_CACHE") or Path.home() / ".cache" / "muonlm") / "reference"
     return home / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24] + ".safetensors")
 
@@ -85,7 +99,9 @@ def _write(path: Path, tensors: dict) -> None:
         save_file(tensors, work)
         os.replace(work, path)
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
-        raise UserError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error}); make room, or set MUONLM_CACHE") from None
+        raise UserError(
+            f"{path} cannot be written ({getattr(error, 'strerror', None) or error}); make room, or set MUONLM_CACHE"
+        ) from None
     finally:
         work.unlink(missing_ok=True)
 

@@ -155,7 +155,7 @@ class Run:
 
 
 def step_line(record: dict, steps: int, seconds_left: float) -> str:
-    parts = [f"step {record['step']:,}/{steps:,}", f"loss {record['loss']:.4f}"]
+    parts = [f"step {record['step']:,}/{steps:,}", f"epoch {record['epoch']:.3g}", f"loss {record['loss']:.4f}"]
     if "acc" in record:
         parts.append(f"acc {record['acc']:.1%}")
     if "margin" in record:
@@ -163,7 +163,7 @@ def step_line(record: dict, steps: int, seconds_left: float) -> str:
     parts.append(f"{record['tok_per_s']:,.0f} tok/s")
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.0%}")
-    parts.append(f"{duration(seconds_left)} left")
+    parts.append(f"{duration(record['train_seconds'])}, {duration(seconds_left)} left")
     parts += [f"{key} {record[key]:.2g}" for key in ("lr_muon", "lr_adamw", "momentum") if key in record]
     return "  ".join([*parts, f"{record['peak_memory_gib']:.2f} GiB"])
 

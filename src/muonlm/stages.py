@@ -2,8 +2,9 @@
 
     --init-from RUN     weights of RUN's best checkpoint (or of the checkpoint directory named), step 0, a new schedule, a new run;
                         model, tokenizer and, unless the recipe names one, conversation template are RUN's too. Flags still win.
-    parent = "RECIPE"   in a recipe: without --init-from, the newest finished run of that recipe, beside --out or under runs/
-    --init-from none    fresh weights in spite of a parent; with --smoke that is also what follows from finding no parent's run
+    init_from = "RUN"   in a recipe: the same; a relative path begins where the command is given
+    parent = "RECIPE"   in a recipe: without either, the newest finished run of that recipe beside --out, else under runs/
+    --init-from none    fresh weights in spite of both; with --smoke that is also what follows from finding no parent's run
 
 Resuming is something else: --resume goes on with a run and everything it had (train.py, checkpoint.py).
 
@@ -30,7 +31,8 @@ def load_recipe(
 ) -> Config:
     """config.load_recipe, with what the run named by --init-from, or found for the recipe's parent, hands down."""
     flags = {key.replace("-", "_"): value for key, value in (flags or {}).items()}
-    source, parent = flags.pop("init_from", ""), flags.get("parent") or read_recipe(name).get("parent", "")
+    recipe = read_recipe(name)
+    source, parent = flags.pop("init_from", recipe.get("init_from", "")), flags.get("parent", recipe.get("parent", ""))
     if not source and parent:
         found = newest_run(parent, out)
         if found is None and not smoke:
@@ -41,16 +43,18 @@ def load_recipe(
             )
         source = str(found) if found else ""
     if not source or source == NONE:
-        return config.load_recipe(name, flags, preset=preset, smoke=smoke, presets=presets)
+        return config.load_recipe(name, flags | {"init_from": ""}, preset=preset, smoke=smoke, presets=presets)
     return config.load_recipe(name, flags, preset=preset, smoke=smoke, presets=presets, inherited=inherited(source))
 
 
 def newest_run(recipe: str, out: str | Path | None = None) -> Path | None:
-    """The run of `recipe` that finished last, among those beside `out` and under runs/."""
-    roots = {Path("runs").resolve(), *([Path(out).resolve().parent] if out else [])}
-    found = {path.parent for root in roots for depth in ("*", "*/*", "*/*/*") for path in root.glob(f"{depth}/report.json")}
-    runs = [path for path in found if (path / "config.json").is_file() and _recipe_of(path) == recipe]
-    return max(runs, key=lambda path: (path / "report.json").stat().st_mtime_ns, default=None)
+    """The run of `recipe` that finished last, of those beside `out`; where none is, of those under runs/."""
+    beside = Path(out).resolve().parent.glob("*/report.json") if out else ()
+    under = (path for depth in ("*", "*/*", "*/*/*") for path in Path("runs").resolve().glob(f"{depth}/report.json"))
+    for place in (beside, under):
+        if runs := [path for path in place if _recipe_of(path.parent) == recipe]:
+            return max(runs, key=lambda path: path.stat().st_mtime_ns).parent
+    return None
 
 
 def _recipe_of(run: Path) -> str:
@@ -91,16 +95,29 @@ def describe(cfg: Config, parameters: int) -> str:
 
 
 def check_tokenizer(cfg: Config, tokenizer) -> None:
-    """Refuse data whose tokenizer is not that of the weights it will train. More special tokens at its end are no other tokenizer."""
+    """Refuse data whose tokenizer is not that of the weights it will train. More special tokens at its end are no other
+    tokenizer, if the weights have rows for them. A resumed run may outlive the run that it began from: nothing to compare."""
+    from .checkpoint import read_config
     from .data.tokenizer import Tokenizer
 
-    if not cfg.init_from:
+    run = Path(cfg.init_from).parent.parent
+    if not cfg.init_from or not (run / "tokenizer.json").is_file():
         return
-    before = Tokenizer.load(Path(cfg.init_from).parent.parent)
+    before = Tokenizer.load(run)
     if tokenizer is None or not tokenizer.extends(before):
-        found = "no tokenizer" if tokenizer is None else f"a {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,} tokens"
+        found = (
+            "no tokenizer" if tokenizer is None else f"a {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,} tokens"
+        )
         raise UserError(
             f"--data {cfg.data.source} was prepared with {found}, but the weights of {cfg.init_from} were trained with a "
             f"{before.kind} tokenizer of {before.vocab_size:,}; give the text itself, or prepare it with "
-            f"--tokenizer {Path(cfg.init_from).parent.parent / 'tokenizer.json'}"
+            f"--tokenizer {run / 'tokenizer.json'}"
+        )
+    rows = read_config(run).model.vocab_size
+    if tokenizer.vocab_size > rows:
+        more = ",".join(sorted(tokenizer.special.keys() - before.special.keys(), key=tokenizer.special.get))
+        raise UserError(
+            f"the weights of {cfg.init_from} have {rows:,} rows of vocabulary; with the special tokens {more} there are "
+            f"{tokenizer.vocab_size:,} tokens. Leave these out (--data.special ''): a template then writes them as text, and "
+            f"ends a reply in the end-of-text token; or pretrain with them: --data.special '{more}'"
         )

@@ -85,6 +85,10 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
             checkpoint.load_weights(model, tensors, str(path))
             load_named_state(optimizer, model, state, meta["optimizer"])
             step, counters = meta["step"], meta["counters"]
+            if step > cfg.train.steps:
+                raise UserError(
+                    f"run {path} has done {step:,} steps, and --train.steps {cfg.train.steps} is fewer; leave it out, or name more."
+                )
         if cfg.optim.name == "muon":
             with user_errors():
                 optimizer.assign_owners()  # brings rank 0's choices, too
@@ -99,9 +103,20 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
             begin_run(run, cfg, plan, optimizer, data, step, started, dist, say)
             if scan:
                 say(f"scan: {scan}")
+        if saved and (step == cfg.train.steps or reached_target(cfg, counters)):
+            say(
+                f"nothing is left to train: run {path} "
+                + (f"has done its {step:,} steps" if step == cfg.train.steps else f"reached eval.target = {cfg.eval.target:g}")
+                + f". More steps: muonlm train --resume {path} --train.steps {2 * cfg.train.steps}"
+                + ("" if step == cfg.train.steps else " --eval.target 0")
+                + f"; another run from its weights: muonlm train {cfg.recipe} --init-from {path}"
+            )
         dist.barrier()
         if cfg.train.objective == "dpo":
-            objective = dpo_objective(cfg, model, data, run.path, started=bool(saved), dist=dist, say=say)
+            try:
+                objective = dpo_objective(cfg, model, data, run.path, started=bool(saved), dist=dist, say=say)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"interrupted. Go on with: muonlm train --resume {path}") from None
         else:
             objective = OBJECTIVES[cfg.train.objective]
 
@@ -117,14 +132,16 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
                 last, stopping = step == cfg.train.steps or reached_target(cfg, counters), signals.caught
                 best = False
                 if (last or (cfg.eval.every and step % cfg.eval.every == 0)) and step != resumed_at:
+                    begin = time.perf_counter()
                     result = evaluate(net, objective, data, cfg, dist)
+                    took = time.perf_counter() - begin
                     best = result["val_loss"] < counters["best_loss"]
                     if best:
                         counters |= {"best_loss": result["val_loss"], "best_step": step}
                     last |= reached_target(cfg, counters)
                     if dist.main:
-                        run.log({"step": step, "train_seconds": counters["train_seconds"], **result})
-                        say(f"eval step {step:,}: " + "  ".join(f"{k} {v:.4f}" for k, v in result.items()))
+                        run.log({"step": step, "train_seconds": counters["train_seconds"], "eval_seconds": took, **result})
+                        say(f"eval step {step:,}: " + "  ".join(f"{k} {v:.4f}" for k, v in result.items()) + f"  in {took:.1f} s")
                     window = (time.perf_counter(), counters["tokens"], step)
                 due = last or stopping or best or (cfg.train.save_every and step % cfg.train.save_every == 0)
                 if due and step > 0 and step != resumed_at:
@@ -191,6 +208,7 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
                     seconds, tokens, steps = (after - before for after, before in zip(now, window))
                     record = {
                         "step": step,
+                        "epoch": epochs(cfg, data, step),
                         **means,
                         "grad_norm": float(norm),
                         **current_rates(optimizer),
@@ -396,15 +414,16 @@ def begin_run(run: Run, cfg: Config, plan, optimizer, data: Splits, step: int, s
     for note in getattr(data.train, "notes", ()):
         say(f"data: {note}")
     rows, block = cfg.train.global_batch // cfg.model.block_size, cfg.model.block_size
-    epochs = (
-        cfg.train.steps * rows / len(data.train)
-        if cfg.data.source != "modular"
-        else cfg.train.steps / -(-len(data.train) // rows)
-    )
     say(
         f"training: {cfg.train.steps:,} steps × {cfg.train.global_batch:,} tokens ({rows} rows of {block}; {-(-rows // (dist.world * cfg.train.micro_batch))} "
-        f"micro-batches × {dist.world} ranks) = {epochs:.3g} epochs, {cfg.train.dtype} on {dist.device}"
+        f"micro-batches × {dist.world} ranks) = {epochs(cfg, data, cfg.train.steps):.3g} epochs, {cfg.train.dtype} on {dist.device}"
     )
+
+
+def epochs(cfg: Config, data: Splits, steps: int) -> float:
+    """How often so many steps go through the training data. Only modular epochs end in a short batch."""
+    rows, samples = cfg.train.global_batch // cfg.model.block_size, len(data.train)
+    return steps / -(-samples // rows) if cfg.data.source == "modular" else steps * rows / samples
 
 
 # --- inside the loop ----------------------------------------------------------------------------------------------------------
@@ -423,6 +442,8 @@ def evaluate(net, objective, data: Splits, cfg: Config, dist: Dist) -> dict[str,
         batches = split.sequential(rows, dist.rank, dist.world, limit=cfg.eval.iters * rows)
         sums, count = total_sums(model, objective, batches, dist, cfg)
         result |= {f"{name}_{key}": value / count for key, value in sums.items()}
+        if cfg.train.objective == "sft":
+            result[f"{name}_perplexity"] = math.exp(min(result[f"{name}_loss"], 700.0))  # of trained tokens
         if isinstance(split, PackedData):
             result[f"{name}_bpb"] = bpb(result[f"{name}_loss"], split.index["splits"][name])
     return result

@@ -96,11 +96,17 @@ def read_preferences(
             prompt.pop()  # "\n\nHuman: …\n\nAssistant:" opens the reply
         # Without a prompt a side is the whole dialogue, so a bare string cannot be one.
         speaker = "assistant" if prompt else None
-        chosen, rejected = (prompt + _side(row, key, speaker, where) for key in ("chosen", "rejected"))
+        chosen, rejected = (_behind(prompt, _side(row, key, speaker, where)) for key in ("chosen", "rejected"))
         same = 0
         while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
             same += 1
         yield chosen[:same], chosen[same:], rejected[same:], where
+
+
+def _behind(prompt: Conversation, side: Conversation) -> Conversation:
+    """The prompt and the side's turns; some data sets repeat the prompt in each side."""
+    repeats = bool(prompt) and prompt[-1] in side and side[0]["role"] != "assistant"
+    return side if repeats else prompt + side
 
 
 def _schema(row: dict, known: tuple[tuple[str, ...], ...], where: str) -> tuple[str, ...]:

@@ -16,24 +16,23 @@
 Written  to/train.jsonl (all rows) · examples.json (the first 10) · metadata.json (counts of everything kept and
          dropped, sources, licences, checksum). Nothing random: the same rows give the same bytes. In bounded memory:
          the words of the excluded questions are all that is held
-Safety   written aside, synced, renamed: the folder is whole or absent
+Safety   written aside, synced, renamed (partial.py): the folder is whole or absent
 Raises   UserError: unknown schema or column (with what was found), no usable row, a target that exists
 Source   X. Yue et al., MAmmoTH, arXiv:2309.05653 (MathInstruct: CoT and PoT rows); 13-word overlap: T. Brown et al.,
          arXiv:2005.14165, appendix C
 """
 
+import errno
 import hashlib
 import json
-import os
 import re
-import secrets
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..config import UserError
 from ..data import sources as src
+from ..data.partial import Partial, refuse_target
 from .conversations import read_conversations
 
 SHINGLE = 13  # words in a row that two questions may not share
@@ -90,8 +89,8 @@ def prepare_cot(
     max_examples   rows kept of each source; 0 = all        strip_calc     take GSM8K's <<…>> marks out
     progress       called with the number of rows read
     """
-    specs, to = [str(s) for s in _many(sources)], Path(to)
-    _refuse(to, overwrite)
+    specs, to = [str(s) for s in _many(sources)], Path(to).expanduser()
+    refuse_target(to, overwrite)
     names = _question_and_solution(columns)
     if max_examples < 0:
         raise UserError(f"--max-examples {max_examples} must be 0 (all) or more")
@@ -100,61 +99,70 @@ def prepare_cot(
         exclude = [TEST_SET] if any(source.form == "hub" for source in files) else []
     forbidden = _Forbidden(_many(exclude), exclude_split)
 
-    aside = to.parent / f".{to.name}.new-{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        aside.mkdir(parents=True)
+        with Partial(to) as work:
+            refuse_target(to, overwrite)  # it may have appeared since
+            work.load("")  # nothing is taken up: what an earlier kill left is emptied
+            settings = (names, name, split, forbidden, max_examples, drop_programs, strip_calc)
+            metadata = _write(work.out, specs, files, *settings, progress)
+            work.put_in_place()
+            return metadata
     except OSError as error:
-        raise UserError(f"{to} cannot be made ({error.strerror}); choose another --to") from None
-    try:
-        counts, examples, digest, read = Counter(), [], hashlib.sha256(), 0
-        with open(aside / "train.jsonl", "wb") as out:
-            for spec in specs:
-                kept = 0
-                for record, where in src.rows([spec], name=name, split=split):
-                    read += 1
-                    if progress:
-                        progress(read)
-                    for row in _examples(record, where, names, strip_calc):
-                        fate = _fate(row, forbidden, drop_programs)
-                        counts[fate] += 1
-                        if fate == "kept":
-                            counts[row["type"]] += 1
-                            kept += 1
-                            line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-                            digest.update(line)
-                            out.write(line)
-                            examples += [row] if len(examples) < 10 else []
-                    if kept >= max_examples > 0:
-                        break
-        if not counts["kept"]:
-            why = ", ".join(f"{counts[fate]} {fate}" for fate in DROPPED if counts[fate]) or "there are none"
-            raise UserError(
-                f"{', '.join(specs)}: of {read} rows none can be used ({why}); other columns are named by "
-                "--columns QUESTION,SOLUTION"
-            )
-        metadata = {
-            "format_version": 1,
-            "layout": "cot",
-            "sources": specs,
-            "name": name,
-            "split": split,
-            "columns": names,
-            "licences": sorted({text for source in files if (text := src.licence(source))}),
-            "rows_read": read,
-            "examples": counts["kept"],
-            "types": {kind: counts[kind] for kind in TYPES},
-            "dropped": {fate: counts[fate] for fate in DROPPED},
-            "excluded": {"sources": forbidden.specs, "questions": forbidden.count, "words_in_a_row": SHINGLE},
-            "drop_programs": drop_programs,
-            "strip_calc": strip_calc,
-            "max_examples": max_examples,
-            "sha256": digest.hexdigest(),
-        }
-        for file, content in (("examples.json", examples), ("metadata.json", metadata)):
-            (aside / file).write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
-        _put_in_place(aside, to)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"the disk is full: writing {to} stopped; make room, or choose another --to") from None
+
+
+def _write(
+    out: Path, specs, files, names, name, split, forbidden, max_examples, drop_programs, strip_calc, progress
+) -> dict:
+    """The three files; returns the metadata."""
+    counts, examples, digest, read = Counter(), [], hashlib.sha256(), 0
+    with open(out / "train.jsonl", "wb") as rows:
+        for spec in specs:
+            kept = 0
+            for record, where in src.rows([spec], name=name, split=split):
+                read += 1
+                if progress:
+                    progress(read)
+                for row in _examples(record, where, names, strip_calc):
+                    fate = _fate(row, forbidden, drop_programs)
+                    counts[fate] += 1
+                    if fate == "kept":
+                        counts[row["type"]] += 1
+                        kept += 1
+                        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+                        digest.update(line)
+                        rows.write(line)
+                        examples += [row] if len(examples) < 10 else []
+                if kept >= max_examples > 0:
+                    break
+    if not counts["kept"]:
+        why = ", ".join(f"{counts[fate]} {fate}" for fate in DROPPED if counts[fate]) or "there are none"
+        raise UserError(
+            f"{', '.join(specs)}: of {read} rows none can be used ({why}); other columns are named by "
+            "--columns QUESTION,SOLUTION"
+        )
+    metadata = {
+        "format_version": 1,
+        "layout": "cot",
+        "sources": specs,
+        "name": name,
+        "split": split,
+        "columns": names,
+        "licences": sorted({text for source in files if (text := src.licence(source))}),
+        "rows_read": read,
+        "examples": counts["kept"],
+        "types": {kind: counts[kind] for kind in TYPES},
+        "dropped": {fate: counts[fate] for fate in DROPPED},
+        "excluded": {"sources": forbidden.specs, "questions": forbidden.count, "words_in_a_row": SHINGLE},
+        "drop_programs": drop_programs,
+        "strip_calc": strip_calc,
+        "max_examples": max_examples,
+        "sha256": digest.hexdigest(),
+    }
+    for file, content in (("examples.json", examples), ("metadata.json", metadata)):
+        (out / file).write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
     return metadata
 
 
@@ -293,36 +301,3 @@ def _question_and_solution(columns) -> list[str]:
             f"--columns {','.join(names)}: chain-of-thought data has two columns; give --columns QUESTION,SOLUTION"
         )
     return names
-
-
-def _refuse(to: Path, overwrite: bool) -> None:
-    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
-        return
-    if not overwrite:
-        raise UserError(f"{to} exists already; add --overwrite to replace it, or choose another --to")
-    if not _is_ours(to):
-        raise UserError(
-            f"{to} is not chain-of-thought data, so --overwrite would delete something else; choose another --to"
-        )
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        return json.loads((folder / "metadata.json").read_text("utf-8"))["layout"] == "cot"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _put_in_place(aside: Path, to: Path) -> None:
-    """Sync, then rename; an older target steps aside first."""
-    for path in [*aside.iterdir(), aside]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    old = aside.with_name(aside.name.replace(".new-", ".old-"))
-    replaces = to.exists() and _is_ours(to)  # what came between since _refuse is not deleted: the rename below fails
-    if replaces:
-        os.rename(to, old)
-    os.replace(aside, to)
-    if replaces:
-        shutil.rmtree(old, ignore_errors=True)

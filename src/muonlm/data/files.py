@@ -141,14 +141,14 @@ def _parsed_lines(path: Path, name: str, skip: int) -> Iterator[tuple[int, objec
             continue
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _broken(error, name, number) from None
         yield number, row
     if not found:
         raise UserError(f"{name}:1: no rows; {EACH}")
 
 
-def _broken(error: ValueError, name: str, line: int) -> UserError:
+def _broken(error: Exception, name: str, line: int) -> UserError:
     reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
     return UserError(f"{name}:{line}: broken JSON ({reason}); {EACH}")
 
@@ -184,6 +184,8 @@ def _array(path: Path, name: str) -> Iterator[tuple[int, object]]:
             if wants_comma:
                 raise json.JSONDecodeError("Expecting ',' or ']'", "", 0)
             row, end = decoder.raw_decode(held, at)
+        except RecursionError as error:
+            raise _broken(error, name, line) from None
         except ValueError as error:
             more = next(texts, "") if len(held) - at < LONGEST else ""
             if not more:

@@ -35,6 +35,7 @@ from ..data.tokenizer import Tokenizer
 IGNORE = -100  # torch's cross_entropy default: a target that is not trained
 FORMAT_VERSION = 1
 INDEX_NAMES = ("index.json", "meta.json")  # layout "packed" and layout "bin" (nanoGPT's names)
+LOOK = 1 << 20  # tokens that data.reset looks for an end of text in
 ROUNDS = 6  # of the Feistel network; 4 suffice in theory for wide halves, ours are narrow (a, b ~ √n)
 
 
@@ -149,7 +150,9 @@ class PackedData:
                 f"{self.path / 'tokenizer.json'} is not the tokenizer this data was packed with; {remake(self.path)}"
             )
         if reset and self.tokenizer.eot_id is None:
-            raise UserError(f"data.reset = true: the tokenizer of {self.path} has no end of text, so documents cannot be told apart")
+            raise UserError(
+                f"data.reset = true: the tokenizer of {self.path} has no end of text, so documents cannot be told apart"
+            )
         self.split, self.block_size, self.rows, self.seed, self.reset = split, block_size, rows, seed, reset
         self.vocab_size: int = self.tokenizer.vocab_size
         self.fingerprint: str = self.index["fingerprint"]
@@ -170,6 +173,11 @@ class PackedData:
         windows = np.lib.stride_tricks.sliding_window_view
         self._windows = [windows(s, block_size + 1) if len(s) > block_size else None for s in self._shards]
         self._epoch: tuple[int, KeyedPermutation, int] | None = None  # (epoch, π, φ) last used
+        if reset and split == "train" and self.tokenizer.eot_id not in self.tokens(LOOK):
+            raise UserError(
+                f"data.reset = true: the first {min(LOOK, self.num_tokens)} tokens of {self.path} hold no end of text, so "
+                "documents cannot be told apart; leave it out, or prepare the text with --eod"
+            )
 
     def __len__(self) -> int:
         """Samples in one epoch."""

@@ -29,6 +29,7 @@ except ImportError:  # not a POSIX system: no lock there
 from ..config import UserError
 
 INDEX_FILES = ("index.json", "meta.json", "raw.json")  # of layouts packed/rows/litpkds/examples, bin, raw
+OURS = (*INDEX_FILES, "metadata.json")  # the last: chain-of-thought rows
 
 
 class Partial:
@@ -36,7 +37,7 @@ class Partial:
     unless `keep` is set, KeyboardInterrupt and SystemExit keep it once there is a state."""
 
     def __init__(self, to: Path, *, wait: bool = False):
-        self.to, self.path, self.wait = to, partial_path(to), wait
+        self.to, self.path, self.wait = to.resolve(), partial_path(to), wait
         self.out = self.path / "out"
         self.keep = False  # also on an Exception
 
@@ -138,6 +139,7 @@ def exchange(new: Path, to: Path, old: Path) -> None:
 
 
 def partial_path(to: Path) -> Path:
+    to = to.resolve()  # a link: what it points at is replaced
     return to.parent / f".{to.name}.partial"
 
 
@@ -148,10 +150,19 @@ def kept_work(to) -> Path | None:
 
 
 def is_ours(path: Path) -> bool:
-    return any((path / name).is_file() for name in INDEX_FILES)
+    """Whether a folder was made here, damaged or not; the index.json of a web site does not count."""
+    for name in OURS:
+        if (path / name).is_file():
+            with open(path / name, "rb") as file:
+                head = file.read(4096)
+            if b'"format_version"' in head and b'"layout"' in head:
+                return True
+    return False
 
 
 def refuse_target(to: Path, overwrite: bool) -> None:
+    if os.path.ismount(to):
+        raise UserError(f"{to} is a mount point, which cannot be replaced; choose a folder in it: --to {to / 'data'}")
     if not to.exists() or (to.is_dir() and not any(to.iterdir())):
         return
     if not overwrite:

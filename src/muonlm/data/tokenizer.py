@@ -157,8 +157,8 @@ class Tokenizer:
 
     def extends(self, other: "Tokenizer") -> bool:
         """Whether this is `other`, or `other` with more special tokens behind its vocabulary: same text, same ids."""
-        names = sorted((i, name) for name, i in self.special.items() if i >= other.vocab_size)
-        return other.with_special([name for _, name in names]).fingerprint == self.fingerprint
+        more = sorted(self.special.keys() - other.special.keys(), key=self.special.get)
+        return other.with_special(more).fingerprint == self.fingerprint
 
     def save(self, folder) -> None:
         """Write folder/tokenizer.json."""

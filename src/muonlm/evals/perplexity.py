@@ -18,6 +18,7 @@ from ..data.packed import PackedData
 from ..objectives import OBJECTIVES
 from ..parallel import Dist, start
 from ..data.splits import Splits
+from ..reference import dpo_objective
 from ..train import evaluate, open_data
 
 TRIGRAM_TOKENS = 1 << 24  # more text would not change the counts that matter, and costs seconds
@@ -37,7 +38,13 @@ def bits_per_byte(
     with start(device) as dist:
         splits = open_data(cfg, dist)
         model, _ = checkpoint.load(path, dist.device)
-        result = evaluate(model, OBJECTIVES[cfg.train.objective], splits, cfg, dist)
+        if cfg.train.objective == "dpo":
+            if data:
+                cfg.dpo.reference = "model"  # the sums that the run keeps are of its own pairs
+            objective = dpo_objective(cfg, model, splits, run, started=True, dist=dist, say=lambda line: None)
+        else:
+            objective = OBJECTIVES[cfg.train.objective]
+        result = evaluate(model, objective, splits, cfg, dist)
     result |= {"run": str(run), "checkpoint": path.name, "step": checkpoint.read_meta(path)["step"]}
     return result | trigram_reference(splits)
 

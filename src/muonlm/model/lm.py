@@ -87,7 +87,7 @@ class LM(nn.Module):
                 states.append(layer)
         x = self.norm(x if undo is None else undo(x))
         if targets is not None:
-            return self._loss(x, targets, per_token)
+            return self._loss(x, targets, per_token, sparse=rows is not None)
         if rows is not None:
             return self._logits(x), None
         new = torch.full((len(tokens),), tokens.shape[1]) if mask is None else mask.sum(1).cpu()
@@ -126,16 +126,23 @@ class LM(nn.Module):
         cap = self.cfg.logit_softcap
         return cap * torch.tanh(at_least_fp32(logits) / cap) if cap else logits
 
-    def _loss(self, x: Tensor, targets: Tensor, per_token: bool) -> Tensor:
+    def _loss(self, x: Tensor, targets: Tensor, per_token: bool, sparse: bool) -> Tensor:
+        """`sparse`: many targets are not trained, and logits are made for the others alone."""
         shape, reduction = targets.shape, "none" if per_token else "sum"
         x, targets = x.flatten(0, 1), targets.flatten()
+        kept = (targets != -100).nonzero().squeeze(1) if sparse else None
+        if sparse:
+            x, targets = x.index_select(0, kept), targets[kept]
         rows = max(1, LOGITS_PER_CHUNK // self.cfg.vocab_size)
         if len(x) <= rows:
             losses = [self._chunk_loss(x, targets, reduction)]
         else:
             chunks = zip(x.split(rows), targets.split(rows))
             losses = [checkpoint(self._chunk_loss, *chunk, reduction, use_reentrant=False) for chunk in chunks]
-        return torch.cat(losses).view(shape) if per_token else sum(losses)
+        if not per_token:
+            return sum(losses)
+        nats = torch.cat(losses)
+        return (nats if kept is None else nats.new_zeros(shape.numel()).index_copy(0, kept, nats)).view(shape)
 
     def _chunk_loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         return F.cross_entropy(at_least_fp32(self._logits(x)), targets, ignore_index=-100, reduction=reduction)
