@@ -205,9 +205,9 @@ def test_a_parents_run_beside_the_output_comes_before_later_ones_elsewhere(stage
         shutil.copytree(stages / "pre", place)
         later = (stages / "pre" / "report.json").stat().st_mtime + {"mine/first": 10}.get(place, 99)
         os.utime(f"{place}/report.json", (later, later))
-    assert newest_run("quickstart", "mine/second") == tmp_path / "mine" / "first"
-    assert newest_run("quickstart", "other/second") == newest_run("quickstart") == tmp_path / "runs" / "newer"
-    assert newest_run("minimind/pretrain", "mine/second") is None
+    assert newest_run("quickstart", "mine/second", shrunk=True) == tmp_path / "mine" / "first"
+    assert newest_run("quickstart", "other/second", shrunk=True) == newest_run("quickstart", shrunk=True) == tmp_path / "runs" / "newer"
+    assert newest_run("minimind/pretrain", "mine/second", shrunk=True) is None and newest_run("quickstart") is None
 
 
 def test_a_reference_in_a_cache_that_cannot_be_written_is_used(stages, tmp_path, monkeypatch):
@@ -239,3 +239,36 @@ def test_pretraining_rows_can_hide_documents_from_each_other(stages, tmp_path):
     # an untrained head knows nothing of the rows; 1e-5: packed rows sum their losses in another order, in fp32
     assert abs(losses["false"][0] - losses["true"][0]) < 1e-5
     assert losses["false"][-1] != losses["true"][-1] and abs(losses["false"][-1] - losses["true"][-1]) < 0.1
+
+
+def test_a_run_of_real_size_never_starts_from_a_smoke_run_by_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "road/pretrain", "--smoke", *DATA, "--train.steps", "2", "--eval.sample", "0"]) == 0
+    capsys.readouterr()
+    assert main(["train", "road/sft", *DATA, "--dry-run"]) == 2
+    assert "muonlm train road/pretrain" in capsys.readouterr().err
+    assert main(["train", "road/sft", "--smoke", *DATA, "--dry-run"]) == 0
+    assert "runs/road/pretrain/checkpoints" in capsys.readouterr().out
+
+
+def test_a_stage_killed_before_its_first_checkpoint_goes_on_from_its_parents_weights(stages, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(finetune(stages, "sft", whole)) == 0
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints")
+    (cut / "report.json").unlink()
+    assert main(["train", "--resume", str(cut)]) == 0
+    a, b = weights(whole), weights(cut)
+    assert all(torch.equal(a[name], b[name]) for name in a) and metrics(whole) == metrics(cut)
+
+
+def test_a_run_lives_on_when_its_parent_has_moved(stages, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    shutil.copytree(stages / "pre", home / "pre")
+    flags = finetune(stages, "sft", tmp_path / "run")
+    flags[flags.index("--init-from") + 1] = str(home / "pre")
+    assert main([*flags, "--train.steps", "3"]) == 0
+    shutil.rmtree(home)
+    monkeypatch.setenv("MUONLM_CACHE", str(tmp_path / "empty"))
+    assert main(["train", "--resume", str(tmp_path / "run"), "--train.steps", "6"]) == 0
+    assert len(weights(tmp_path / "run")) == len(weights(tmp_path / "run", 3))

@@ -159,10 +159,15 @@ def load(source: str | Path, device="cpu", which: str = "best"):
 
 
 def read_config(run: Path) -> Config:
+    """The run's config. Tokenizer and template files are those that lie in the run, wherever it went and they came from."""
     try:
-        return Config.from_dict(json.loads((Path(run) / "config.json").read_text()), where=f"{run}/config.json")
+        cfg = Config.from_dict(json.loads((Path(run) / "config.json").read_text()), where=f"{run}/config.json")
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{run}/config.json cannot be read: {error}.") from None
+    own = {"tokenizer": Path(run, "tokenizer.json"), "template": Path(run, Path(cfg.data.template).name)}
+    named = {"tokenizer": cfg.data.tokenizer.endswith((".json", ".txt")), "template": cfg.data.template.endswith(".toml")}
+    kept = {key: str(path.resolve()) for key, path in own.items() if named[key] and path.is_file()}
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **kept))
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

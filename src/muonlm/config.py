@@ -720,6 +720,8 @@ class Config:
     """Recipe whose newest finished run this stage starts from; --init-from RUN names another."""
     init_from: str = ""
     """Run or checkpoint whose weights this run started from."""
+    shrunk: bool = False
+    """Made by --smoke: no stage takes it for its parent, but another that is made by --smoke."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -970,6 +972,7 @@ def load_recipe(
     given = _check({key.replace("-", "_"): value for key, value in (flags or {}).items()}, "command line")
     layer |= chosen
     if smoke:
+        layer["shrunk"] = True
         layer |= {
             k: v
             for k, v in SMOKE.items()

@@ -34,7 +34,7 @@ def load_recipe(
     recipe = read_recipe(name)
     source, parent = flags.pop("init_from", recipe.get("init_from", "")), flags.get("parent", recipe.get("parent", ""))
     if not source and parent:
-        found = newest_run(parent, out)
+        found = newest_run(parent, out, shrunk=smoke)
         if found is None and not smoke:
             raise UserError(
                 f"recipe {name} starts from a run of {parent}, and no finished one lies under runs/"
@@ -47,19 +47,22 @@ def load_recipe(
     return config.load_recipe(name, flags, preset=preset, smoke=smoke, presets=presets, inherited=inherited(source))
 
 
-def newest_run(recipe: str, out: str | Path | None = None) -> Path | None:
-    """The run of `recipe` that finished last, of those beside `out`; where none is, of those under runs/."""
+def newest_run(recipe: str, out: str | Path | None = None, *, shrunk: bool = False) -> Path | None:
+    """The run of `recipe` that finished last, of those beside `out`; where none is, of those under runs/. `shrunk`: a run
+    made by --smoke will do."""
     beside = Path(out).resolve().parent.glob("*/report.json") if out else ()
     under = (path for depth in ("*", "*/*", "*/*/*") for path in Path("runs").resolve().glob(f"{depth}/report.json"))
     for place in (beside, under):
-        if runs := [path for path in place if _recipe_of(path.parent) == recipe]:
+        if runs := [path for path in place if _recipe_of(path.parent, shrunk) == recipe]:
             return max(runs, key=lambda path: path.stat().st_mtime_ns).parent
     return None
 
 
-def _recipe_of(run: Path) -> str:
+def _recipe_of(run: Path, shrunk: bool = True) -> str:
+    """The recipe of a run; empty if it cannot be read, or was made by --smoke where that will not do."""
     try:
-        return json.loads((run / "config.json").read_text("utf-8"))["recipe"]
+        config = json.loads((run / "config.json").read_text("utf-8"))
+        return config["recipe"] if shrunk or not config.get("shrunk") else ""
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

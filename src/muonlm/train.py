@@ -68,7 +68,7 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
         if started and saved is None and checkpoint.checkpoints(path):
             raise UserError(f"run {path} has no checkpoint that can be read; start again with another --out.")
         model = build_model(cfg.model, dist.device, cfg.seed)
-        if cfg.init_from and not started:
+        if cfg.init_from and saved is None:  # also a run that was killed before its first checkpoint
             tensors, _, _ = checkpoint.read(Path(cfg.init_from), state=False)
             checkpoint.load_weights(model, tensors, cfg.init_from)
         model.recompute = cfg.train.recompute
@@ -393,6 +393,8 @@ def begin_run(run: Run, cfg: Config, plan, optimizer, data: Splits, step: int, s
         run.forget_after(step)
     if getattr(data.train, "tokenizer", None):
         data.train.tokenizer.save(run.path)
+    if data.template.endswith(".toml"):  # a user's own template: with it and the tokenizer the run can be moved, and its data lost
+        shutil.copyfile(data.template, run.path / Path(data.template).name)
     run.start_tracker()
     counts = count_parameters(cfg.model)
     table = plan.table(optimizer.param_groups)

@@ -15,9 +15,9 @@ import torch
 from .. import checkpoint
 from ..config import UserError
 from ..data.packed import PackedData
+from ..data.splits import Splits
 from ..objectives import OBJECTIVES
 from ..parallel import Dist, start
-from ..data.splits import Splits
 from ..reference import dpo_objective
 from ..train import evaluate, open_data
 
