@@ -13,7 +13,6 @@ The table goes to stderr, JSON to stdout or to a file.
 """
 
 import argparse
-import gzip
 import tempfile
 import time
 from dataclasses import replace
@@ -55,7 +54,9 @@ def plain(batch, *, trim: bool):
 
 class Trainer:
     def __init__(self, pattern: str, vocab: int, width: int):
-        cfg = Config(model=ModelConfig(pattern=pattern, n_layer=4, d_model=width, n_head=4, vocab_size=vocab, block_size=T))
+        cfg = Config(
+            model=ModelConfig(pattern=pattern, n_layer=4, d_model=width, n_head=4, vocab_size=vocab, block_size=T)
+        )
         self.model = build_model(cfg.model, torch.device("cpu"), 0)
         self.optimizer = make_optimizer(cfg, plan_routes(cfg, self.model))
 
@@ -126,7 +127,15 @@ def main() -> None:
     if args.quick:
         args.repeats, args.width, args.patterns = 1, 64, "A"
     torch.set_num_threads(args.threads)
-    results = {"machine": machine(), "rows": ROWS, "positions": T, "width": args.width, "repeats": args.repeats, "packing": [], "dpo": []}
+    results = {
+        "machine": machine(),
+        "rows": ROWS,
+        "positions": T,
+        "width": args.width,
+        "repeats": args.repeats,
+        "packing": [],
+        "dpo": [],
+    }
     with tempfile.TemporaryDirectory() as home:
         folders = {name: prepared(name, Path(home)) for name in [*args.data.split(","), "hh"]}
         for pattern in args.patterns.split(","):
@@ -134,7 +143,10 @@ def main() -> None:
                 found = packing(pattern, name, folders[name], args.repeats, args.width)
                 results["packing"].append(found)
                 rates, ratios = found["tokens_per_second"].items(), found["ratio"].items()
-                note(f"{pattern:3} {name:7} trained tokens/s: " + ", ".join(f"{k} {span(v, form='.0f')}" for k, v in rates))
+                note(
+                    f"{pattern:3} {name:7} trained tokens/s: "
+                    + ", ".join(f"{k} {span(v, form='.0f')}" for k, v in rates)
+                )
                 note("            packed / " + ", ".join(f"{k} {span(v, form='.2f')}" for k, v in ratios))
             found = preference(pattern, folders["hh"], args.repeats, args.width)
             results["dpo"].append(found)

@@ -67,7 +67,9 @@ def answers(run: str, cfg) -> dict:
             prompts.append(tokens[: first + 1])
             wanted.append([t for t in targets if t != IGNORE])
     stop = wanted[0][-1]
-    found = complete(model, prompts, max_tokens=max(map(len, wanted)), stop=frozenset({stop}), vocab=tokenizer.vocab_size)
+    found = complete(
+        model, prompts, max_tokens=max(map(len, wanted)), stop=frozenset({stop}), vocab=tokenizer.vocab_size
+    )
     right = sum(f == [t for t in w if t != stop] for f, w in zip(found, wanted))
     return {"answers": len(wanted), "reproduced": right, "share": right / len(wanted)}
 
@@ -103,7 +105,12 @@ def main() -> None:
                 if name == "hh":
                     pairs = open_splits(cfg, 1, Dist(0, 1, torch.device("cpu"))).evaluated["val"].num_examples
                     right = round(report["val_acc"] * pairs)
-                    found |= {"pairs": pairs, "accuracy": report["val_acc"], "interval": wilson(right, pairs), "margin": report["val_margin"]}
+                    found |= {
+                        "pairs": pairs,
+                        "accuracy": report["val_acc"],
+                        "interval": wilson(right, pairs),
+                        "margin": report["val_margin"],
+                    }
                 if name == "alpaca":
                     found |= answers(str(out), cfg)
                 results.append(found)

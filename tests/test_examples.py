@@ -1,5 +1,6 @@
-"""The pull-in example: one script, three ways to run it, one curve."""
+"""The examples run as they are printed: GPT-2 pulled in, three ways with one curve, and the road's three stages."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from muonlm.cli import main
+
 pytest.importorskip("transformers")
 
+ROAD = Path(__file__).parents[1] / "examples" / "road.sh"
 SCRIPT = str(Path(__file__).parents[1] / "examples" / "train_gpt2.py")
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -32,3 +36,26 @@ def test_gpt2_of_transformers_learns(alone):
 def test_two_ranks_print_the_losses_of_one(alone, flags):
     """2e-6 of 5: losses have six decimals, and sums over ranks are in another order; measured 1e-6."""
     assert losses([*TWO_RANKS, SCRIPT, *flags]) == pytest.approx(alone, rel=0, abs=1e-5)
+
+
+def test_the_road_runs_its_three_stages_and_prints_an_exam_after_each(tmp_path):
+    out = tmp_path / "road"
+    data = [
+        "prep",
+        "word_problems:300:1-2",
+        "--tokenizer",
+        "bpe:400:digits",
+        "--val",
+        "hash:0.1",
+        "--to",
+        str(out / "data"),
+    ]
+    assert main(data) == 0  # the script finds its text prepared, and less of it
+    flags = ["--smoke", "--data.val", "hash:0.05", "--train.steps", "3", "--eval.iters", "1", "--eval.sample", "4"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    run = subprocess.run(["bash", str(ROAD), "adamw", "3", str(out), *flags], capture_output=True, text=True,
+                         timeout=170, env=os.environ | {"PATH": path, "EXAM": "12"})  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    exams = re.findall(r"(\w+) \(step-\d+\): word_problems \(held_out\) exact +([\d.]+)%", run.stdout)
+    assert [name for name, _ in exams] == ["pretrain", "sft", "dpo"] * 2
+    assert "starts from" in run.stdout and "reference: log-probabilities" in run.stdout

@@ -206,7 +206,11 @@ def test_a_parents_run_beside_the_output_comes_before_later_ones_elsewhere(stage
         later = (stages / "pre" / "report.json").stat().st_mtime + {"mine/first": 10}.get(place, 99)
         os.utime(f"{place}/report.json", (later, later))
     assert newest_run("quickstart", "mine/second", shrunk=True) == tmp_path / "mine" / "first"
-    assert newest_run("quickstart", "other/second", shrunk=True) == newest_run("quickstart", shrunk=True) == tmp_path / "runs" / "newer"
+    assert (
+        newest_run("quickstart", "other/second", shrunk=True)
+        == newest_run("quickstart", shrunk=True)
+        == tmp_path / "runs" / "newer"
+    )
     assert newest_run("minimind/pretrain", "mine/second", shrunk=True) is None and newest_run("quickstart") is None
 
 

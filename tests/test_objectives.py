@@ -110,5 +110,7 @@ def test_sft_is_the_loss_of_the_trained_tokens_alone():
     loss, count, _ = next_token(model, batch)
     logits, _ = model(batch.inputs, segments=batch.segments)
     kept = batch.targets >= 0
-    assert count == kept.sum() and torch.allclose(loss, F.cross_entropy(logits[kept], batch.targets[kept], reduction="sum"))
+    assert count == kept.sum() and torch.allclose(
+        loss, F.cross_entropy(logits[kept], batch.targets[kept], reduction="sum")
+    )
     assert sum(part.count for part in batch.split(2)) == count

@@ -1,5 +1,6 @@
 """README's commands run as they are typed; only training is made small (--smoke)."""
 
+import io
 import json
 import re
 import shlex
@@ -29,11 +30,32 @@ def workplace(tmp_path, monkeypatch):
             for i in range(90)
         )
     )
+    talk = [{"role": "user", "content": "Ready?"}, {"role": "assistant", "content": "Yes."}]
+    Path("my_chats.jsonl").write_text(
+        "".join(
+            json.dumps({"conversations": [{**talk[0], "content": f"Ready {i}?"}, talk[1]]}) + "\n" for i in range(90)
+        )
+    )
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"How many apples are there?\n")))
     return tmp_path
 
 
 def test_every_muonlm_line_of_the_shell_blocks_works(workplace):
     assert main(["train", "--smoke"]) == 0, "the first command ends in `muonlm train`"
+    road = [
+        "train",
+        "road/sft",
+        "--smoke",
+        "--init-from",
+        "none",
+        "--data",
+        "word_problems:200:1-1",
+        "--train.steps",
+        "3",
+    ]
+    assert main([*road, "--out", "runs/road-muon-1/dpo"]) == 0, (
+        "what examples/road.sh leaves (test_examples.py runs it)"
+    )
     lines = [line for block in commands("bash")[2:] for line in block.splitlines() if line.startswith("muonlm ")]
     assert len(lines) >= 7
     for line in lines:

@@ -98,7 +98,8 @@ def read_meta(path: Path) -> dict:
         if checksum != _checksum(meta):
             raise ValueError
     except OSError:
-        raise UserError(f"checkpoint {path} is damaged: meta.json is missing.") from None
+        how = "is damaged: meta.json is missing" if Path(path).is_dir() else "is gone"
+        raise UserError(f"checkpoint {path} {how}.") from None
     except (ValueError, KeyError, AttributeError, TypeError):  # no JSON, no object, no checksum, or another one
         raise UserError(f"checkpoint {path} is damaged: meta.json does not match its checksum.") from None
     if meta["format_version"] != FORMAT_VERSION:
@@ -165,7 +166,10 @@ def read_config(run: Path) -> Config:
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{run}/config.json cannot be read: {error}.") from None
     own = {"tokenizer": Path(run, "tokenizer.json"), "template": Path(run, Path(cfg.data.template).name)}
-    named = {"tokenizer": cfg.data.tokenizer.endswith((".json", ".txt")), "template": cfg.data.template.endswith(".toml")}
+    named = {
+        "tokenizer": cfg.data.tokenizer.endswith((".json", ".txt")),
+        "template": cfg.data.template.endswith(".toml"),
+    }
     kept = {key: str(path.resolve()) for key, path in own.items() if named[key] and path.is_file()}
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **kept))
 

@@ -185,7 +185,9 @@ def train(argv: list[str]) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, a CPU, under a minute: does it work at all?")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
     parser.add_argument(
-        "--show-mask", action="store_true", help="sft, dpo: print the first example, its trained tokens marked, and stop"
+        "--show-mask",
+        action="store_true",
+        help="sft, dpo: print the first example, its trained tokens marked, and stop",
     )
     args = parser.parse(argv, also=tuple("--" + key for key in keys()))
 
@@ -198,11 +200,7 @@ def train(argv: list[str]) -> int:
         raise UserError(
             f"--resume {resumed} and --out {args.out} name different directories; a resumed run stays where it is."
         )
-    cfg = (
-        resume_config(resumed, args, flags)
-        if resumed
-        else begin_config(args, flags)
-    )
+    cfg = resume_config(resumed, args, flags) if resumed else begin_config(args, flags)
     if args.dry_run:
         print(json.dumps(cfg.to_dict()) if args.json else cfg.to_toml(), end="\n" if args.json else "")
         return 0
@@ -283,7 +281,9 @@ def show_mask(cfg, json_mode: bool) -> int:
         return 0
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for side, example in zip(("chosen", "rejected") if len(examples) == 2 else ("example",), examples):
-        print(f"{side}: {example['tokens']:,} tokens, {example['trained']:,} of them trained, {'coloured' if colour else 'marked [[ ]]'}")
+        print(
+            f"{side}: {example['tokens']:,} tokens, {example['trained']:,} of them trained, {'coloured' if colour else 'marked [[ ]]'}"
+        )
         print(marked(example["pieces"], colour) + "\n")
     print(f"template {data.template}; train: {index['tokens']:,} tokens, {index['targets']:,} of them trained")
     for note in data.train.notes:
@@ -331,7 +331,19 @@ def resume_config(run: str, args, flags: dict):
     stored = read_config(Path(run))
     if args.recipe and args.recipe != stored.recipe:
         raise UserError(f"run {run} was made by recipe {stored.recipe!r}, not {args.recipe!r}; leave the recipe out.")
-    fixed = ("model.", "data.", "seed", "parent", "init_from", "dpo.", "train.objective", "train.global_batch", "train.accum", "train.dtype", "optim.name")
+    fixed = (
+        "model.",
+        "data.",
+        "seed",
+        "parent",
+        "init_from",
+        "dpo.",
+        "train.objective",
+        "train.global_batch",
+        "train.accum",
+        "train.dtype",
+        "optim.name",
+    )
     if not args.smoke and args.preset:
         raise UserError("--preset cannot change a run that has begun; leave it out, or start another with --out.")
     tree = flatten(stored.to_dict())
@@ -405,12 +417,18 @@ def prep(argv: list[str]) -> int:
     parser.add_argument("--raw-only", dest="layout", action="store_const", const="raw", help="short for --as raw")
     parser.add_argument("--name", default="", help="configuration of a hub data set, such as sample-10BT")
     parser.add_argument("--split", default="train", help="split of a hub data set; 'train[:1%%]' takes a part")
-    parser.add_argument("--columns", help="columns that hold the text, separated by commas (default text, or the usual)")
+    parser.add_argument(
+        "--columns", help="columns that hold the text, separated by commas (default text, or the usual)"
+    )
     parser.add_argument(
         "--tokenizer", help="byte, char, bpe:N, gpt2:MERGES_FILE or a tokenizer.json (default bpe:4096)"
     )
     parser.add_argument(
-        "--train-tokenizer", dest="tokenizer", type=lambda n: f"bpe:{n}", metavar="N", help="short for --tokenizer bpe:N"
+        "--train-tokenizer",
+        dest="tokenizer",
+        type=lambda n: f"bpe:{n}",
+        metavar="N",
+        help="short for --tokenizer bpe:N",
     )
     parser.add_argument("--special", help='more special tokens, separated by commas: "<|im_start|>,<|im_end|>"')
     parser.add_argument(
@@ -424,7 +442,9 @@ def prep(argv: list[str]) -> int:
     parser.add_argument("--template", help="of conversations: minimind-chatml, alpaca-plain, qa, … or a .toml file")
     parser.add_argument("--exclude", help="cot: data whose questions must not occur, separated by commas")
     parser.add_argument("--max-examples", type=int, help="cot: rows kept of each source")
-    parser.add_argument("--keep-programs", action="store_true", default=None, help="cot: keep answers that are programs")
+    parser.add_argument(
+        "--keep-programs", action="store_true", default=None, help="cot: keep answers that are programs"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     args = parser.parse(argv)
     given = {flag for flags in PREP_FLAGS.values() for flag in flags if getattr(args, flag) is not None}
@@ -487,7 +507,10 @@ def prep(argv: list[str]) -> int:
             raise
         say("")
         return fail(
-            f"interrupted; what is done is kept in {kept}: the same command goes on from there", 130, args.debug, args.json
+            f"interrupted; what is done is kept in {kept}: the same command goes on from there",
+            130,
+            args.debug,
+            args.json,
         )
     print(json.dumps(made) if args.json else "\n".join(_made(made, args.to)))
     return 0
@@ -510,7 +533,7 @@ def _made(made: dict, to: str) -> list[str]:
         lines = [*made["licences"], f"{made['examples']:,} examples of {made['rows_read']:,} rows"]
         lines += [f"  {count:,} dropped: {why}" for why, count in made["dropped"].items() if count]
         return [*lines, f"made {to}; train on it with: muonlm train quickstart --data {to} --train.objective sft"]
-    counts = ("tokens", "trained", "bytes", "examples", "documents")
+    counts = ("tokens", "targets", "bytes", "examples", "documents")
     for name, split in made["splits"].items():
         shown = [f"{split[c]:,} {c}" for c in counts if isinstance(split.get(c), int)]
         lines.append(f"{name}: {', '.join(shown)}")
@@ -519,14 +542,18 @@ def _made(made: dict, to: str) -> list[str]:
                 row = made["block_size"] + 1
                 lines.append(f"Saved {os.path.join(to, shard['file'])} with shape ({shard['tokens'] // row}, {row})")
             elif layout == "bin":
-                lines.append(f"Saved {os.path.join(to, shard['file'])}: {os.path.getsize(os.path.join(to, shard['file'])):,} bytes")
+                lines.append(
+                    f"Saved {os.path.join(to, shard['file'])}: {os.path.getsize(os.path.join(to, shard['file'])):,} bytes"
+                )
     val = made["val"]
     if "overlap" in val:
         lines.append(f"held out by {val['rule']}: {val['overlap']} training documents equal a held-out one")
     elif val.get("fallback"):
         lines.append(f"held out: the end of the text, as {val['rule']} would leave a split empty")
     for part in made.get("mixture", ()):
-        lines.append(f"mixture: {part['share']:.1%} of the training text is {part['source']} (weight {part['weight']:g})")
+        lines.append(
+            f"mixture: {part['share']:.1%} of the training text is {part['source']} (weight {part['weight']:g})"
+        )
     if layout in ("rows", "litpkds"):
         lines.append("Data preparation complete!")
     flags = "" if layout != "examples" else f" --train.objective {'sft' if made['kind'] == 'sft' else 'dpo'}"
@@ -625,7 +652,9 @@ def chat(argv: list[str]) -> int:
         "--top-p", type=float, default=0.85, help="sample among the likeliest that hold P (default 0.85)"
     )
     parser.add_argument("--seed", type=int, default=0, help="same seed and messages, same replies (default 0)")
-    parser.add_argument("--history", type=int, metavar="N", help="exchanges to remember; 0 = each message alone (default: all)")
+    parser.add_argument(
+        "--history", type=int, metavar="N", help="exchanges to remember; 0 = each message alone (default: all)"
+    )
     parser.add_argument("--checkpoint", default="best", help="best, latest or step-N (default best)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse(argv)
@@ -660,7 +689,9 @@ def eval(argv: list[str]) -> int:
     parser.add_argument(
         "--data", default="", help="bpb: evaluate on the held-out part of this text instead of the run's own"
     )
-    parser.add_argument("--limit", type=int, default=0, help="batches or problems; 0 = the whole split, or 200 problems")
+    parser.add_argument(
+        "--limit", type=int, default=0, help="batches or problems; 0 = the whole split, or 200 problems"
+    )
     parser.add_argument("--steps", default="1-3", help="word_problems: how many steps a story may have (default 1-3)")
     parser.add_argument("--split", default="held_out", help="word_problems: held_out or train (new ones of that kind)")
     parser.add_argument("--samples", type=int, default=1, help="word_problems: more than 1 also votes among samples")
@@ -675,7 +706,9 @@ def eval(argv: list[str]) -> int:
         raise UserError(f"--limit {args.limit} must be 0 (everything) or more.")
     span = re.fullmatch(r"(\d)(?:-(\d))?", args.steps)
     if not span:
-        raise UserError(f"--steps {args.steps!r}: give the least and the greatest number of steps, such as 1-3, or one number")
+        raise UserError(
+            f"--steps {args.steps!r}: give the least and the greatest number of steps, such as 1-3, or one number"
+        )
     steps = (int(span[1]), int(span[2] or span[1]))
     results = []
     for run in args.runs:
@@ -773,7 +806,10 @@ def info(argv: list[str]) -> int:
         return 0
     if args.presets:
         table = inform.describe_presets(args.what)
-        lines = [f"{p['recipe']:36} --preset {p['preset']:24} " + ", ".join(f"{k} {v}" for k, v in p["sets"].items()) for p in table]
+        lines = [
+            f"{p['recipe']:36} --preset {p['preset']:24} " + ", ".join(f"{k} {v}" for k, v in p["sets"].items())
+            for p in table
+        ]
         print(json.dumps(table) if args.json else "\n".join(lines))
         return 0
     if not args.what:

@@ -733,8 +733,12 @@ class Config:
 
     def __post_init__(self):
         _choice("config", track=(self.track, ("none", "wandb", "trackio", "tensorboard")))
-        if self.train.objective in ("sft", "dpo") and (self.model.kind != "lm" or self.data.source in ("modular", "recall")):
-            raise UserError(f"train.objective = {self.train.objective} needs conversations: --data FILE.jsonl (see docs/data.md).")
+        if self.train.objective in ("sft", "dpo") and (
+            self.model.kind != "lm" or self.data.source in ("modular", "recall")
+        ):
+            raise UserError(
+                f"train.objective = {self.train.objective} needs conversations: --data FILE.jsonl (see docs/data.md)."
+            )
         if self.model.kind == "modular" and (self.data.source != "modular" or self.train.objective != "classify"):
             raise UserError("model.kind = modular needs --data modular and --train.objective classify.")
         if (self.data.source == "recall") != (self.train.objective == "recall"):

@@ -101,9 +101,7 @@ class Reader:
         """Go on with these rows alone, in this order; a row may be named more than once."""
         self.rows = [self.rows[i] for i in index]
         picked = torch.tensor(index)
-        self.logits, self.state = map_state(
-            lambda t: t.index_select(0, picked.to(t.device)), (self.logits, self.state)
-        )
+        self.logits, self.state = map_state(lambda t: t.index_select(0, picked.to(t.device)), (self.logits, self.state))
 
 
 def draw_table(model, max_tokens: int, rows: int, seed: int) -> Tensor:

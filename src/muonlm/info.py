@@ -67,7 +67,9 @@ def find(what: str, flags: dict, *, preset: str = "", smoke: bool = False) -> Co
 
         return read_config(Path(what))
     try:
-        return load_recipe(what, flags, preset=preset, smoke=smoke, presets=user_presets(recipe=what) if preset else None)
+        return load_recipe(
+            what, flags, preset=preset, smoke=smoke, presets=user_presets(recipe=what) if preset else None
+        )
     except UserError as error:
         if (
             "unknown recipe" in str(error)

@@ -15,6 +15,9 @@ def next_token(model, batch) -> tuple[Tensor, int, dict[str, Tensor]]:
     return model(batch.inputs, batch.targets, segments=batch.segments), batch.count, {}
 
 
+TIE = 1e-5  # margins below it are rounding: fp32 sums of some hundred nats, in another order than the reference's
+
+
 class DPO:
     """Σ over pairs of −(1 − ε) log σ(m) − ε log σ(−m),   m = β (r_chosen − r_rejected),   r = log π(y|x) − log π_ref(y|x)
 
@@ -40,7 +43,12 @@ class DPO:
         chosen, rejected = (self.beta * ratio).unflatten(1, (-1, 2)).unbind(-1)
         real, margin = real[:, ::2], chosen - rejected
         loss = -(1 - self.smoothing) * F.logsigmoid(margin) - self.smoothing * F.logsigmoid(-margin)
-        metrics = {"acc": (margin > 0).float() + 0.5 * (margin == 0), "margin": margin, "chosen": chosen, "rejected": rejected}
+        metrics = {
+            "acc": (margin > TIE).float() + 0.5 * (margin.abs() <= TIE),
+            "margin": margin,
+            "chosen": chosen,
+            "rejected": rejected,
+        }
         sums = {name: value.detach()[real].sum() for name, value in metrics.items()}
         return loss[real].sum(), batch.count, sums
 
@@ -48,7 +56,9 @@ class DPO:
 def segment_sums(model, batch) -> Tensor:
     """(B, S): log-probability of each segment's trained tokens; S is the batch's largest number of segments, made even."""
     nats = model(batch.inputs, batch.targets, segments=batch.segments, per_token=True)
-    return _by_segment(-nats, batch.segments, batch.reference.shape[1] if batch.reference is not None else _width(batch))
+    return _by_segment(
+        -nats, batch.segments, batch.reference.shape[1] if batch.reference is not None else _width(batch)
+    )
 
 
 def _width(batch) -> int:
@@ -77,4 +87,9 @@ def recall(model, batch) -> tuple[Tensor, int, dict[str, Tensor]]:
     return loss, batch.count, {"acc": (logits.detach().argmax(-1) == targets).sum()}
 
 
-OBJECTIVES = {"next_token": next_token, "sft": next_token, "classify": classify, "recall": recall}  # and DPO: reference.py
+OBJECTIVES = {
+    "next_token": next_token,
+    "sft": next_token,
+    "classify": classify,
+    "recall": recall,
+}  # and DPO: reference.py

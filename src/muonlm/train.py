@@ -106,7 +106,11 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
         if saved and (step == cfg.train.steps or reached_target(cfg, counters)):
             say(
                 f"nothing is left to train: run {path} "
-                + (f"has done its {step:,} steps" if step == cfg.train.steps else f"reached eval.target = {cfg.eval.target:g}")
+                + (
+                    f"has done its {step:,} steps"
+                    if step == cfg.train.steps
+                    else f"reached eval.target = {cfg.eval.target:g}"
+                )
                 + f". More steps: muonlm train --resume {path} --train.steps {2 * cfg.train.steps}"
                 + ("" if step == cfg.train.steps else " --eval.target 0")
                 + f"; another run from its weights: muonlm train {cfg.recipe} --init-from {path}"
@@ -140,8 +144,14 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
                         counters |= {"best_loss": result["val_loss"], "best_step": step}
                     last |= reached_target(cfg, counters)
                     if dist.main:
-                        run.log({"step": step, "train_seconds": counters["train_seconds"], "eval_seconds": took, **result})
-                        say(f"eval step {step:,}: " + "  ".join(f"{k} {v:.4f}" for k, v in result.items()) + f"  in {took:.1f} s")
+                        run.log(
+                            {"step": step, "train_seconds": counters["train_seconds"], "eval_seconds": took, **result}
+                        )
+                        say(
+                            f"eval step {step:,}: "
+                            + "  ".join(f"{k} {v:.4f}" for k, v in result.items())
+                            + f"  in {took:.1f} s"
+                        )
                     window = (time.perf_counter(), counters["tokens"], step)
                 due = last or stopping or best or (cfg.train.save_every and step % cfg.train.save_every == 0)
                 if due and step > 0 and step != resumed_at:
@@ -393,7 +403,9 @@ def begin_run(run: Run, cfg: Config, plan, optimizer, data: Splits, step: int, s
         run.forget_after(step)
     if getattr(data.train, "tokenizer", None):
         data.train.tokenizer.save(run.path)
-    if data.template.endswith(".toml"):  # a user's own template: with it and the tokenizer the run can be moved, and its data lost
+    if data.template.endswith(
+        ".toml"
+    ):  # a user's own template: with it and the tokenizer the run can be moved, and its data lost
         shutil.copyfile(data.template, run.path / Path(data.template).name)
     run.start_tracker()
     counts = count_parameters(cfg.model)

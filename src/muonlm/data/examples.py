@@ -48,6 +48,7 @@ import muonlm
 
 from ..config import UserError
 from ..data import held_out
+from ..data.build import BATCH, SAMPLE, Progress
 from ..data.conversations import Conversation, read_conversations, read_preferences
 from ..data.packed import (
     FORMAT_VERSION,
@@ -61,7 +62,6 @@ from ..data.packed import (
     remake,
 )
 from ..data.partial import Partial, refuse_target
-from ..data.build import BATCH, SAMPLE, Progress
 from ..data.sources import Source, expand, identity, licence, rows, size
 from ..data.templates import TEMPLATES, Template
 from ..data.templates import template as find_template
@@ -406,7 +406,10 @@ def prepare_examples(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         free = shutil.disk_usage(to.parent).free
-        raise UserError(f"the disk is full: writing {to} stopped with {free} bytes free; choose another --to") from None
+        raise UserError(
+            f"the disk is full: writing {to} stopped with {free} bytes free; make room, or choose another --to (under train: "
+            "export MUONLM_CACHE=DIR)"
+        ) from None
 
 
 def prepared_examples(
