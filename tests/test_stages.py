@@ -15,7 +15,7 @@ import torch
 from muonlm.checkpoint import read
 from muonlm.cli import main
 from muonlm.config import load_recipe, read_recipe, recipe_names
-from muonlm.data.examples import prepare_examples
+from muonlm.data.prepare_examples import prepare_examples
 from muonlm.data.sources import expand
 from muonlm.data.sources import rows as source_rows
 from muonlm.data.tokenizer import resolve_tokenizer

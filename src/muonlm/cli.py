@@ -469,7 +469,7 @@ def prep(argv: list[str]) -> int:
                 **common,
             )
         elif args.layout in ("sft", "preferences"):
-            from .data.examples import prepare_examples
+            from .data.prepare_examples import prepare_examples
 
             made = prepare_examples(
                 args.sources,

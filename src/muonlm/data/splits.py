@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config, UserError
-from .examples import ExampleData, prepared_examples
+from .examples import ExampleData
 from .modular import ModularData
 from .packed import PackedData
 from .prepare import prepared
+from .prepare_examples import prepared_examples
 from .recall import RecallData
 from .templates import template
 
