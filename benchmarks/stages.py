@@ -108,14 +108,9 @@ def main() -> None:
                 history = [line for line in read_metrics(out) if "val_loss" in line]
                 found["val_loss_before"] = history[0]["val_loss"]
                 if name == "hh":
-                    pairs = open_splits(cfg, 1, Dist(0, 1, torch.device("cpu"))).evaluated["val"].num_examples
-                    right = round(report["val_acc"] * pairs)
-                    found |= {
-                        "pairs": pairs,
-                        "accuracy": report["val_acc"],
-                        "interval": wilson(right, pairs),
-                        "margin": report["val_margin"],
-                    }
+                    pairs, accuracy = report["val_pairs"], report["val_acc"]
+                    found |= {"pairs": pairs, "accuracy": accuracy, "interval": wilson(round(accuracy * pairs), pairs)}
+                    found["margin"] = report["val_margin"]
                 if name == "alpaca":
                     found |= answers(str(out), cfg)
                 results.append(found)

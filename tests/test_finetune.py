@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import os
 import shutil
 import subprocess
@@ -59,13 +60,15 @@ def test_the_first_step_sees_the_parents_weights_and_the_start_is_told(stages, t
 
 
 @pytest.mark.parametrize("reference, bound", [("model", 0.0), ("cached", 1e-5)])
-def test_dpo_begins_at_ln_2(stages, tmp_path, reference, bound):
+def test_dpo_begins_at_ln_2(stages, tmp_path, reference, bound, capsys):
     """Exactly, with the reference in memory: the same sums twice. Cached sums come from other batches: other orders of
     summation, 1e-6 of sums near 100 nats, times β / 2."""
     assert main(finetune(stages, "dpo", tmp_path / "run", "--dpo.reference", reference)) == 0
     first = next(line for line in metrics(tmp_path / "run") if "loss" in line)
     assert first["step"] == 1 and abs(first["loss"] - math.log(2)) <= bound + 1e-7  # the mean over pairs is fp32
     assert {"acc", "margin", "chosen", "rejected"} <= first.keys()
+    said = capsys.readouterr().out
+    assert re.search(r"% of \d+ pairs as preferred, 95 % interval \[", said)
     held_out = [line for line in metrics(tmp_path / "run") if "val_acc" in line]
     assert abs(held_out[0]["val_loss"] - math.log(2)) <= bound + 1e-7
 

@@ -215,6 +215,7 @@ def train(argv: list[str]) -> int:
     )
 
     from .evals import perplexity
+    from .evals.word_problems import wilson
     from .experiments import report as pictures
     from .train import train as train_run
 
@@ -231,6 +232,12 @@ def train(argv: list[str]) -> int:
                     "for scale: "
                     + ", ".join(f"{name.removesuffix('_bpb')} {bits:.4f}" for name, bits in facts.items())
                     + " bits per byte"
+                )
+            if report["objective"] == "dpo":
+                low, high = wilson(round(report["val_acc"] * report["val_pairs"]), report["val_pairs"])
+                say(
+                    f"held-out preferences: {report['val_acc']:.1%} of {report['val_pairs']:,} pairs as preferred, 95 % interval "
+                    f"[{low:.1%}, {high:.1%}]; a coin: 50 %"
                 )
             report = pictures.write(report["run"], say, facts)
             next_steps(report, say)

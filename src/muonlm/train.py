@@ -104,17 +104,7 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
             if scan:
                 say(f"scan: {scan}")
         if saved and (step == cfg.train.steps or reached_target(cfg, counters)):
-            say(
-                f"nothing is left to train: run {path} "
-                + (
-                    f"has done its {step:,} steps"
-                    if step == cfg.train.steps
-                    else f"reached eval.target = {cfg.eval.target:g}"
-                )
-                + f". More steps: muonlm train --resume {path} --train.steps {2 * cfg.train.steps}"
-                + ("" if step == cfg.train.steps else " --eval.target 0")
-                + f"; another run from its weights: muonlm train {cfg.recipe} --init-from {path}"
-            )
+            say(nothing_left(cfg, path, step))
         dist.barrier()
         if cfg.train.objective == "dpo":
             try:
@@ -149,7 +139,9 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
                         )
                         say(
                             f"eval step {step:,}: "
-                            + "  ".join(f"{k} {v:.4f}" for k, v in result.items())
+                            + "  ".join(
+                                f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4f}" for k, v in result.items()
+                            )
                             + f"  in {took:.1f} s"
                         )
                     window = (time.perf_counter(), counters["tokens"], step)
@@ -305,7 +297,7 @@ def resolve(cfg: Config, data: Splits, world: int, started: bool = False) -> Con
         cfg,
         optim=dataclasses.replace(cfg.optim, **exact),
         model=dataclasses.replace(cfg.model, vocab_size=max(vocab_size, cfg.model.vocab_size)),
-        data=dataclasses.replace(cfg.data, template=data.template),
+        data=dataclasses.replace(cfg.data, template=data.template or cfg.data.template),
         train=dataclasses.replace(
             t,
             steps=steps,
@@ -403,9 +395,7 @@ def begin_run(run: Run, cfg: Config, plan, optimizer, data: Splits, step: int, s
         run.forget_after(step)
     if getattr(data.train, "tokenizer", None):
         data.train.tokenizer.save(run.path)
-    if data.template.endswith(
-        ".toml"
-    ):  # a user's own template: with it and the tokenizer the run can be moved, and its data lost
+    if data.template.endswith(".toml"):  # a user's own: with it and the tokenizer the run can be moved, its data lost
         shutil.copyfile(data.template, run.path / Path(data.template).name)
     run.start_tracker()
     counts = count_parameters(cfg.model)
@@ -434,6 +424,16 @@ def begin_run(run: Run, cfg: Config, plan, optimizer, data: Splits, step: int, s
     )
 
 
+def nothing_left(cfg: Config, path: Path, step: int) -> str:
+    done = step == cfg.train.steps
+    why = f"has done its {step:,} steps" if done else f"reached eval.target = {cfg.eval.target:g}"
+    more = f"--train.steps {2 * cfg.train.steps}" + ("" if done else " --eval.target 0")
+    return (
+        f"nothing is left to train: run {path} {why}. More steps: muonlm train --resume {path} {more}; another run from its "
+        f"weights: muonlm train {cfg.recipe} --init-from {path}"
+    )
+
+
 def epochs(cfg: Config, data: Splits, steps: int) -> float:
     """How often so many steps go through the training data. Only modular epochs end in a short batch."""
     rows, samples = cfg.train.global_batch // cfg.model.block_size, len(data.train)
@@ -458,6 +458,8 @@ def evaluate(net, objective, data: Splits, cfg: Config, dist: Dist) -> dict[str,
         result |= {f"{name}_{key}": value / count for key, value in sums.items()}
         if cfg.train.objective == "sft":
             result[f"{name}_perplexity"] = math.exp(min(result[f"{name}_loss"], 700.0))  # of trained tokens
+        if cfg.train.objective == "dpo":
+            result[f"{name}_pairs"] = int(count)
         if isinstance(split, PackedData):
             result[f"{name}_bpb"] = bpb(result[f"{name}_loss"], split.index["splits"][name])
     return result

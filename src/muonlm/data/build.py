@@ -125,12 +125,7 @@ def build(job: Job) -> dict:
     if held.kind != "tail":
         val_record["overlap"] = overlap
     index = _index(job) | {
-        "tokenizer": {
-            "kind": tok.kind,
-            "vocab_size": tok.vocab_size,
-            "eot_id": tok.eot_id,
-            "fingerprint": tok.fingerprint,
-        },
+        "tokenizer": tok.record(),
         "vocab_size": tok.vocab_size,
         "dtype": tok.dtype.name,
         "eod": job.eod and tok.eot_id is not None,

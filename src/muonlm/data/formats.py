@@ -145,12 +145,7 @@ def foreign_index(path, tokenizer: str = "", *, block_size: int = 0) -> dict:
     index = {
         "layout": " and ".join(sorted(kinds)),
         "foreign": True,
-        "tokenizer": {
-            "kind": tok.kind,
-            "vocab_size": tok.vocab_size,
-            "eot_id": tok.eot_id,
-            "fingerprint": tok.fingerprint,
-        },
+        "tokenizer": tok.record(),
         "vocab_size": tok.vocab_size,
         "dtype": "uint16",
         "splits": splits,

@@ -408,12 +408,7 @@ def _build(files, val_files, work: Partial, kind, form, tokenizer, columns, held
         "kind": kind,
         "template": definition,
         "sources": [_record(s, side) for side, many in (("train", files), ("val", val_files)) for s in many],
-        "tokenizer": {
-            "kind": tok.kind,
-            "vocab_size": tok.vocab_size,
-            "eot_id": tok.eot_id,
-            "fingerprint": tok.fingerprint,
-        },
+        "tokenizer": tok.record(),
         "vocab_size": tok.vocab_size,
         "dtype": tok.dtype.name,
         "splits": {w.split: w.record(2 if kind == "preferences" else 1) for w in writers.values()},

@@ -98,4 +98,4 @@ def open_splits(cfg: Config, rows: int, dist) -> Splits:
             )
         return Splits(made["train"], {"val": made["val"]}, made["train"].template)
     made = {s: PackedData(folder, s, tokenizer=d.tokenizer, reset=d.reset, **shape) for s in ("train", "val")}
-    return Splits(made["train"], {"val": made["val"]}, d.template)
+    return Splits(made["train"], {"val": made["val"]})

@@ -156,6 +156,15 @@ class Tokenizer:
         except Exception as error:  # noqa: BLE001, `tokenizers` raises bare Exception for a JSON it does not understand
             raise UserError(f"{file} is not a tokenizer.json ({error}); --data.tokenizer takes {SPECS}") from None
 
+    def record(self) -> dict:
+        """What the index of prepared data says of its tokenizer."""
+        return {
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "eot_id": self.eot_id,
+            "fingerprint": self.fingerprint,
+        }
+
     def extends(self, other: "Tokenizer") -> bool:
         """Whether this is `other`, or `other` with more special tokens behind its vocabulary: same text, same ids."""
         more = sorted(self.special.keys() - other.special.keys(), key=self.special.get)
