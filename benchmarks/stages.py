@@ -49,7 +49,7 @@ STAGES = {
             "model.d_model": 256,
             "model.block_size": 768,
             "train.global_batch": 6144,
-            "train.steps": 240,
+            "train.steps": 110,
             "eval.every": 0,
             "optim.lr": 0.02,
             "optim.adamw_lr": 0.005,

@@ -54,7 +54,7 @@ def test_the_road_runs_its_three_stages_and_prints_an_exam_after_each(tmp_path):
     flags = ["--smoke", "--data.val", "hash:0.05", "--train.steps", "3", "--eval.iters", "1", "--eval.sample", "4"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     run = subprocess.run(["bash", str(ROAD), "adamw", "3", str(out), *flags], capture_output=True, text=True,
-                         timeout=170, env=os.environ | {"PATH": path, "EXAM": "12"})  # fmt: skip
+                         timeout=400, env=os.environ | {"PATH": path, "EXAM": "12"})  # fmt: skip
     assert run.returncode == 0, run.stderr
     exams = re.findall(r"(\w+) \(step-\d+\): word_problems \((train|held_out)\) exact", run.stdout)
     once = [(stage, split) for stage in ("pretrain", "sft", "dpo") for split in ("train", "held_out")]
