@@ -314,6 +314,17 @@ class Terminal:
                 except OSError:  # closed: the process has ended
                     assert not lacking(), f"{what}, but it ended: {self.seen!r}"
 
+    def press_until(self, key: str, text: str) -> None:
+        """Again and again, as people do: between the prompt and the wait for a key, Python itself loses a Ctrl-C."""
+        for _ in range(30):
+            self.type(key)
+            try:
+                self.until(text, 2)
+                return
+            except AssertionError:
+                assert self.process.poll() is None
+        raise AssertionError(f"{key!r} was never answered with {text!r}")
+
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
@@ -334,9 +345,7 @@ def test_at_a_terminal_ctrl_c_stops_the_reply_mistakes_are_answered_and_ctrl_d_l
         terminal.until_more_than(10)
         terminal.type("\x03")
         assert len(terminal.until("You: ")) < 100_000, "it was stopped, it did not end"
-        time.sleep(0.3)  # between the prompt and the wait for a key, Python itself loses a Ctrl-C
-        terminal.type("\x03")  # at the prompt there is nothing to stop
-        terminal.until("/exit or Ctrl-D leaves")
+        terminal.press_until("\x03", "/exit or Ctrl-D leaves")  # at the prompt there is nothing to stop
         terminal.until("You: ")
         terminal.type("/halp\n")
         terminal.until("/help")

@@ -21,7 +21,7 @@ def test_every_recipe_loads_plain_smoked_and_as_adamw(name):
     assert load_recipe(name).recipe == name
     assert load_recipe(name, smoke=True).train.steps <= 50
     twin = load_recipe(name, {"optim.name": "adamw"})
-    assert twin.optim.name == "adamw" and twin.optim.lr < 0.01, "an AdamW rate is never the Muon one"
+    assert twin.optim.name == "adamw" and twin.optim.lr < 0.015, "an AdamW rate is never the Muon one"
 
 
 @pytest.mark.parametrize("name", recipe_names())
