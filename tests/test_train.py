@@ -32,7 +32,7 @@ def losses(run) -> list[float]:
 
 def timeless(run) -> list[dict]:
     """The metrics without what a clock or the system says."""
-    clocks = ("time", "train_seconds", "step_ms", "tok_per_s", "peak_memory_gib")
+    clocks = ("time", "train_seconds", "eval_seconds", "step_ms", "tok_per_s", "peak_memory_gib")
     return [{k: v for k, v in r.items() if k not in clocks} for r in metrics(run)]
 
 
