@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole road, offline, on two CPU cores: a small hybrid of Mamba and attention reads speeches and word problems, learns to answer
 # problems with the steps that lead there (SFT), then to prefer right steps to plausible wrong ones (DPO). After each stage an exam:
-# exact match on new stories of the training kind, and on sentences, names, things and sums that no training row holds.
+# exact match on new stories of the training kind, and on stories whose sentences and sums no training row holds.
 #
 #   bash examples/road.sh [muon|adamw] [SEED] [DIR] [flags of muonlm train …]      defaults: muon 1 runs/road-muon-1
 #   EXAM=n asks n problems of each kind (200). LOG.md has the results of three seeds of both optimizers.
@@ -10,7 +10,7 @@ optimizer=${1:-muon} seed=${2:-1}
 out=${3:-runs/road-$optimizer-$seed}
 common=(--optim.name "$optimizer" --seed "$seed" "${@:4}")
 
-exam() { # new stories of the training kind; then held-out sentences, names, things and sums
+exam() { # new stories of the training kind; then held-out sentences and sums
     for split in train held_out; do
         muonlm eval "$out/$1" --tasks word_problems --steps 1-2 --split $split --limit "${EXAM:-200}" | tee -a "$out/exams.txt"
     done

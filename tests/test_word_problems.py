@@ -11,7 +11,7 @@ import pytest
 
 from muonlm.cli import main
 from muonlm.config import UserError
-from muonlm.data.word_problems import TEMPLATES, problem, reserved, rows
+from muonlm.data.word_problems import NAMES, TEMPLATES, THINGS, problem, reserved, rows
 from muonlm.evals import word_problems as evaluation
 from muonlm.evals.word_problems import exact_match, flexible_answer, strict_answer, wilson
 
@@ -90,7 +90,7 @@ def test_a_reader_of_the_words_alone_writes_the_same_equations(split):
     for side, row in ALL:
         if side == split:
             steps = equations(row["rationale"])
-            assert read(row["question"], TEMPLATES[split]["names"]) == (steps[0][0], [step[1:3] for step in steps])
+            assert read(row["question"], NAMES) == (steps[0][0], [step[1:3] for step in steps])
 
 
 def test_wrong_solutions_have_exactly_one_mistake_the_one_that_is_named_and_another_answer():
@@ -147,10 +147,8 @@ def test_training_questions_never_name_a_number_of_the_reserved_range():
     assert share["held_out"] > 400  # of 1600; about half
 
 
-def test_sentences_names_and_things_of_the_splits_are_disjoint_and_the_words_are_the_same():
-    train, held = TEMPLATES["train"], TEMPLATES["held_out"]
-    own = {word for side in (train, held) for kind in ("names", "things") for word in side[kind]}
-    assert not (set(train["names"]) | set(train["things"])) & (set(held["names"]) | set(held["things"]))
+def test_sentences_of_the_splits_are_disjoint_and_the_words_are_the_same():
+    own = {*NAMES, *THINGS}
 
     def sentences(split):
         texts = [row["question"] for side, row in ALL if side == split]
@@ -161,7 +159,7 @@ def test_sentences_names_and_things_of_the_splits_are_disjoint_and_the_words_are
     assert not seen["train"] & seen["held_out"]
     # All sentences occur, so that what is compared is the whole of both.
     for split in SPLITS:
-        assert len(seen[split]) == sum(len(set(v)) for k, v in TEMPLATES[split].items() if k not in ("names", "things"))
+        assert len(seen[split]) == sum(len(set(v)) for v in TEMPLATES[split].values())
     words = {split: {w.lower() for s in seen[split] for w in re.findall(r"[A-Za-z]+", s)} for split in SPLITS}
     assert words["held_out"] <= words["train"]
 

@@ -13,8 +13,8 @@
                  operation  + for −, × for + and so on       (a true equation of the wrong story)
                  number     another number of the question in the place of b
 
-Sentences, names and things of the two splits are disjoint; the held-out sentences use words of the
-training ones. Row i is a function of (seed, split, i) and the settings: instant seek, whatever n is.
+The sentences of the two splits are disjoint; they use the same words, names and things (a name whose token was never
+trained stops a small model before the sums begin: LOG 2026-11-22). Row i is a function of (seed, split, i) and the settings: instant seek, whatever n is.
 
 Rows     {"question", "rationale": "12 + 5 = 17\\n17 - 4 = 13", "answer": "13", "wrong_rationale", "wrong_answer",
          "mistake": "operation in step 2", "steps": 2, "text": question and solution as prose, for pretraining}
@@ -38,18 +38,19 @@ WEIGHTS = {"+": 3, "-": 3, "*": 2, "/": 1}
 MISREAD = {"+": "-*", "-": "+", "*": "+", "/": "-*"}  # operations a reader may take for this one
 SLIPS = (1, -1, 2, -2, 10, -10)
 
+NAMES = (
+    "Tom Anna Ben Sara Max Lucy Sam Nina Paul Emma Jack Mia Leo Ella Dan Ruth Mark Jane Luke Rose Peter Clara John Alice "
+    "Fred Julia Noah Maria Simon Laura Eric Helen Oscar Ida Ralph Carol Frank Edith Carl Susan Ralf Judy Alan Betty Roger "
+    "Irene Ted Doris Bruno Agnes Felix Greta"
+).split()
+THINGS = (
+    "apples pens books coins cards stones eggs shells nuts stamps toys balls maps roses letters pictures fish "
+    "chairs ships horses stars songs plates tickets"
+).split()
+
 # In an event, {name} has the things so far, {new} is the person whom the story then goes on with, {other} a bystander.
 TEMPLATES = {
     "train": {
-        "names": (
-            "Tom Anna Ben Sara Max Lucy Sam Nina Paul Emma Jack Mia Leo Ella Dan Ruth Mark Jane Luke Rose Peter Clara John Alice "
-            "Fred Julia Noah Maria Simon Laura Eric Helen Oscar Ida Ralph Carol Frank Edith Carl Susan Ralf Judy Alan Betty Roger "
-            "Irene Ted Doris Bruno Agnes Felix Greta"
-        ).split(),
-        "things": (
-            "apples pens books coins cards stones eggs shells nuts stamps toys balls maps roses letters pictures fish "
-            "chairs ships horses stars songs plates tickets"
-        ).split(),
         "start": (
             "{name} has {a} {things}.",
             "{name} has {a} {things} at home.",
@@ -126,8 +127,6 @@ TEMPLATES = {
         ),
     },
     "held_out": {
-        "names": "Kate Adam Rosa Hugo Lily Omar Vera Finn David Martha George Grace".split(),
-        "things": "plums cups rings keys beads flags papers pieces".split(),
         "start": (
             "{name} starts the morning with {a} {things}.",
             "At home {name} has {a} {things}.",
@@ -291,8 +290,8 @@ def _equation(a: int, op: str, b: int, result: int) -> str:
 
 
 def _story(draw: Draw, chain: list[Step], words: dict) -> str:
-    name, *others = draw.some(words["names"], 1 + len(chain))
-    things = draw.one(words["things"])
+    name, *others = draw.some(NAMES, 1 + len(chain))
+    things = draw.one(THINGS)
     a, op, b, _ = chain[0]
     # A product at the beginning may be so many boxes of so many things; the first event then is in the opening.
     groups = op == "*" and draw.below(2) == 0

@@ -8,7 +8,7 @@
                answers counts, the first seen of equals; a reply without one has no vote
 
 Only what the model writes is scored; it answers until its stop token, greedily, at most twice as long as the longest
-right reply. The questions of "held_out" have sentences, names, things and sums that no training row has; those of
+right reply. The questions of "held_out" have sentences and sums that no training row has; those of
 "train" are drawn with another seed than the training rows. `guessing` is what always saying the most frequent answer of
 these very questions gives; copying a number of the question is never right. The problems are our own, not GSM8K's.
 
