@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from . import parallel
 from .checkpoint import load_weights, read
 from .config import Config, UserError, flatten
+from .data.partial import cache_home
 from .model import build_model
 from .objectives import DPO, segment_sums
 
@@ -78,8 +79,11 @@ def _cache_path(cfg: Config, frozen, splits: dict) -> Path:
         cfg.train.dtype,
         {n: s.fingerprint for n, s in splits.items()},
     ]
-    home = Path(os.environ.get("MUONLM_CACHE") or Path.home() / ".cache" / "muonlm") / "reference"
-    return home / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24] + ".safetensors")
+    return (
+        cache_home()
+        / "reference"
+        / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24] + ".safetensors")
+    )
 
 
 def _read(path: Path, splits: dict):

@@ -16,9 +16,11 @@ Raises    UserError: the target exists, is something else, cannot be made, or an
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 try:
@@ -27,6 +29,7 @@ except ImportError:  # not a POSIX system: no lock there
     fcntl = None
 
 from ..config import UserError
+from ..data.packed import canonical
 
 INDEX_FILES = ("index.json", "meta.json", "raw.json")  # of layouts packed/rows/litpkds/examples, bin, raw
 OURS = (*INDEX_FILES, "metadata.json")  # the last: chain-of-thought rows
@@ -191,3 +194,37 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# ----------------------------------------------------------------------------------------------------------- the cache
+
+
+def cache_home(cache=None) -> Path:
+    """Where what can be made again is kept: `cache`, else $MUONLM_CACHE, else ~/.cache/muonlm."""
+    return Path(cache or os.environ.get("MUONLM_CACHE") or Path.home() / ".cache" / "muonlm")
+
+
+def in_cache(kind: str, key: dict, read: Callable[[Path], object], make: Callable[[Path], None], cache=None) -> Path:
+    """The folder of `key` in the cache, made by `make(folder)` if it is absent or `read(folder)` refuses it."""
+    home = cache_home(cache)
+    to = home / kind / hashlib.sha256(canonical(key)).hexdigest()[:20]
+    if to.exists():
+        try:
+            read(to)
+            return to
+        except UserError:
+            shutil.rmtree(to, ignore_errors=True)  # ours, damaged: a cache may be made anew
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        make(to)
+    except (UserError, OSError) as error:
+        if to.exists():  # another process was first: its folder stands where ours was to go
+            read(to)
+            return to
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"prepared {'text is' if kind == 'data' else 'examples are'} kept in {home}, which cannot be written "
+            f"({error.strerror}); name another place: export MUONLM_CACHE=/tmp/muonlm"
+        ) from None
+    return to

@@ -21,7 +21,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -32,8 +31,8 @@ from ..config import UserError
 from ..data import formats
 from ..data.build import Job, Progress, build, build_raw, is_file
 from ..data.held_out import parse
-from ..data.packed import FORMAT_VERSION, INDEX_NAMES, canonical, checksum, read_index, remake
-from ..data.partial import INDEX_FILES, Partial, kept_work, partial_path, refuse_target, sync_file
+from ..data.packed import FORMAT_VERSION, INDEX_NAMES, checksum, read_index, remake
+from ..data.partial import INDEX_FILES, Partial, in_cache, kept_work, partial_path, refuse_target, sync_file
 from ..data.sources import Source, expand, identity, licence
 from ..data.tokenizer import Tokenizer, made_from_text, resolve_tokenizer
 
@@ -206,29 +205,12 @@ def prepared(
         "val": [identity(s) for s in expand(val)] if held.kind == "path" else held.rule,
         "more": [num_tokens, special],
     }
-    home = Path(cache or os.environ.get("MUONLM_CACHE") or Path.home() / ".cache" / "muonlm")
-    to = home / "data" / hashlib.sha256(canonical(key)).hexdigest()[:20]
-    if to.exists():
-        try:
-            read_index(to)
-            return to
-        except UserError:
-            shutil.rmtree(to, ignore_errors=True)  # ours, damaged: a cache may be made anew
     settings = dict(tokenizer=tokenizer, columns=columns, val=val, num_tokens=num_tokens, special=special)
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
+
+    def make(to: Path) -> None:
         prepare(files, to, **settings, progress=progress, wait=True)
-    except (UserError, OSError) as error:
-        if to.exists():  # another process was first: its folder stands where ours was to go
-            read_index(to)
-            return to
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"prepared text is kept in {home}, which cannot be written ({error.strerror}); "
-            "name another place: export MUONLM_CACHE=/tmp/muonlm"
-        ) from None
-    return to
+
+    return in_cache("data", key, read_index, make, cache)
 
 
 def verify(path) -> dict:

@@ -37,7 +37,7 @@ from ..data.packed import (
     canonical,
     checksum,
 )
-from ..data.partial import Partial, refuse_target
+from ..data.partial import Partial, in_cache, refuse_target
 from ..data.sources import Source, expand, identity, licence, rows, size
 from ..data.templates import Template
 from ..data.templates import template as find_template
@@ -140,29 +140,12 @@ def prepared_examples(
         "columns": columns if isinstance(columns, str) or columns is None else ",".join(columns),
         "val": [identity(s) for s in expand(val)] if held.kind == "path" else held.rule,
     }
-    home = Path(cache or os.environ.get("MUONLM_CACHE") or Path.home() / ".cache" / "muonlm")
-    to = home / "examples" / hashlib.sha256(canonical(key)).hexdigest()[:20]
-    if to.exists():
-        try:
-            read_examples(to)
-            return to
-        except UserError:
-            shutil.rmtree(to, ignore_errors=True)  # ours, damaged: a cache may be made anew
     settings = dict(kind=kind, template=form, tokenizer=tokenizer, columns=columns, val=val, special=special)
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
+
+    def make(to: Path) -> None:
         prepare_examples(many, to, **settings, name=name, split=split, progress=progress, wait=True)
-    except (UserError, OSError) as error:
-        if to.exists():  # another process was first: its folder stands where ours was to go
-            read_examples(to)
-            return to
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"prepared examples are kept in {home}, which cannot be written ({error.strerror}); "
-            "name another place: export MUONLM_CACHE=/tmp/muonlm"
-        ) from None
-    return to
+
+    return in_cache("examples", key, read_examples, make, cache)
 
 
 def _checked(kind: str, template) -> Template:
