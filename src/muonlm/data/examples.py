@@ -35,6 +35,7 @@ from ..data.packed import (
     Batch,
     KeyedPermutation,
     canonical,
+    epochs_of,
     read_index,
     remake,
 )
@@ -113,19 +114,12 @@ class ExampleData:
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """This rank's contiguous share of the rows of global step `step`; together the ranks hold the world=1 batch."""
-        assert step >= 0 and 0 <= rank < world, (step, rank, world)
-        first, last = self.rows * rank // world, self.rows * (rank + 1) // world
-        run = np.arange(step * self.rows + first, step * self.rows + last, dtype=np.int64)
         items, per_row = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        at = 0
-        while at < len(run):  # one turn per epoch that the step touches: nearly always one
-            epoch = int(run[at]) // self._samples
-            end = min(len(run), at + (epoch + 1) * self._samples - int(run[at]))
+        for epoch, run in epochs_of(step, self.rows, self._samples, rank, world):
             permutation, by_size = self._order(epoch)
-            slots, counts = self._slots(permutation(run[at:end] - epoch * self._samples))
+            slots, counts = self._slots(permutation(run))
             items.append(by_size[slots])
             per_row.append(counts)
-            at = end
         return self._assemble(np.concatenate(items), np.concatenate(per_row))
 
     def sequential(self, rows: int, rank: int = 0, world: int = 1, *, limit: int = 0) -> Iterator[Batch]:

@@ -119,6 +119,17 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x >> np.uint64(32)
 
 
+def epochs_of(step: int, rows: int, samples: int, rank: int, world: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(3): (epoch e, k mod n) of this rank's contiguous share of the rows of global step `step`; nearly always one pair."""
+    assert step >= 0 and 0 <= rank < world, (step, rank, world)
+    at, end = step * rows + rows * rank // world, step * rows + rows * (rank + 1) // world
+    while at < end:
+        epoch = at // samples
+        until = min(end, (epoch + 1) * samples)
+        yield epoch, np.arange(at, until, dtype=np.int64) - epoch * samples
+        at = until
+
+
 class PackedData:
     """One split of a prepared folder. `rows` is the number of rows of the global step, over all ranks and micro-batches.
 
@@ -185,19 +196,12 @@ class PackedData:
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """This rank's contiguous share of the rows of global step `step`; together the ranks hold the world=1 batch."""
-        assert step >= 0 and 0 <= rank < world, (step, rank, world)
-        first, last = self.rows * rank // world, self.rows * (rank + 1) // world
-        run = np.arange(step * self.rows + first, step * self.rows + last, dtype=np.int64)
-        n = self._samples
-        sample, phase = np.empty_like(run), np.zeros_like(run)
-        at = 0
-        while at < len(run):  # one turn per epoch that the step touches: nearly always one
-            epoch = int(run[at]) // n
-            end = min(len(run), at + (epoch + 1) * n - int(run[at]))
-            permutation, phase[at:end] = self._order(epoch)
-            sample[at:end] = permutation(run[at:end] - epoch * n)
-            at = end
-        return self._assemble(sample, phase)
+        sample, phase = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for epoch, run in epochs_of(step, self.rows, self._samples, rank, world):
+            permutation, start = self._order(epoch)
+            sample.append(permutation(run))
+            phase.append(np.full(len(run), start))
+        return self._assemble(np.concatenate(sample), np.concatenate(phase))
 
     def sequential(self, rows: int, rank: int = 0, world: int = 1, *, limit: int = 0) -> Iterator[Batch]:
         """The split once, in order, φ = 0; every token but the first is a target exactly once over all ranks.
