@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from muonlm.config import MIXERS, ModelConfig
 from muonlm.data.packed import IGNORE
 from muonlm.model import build_model
-from muonlm.model.padding import Segments, _similar
+from muonlm.model.padding import Segments, _groups
 
 V, T = 50, 36
 LENGTHS = [[7, 13, 9, 7], [20, 1, 3], [36], [2]]  # rows with and without an unused tail
@@ -108,12 +108,36 @@ def test_a_scattered_segment_is_our_mistake_and_is_caught():
         Segments(torch.tensor([[0, 1, 0]]))
 
 
+def _cost(groups) -> int:
+    return sum(n * L + 64 for n, L in groups)
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 300), max_size=60))
-def test_groups_of_similar_segments_cover_all_and_bound_the_padding(lengths):
+@given(st.lists(st.integers(1, 300), max_size=6), st.sampled_from([300, 304]))
+def test_groups_cover_every_segment_in_few_shapes_at_the_least_cost(lengths, T):
     lengths.sort(reverse=True)
-    ranges = _similar(lengths)
-    assert [i for start, end in ranges for i in range(start, end)] == list(range(len(lengths)))
-    for start, end in ranges:
-        tokens = sum(lengths[start:end])
-        assert (end - start) * lengths[start] - tokens <= max(64, tokens // 8)
+    groups = _groups(lengths, T)
+    left = lengths
+    for n, L in groups:
+        assert left and L == min(-(-left[0] // 8) * 8, T) and n in (1, 2, 3, 4, 6)
+        left = left[n:]
+    assert not left
+
+    def least(lengths):  # every way to cut the list, without sharing of work
+        if not lengths:
+            return 0
+        L = min(-(-lengths[0] // 8) * 8, T)
+        return min(n * L + 64 + least(lengths[n:]) for n in (1, 2, 3, 4, 6) if n <= 2 * len(lengths))
+
+    assert _cost(groups) == least(lengths)
+
+
+def test_batches_of_other_documents_share_their_shapes():
+    random = torch.Generator().manual_seed(0)
+    shapes, tokens, real = set(), 0, 0
+    for _ in range(200):
+        lengths = sorted((40 + 60 * torch.rand(60, generator=random)).long().tolist(), reverse=True)
+        groups = _groups(lengths, 256)
+        shapes.update(groups)
+        tokens, real = tokens + sum(n * L for n, L in groups), real + sum(lengths)
+    assert len(shapes) < 60 and tokens < 1.1 * real

@@ -130,9 +130,12 @@ class LM(nn.Module):
         """`sparse`: many targets are not trained, and logits are made for the others alone."""
         shape, reduction = targets.shape, "none" if per_token else "sum"
         x, targets = x.flatten(0, 1), targets.flatten()
-        kept = (targets != -100).nonzero().squeeze(1) if sparse else None
         if sparse:
-            x, targets = x.index_select(0, kept), targets[kept]
+            kept = (targets != -100).nonzero().squeeze(1)
+            n = len(kept)
+            more = -n % max(64, 1 << n.bit_length() >> 5)  # untrained ones, so that shapes recur: see padding.py
+            kept, targets = torch.cat([kept, kept[:1].expand(more)]), F.pad(targets[kept], (0, more), value=-100)
+            x = x.index_select(0, kept)
         rows = max(1, LOGITS_PER_CHUNK // self.cfg.vocab_size)
         if len(x) <= rows:
             losses = [self._chunk_loss(x, targets, reduction)]
@@ -142,7 +145,7 @@ class LM(nn.Module):
         if not per_token:
             return sum(losses)
         nats = torch.cat(losses)
-        return (nats if kept is None else nats.new_zeros(shape.numel()).index_copy(0, kept, nats)).view(shape)
+        return (nats.new_zeros(shape.numel()).index_add(0, kept, nats) if sparse else nats).view(shape)
 
     def _chunk_loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         return F.cross_entropy(at_least_fp32(self._logits(x)), targets, ignore_index=-100, reduction=reduction)
