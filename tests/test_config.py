@@ -16,6 +16,12 @@ def test_config_survives_json_and_toml():
     assert Config.from_dict(tomllib.loads(cfg.to_toml())) == cfg
 
 
+def test_a_baseline_does_not_lengthen_a_smoke_run():
+    adamw = {"optim.name": "adamw"}
+    assert load_recipe("road/pretrain", adamw).sched.warmup == 20
+    assert load_recipe("road/pretrain", adamw, smoke=True).sched.warmup == 1
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_loads_plain_smoked_and_as_adamw(name):
     assert load_recipe(name).recipe == name

@@ -147,6 +147,8 @@ def test_prompts_are_not_trained_on(stages, tmp_path, monkeypatch):
         (["--data.tokenizer", "bpe:300"], "bpe tokenizer of 300 tokens", "--tokenizer"),
         (["--data.template", "alpaca-plian"], "alpaca-plian", "alpaca-plain"),
         (["--dpo.beta", "0"], "dpo.beta = 0", "0.1 is usual"),
+        (["--data.num_tokens", "1e6"], "conversations are read whole", "--train.steps"),
+        (["--data.columns", "question"], "in the columns question", "question+answer"),
         (["--resume"], "--init-from starts a new one", "Choose one"),
     ],
 )
@@ -279,3 +281,54 @@ def test_a_run_lives_on_when_its_parent_has_moved(stages, tmp_path, monkeypatch)
     monkeypatch.setenv("MUONLM_CACHE", str(tmp_path / "empty"))
     assert main(["train", "--resume", str(tmp_path / "run"), "--train.steps", "6"]) == 0
     assert len(weights(tmp_path / "run")) == len(weights(tmp_path / "run", 3))
+
+
+def test_a_stage_that_leaves_its_parents_template_says_so(stages, tmp_path, capsys):
+    flags = finetune(stages, "dpo", tmp_path / "run", "--train.steps", "1")
+    assert main(flags) == 0
+    assert "its own is" not in capsys.readouterr().out
+    flags[flags.index("qa")] = "alpaca-plain"
+    flags[flags.index(str(tmp_path / "run"))] = str(tmp_path / "other")
+    assert main(flags) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "template alpaca-plain (its own is qa: --data.template qa keeps it)" in said
+
+
+def test_a_run_is_not_evaluated_on_data_that_changed(stages, tmp_path, capsys):
+    """The reference's sums that a run keeps are of the pairs as they were; held-out text may have been trained on."""
+    from muonlm.data.word_problems import rows
+
+    pairs = tmp_path / "pairs.jsonl"
+    lines = [json.dumps(row) for row in rows(120, (1, 2))]
+    pairs.write_text("\n".join(lines))
+    assert main(finetune(stages, "dpo", tmp_path / "run", "--data", str(pairs))) == 0
+    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
+    capsys.readouterr()
+    pairs.write_text("\n".join(line.replace("apples", "plums") for line in lines))
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "changed since" in said and f"--data {pairs}" in said
+    assert main(["eval", str(tmp_path / "run"), "--data", str(pairs), "--json"]) == 0  # as it advises
+    assert json.loads(capsys.readouterr().out)["val_loss"] > 0
+
+
+def test_a_resumed_run_takes_any_way_of_saying_its_length(stages, tmp_path):
+    assert main(finetune(stages, "sft", tmp_path / "run", "--train.steps", "2")) == 0
+    last = next(line for line in reversed(metrics(tmp_path / "run")) if "epoch" in line)
+    assert main(["train", "--resume", str(tmp_path / "run"), "--train.epochs", "1"]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == math.ceil(
+        last["step"] / last["epoch"]
+    )
+
+
+def test_a_finished_run_is_not_said_to_have_had_settings_that_trained_nothing(stages, tmp_path):
+    assert main(finetune(stages, "sft", tmp_path / "run", "--train.steps", "1")) == 0
+    before = (tmp_path / "run" / "config.json").read_text()
+    assert main(["train", "--resume", str(tmp_path / "run"), "--optim.lr", "0.5"]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["optim"] == json.loads(before)["optim"]
+
+
+def test_a_mistyped_run_to_resume_begins_no_other(stages, capsys):
+    assert main(["train", "quickstart", "--smoke", *DATA, "--resume", str(stages / "sff")]) == 2
+    assert f"there is no run to continue (no config.json). Did you mean '{stages / 'sft'}'?" in capsys.readouterr().err
+    assert not (stages / "sff").exists()

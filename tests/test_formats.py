@@ -148,6 +148,15 @@ def test_a_bad_file_is_named_with_what_is_expected(data, message, folder):
         read_index(folder, "byte")
 
 
+def test_an_id_beyond_the_vocabulary_between_the_places_looked_at_is_named_too(tmp_path):
+    ids = np.full(1 << 20, 7, "<u2")
+    ids[100_000] = 300
+    ids.tofile(tmp_path / "train.bin")
+    ids[:9].tofile(tmp_path / "val.bin")
+    with pytest.raises(UserError, match="train.bin holds the id 300, the tokenizer byte has 257"):
+        read_index(tmp_path, "byte")
+
+
 def test_a_row_length_that_the_run_uses_is_accepted(folder):
     write(folder, [b"\x01\x00" * 64], [b"\x01\x00" * 32])
     assert read_index(folder, "byte", block_size=31)["splits"]["train"]["tokens"] == 64

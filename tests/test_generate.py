@@ -1,12 +1,16 @@
 """Generation: cached decoding equals the full forward, sampling settings mean what they say, pieces join to a text."""
 
 import importlib
+import io
+import json
 import random
+import sys
 
 import pytest
 import torch
 
 from muonlm import build_model
+from muonlm.cli import main
 from muonlm.config import ModelConfig, UserError
 from muonlm.data.tokenizer import resolve_tokenizer
 from muonlm.generate import complete, generate, pick, stream
@@ -223,3 +227,14 @@ def test_impossible_settings_are_refused_by_their_flag(settings, said):
 def test_a_stop_must_be_one_token():
     with pytest.raises(UserError, match="exactly one"):
         generate(model_of(vocab_size=257), resolve_tokenizer("byte"), "a", stop=["ab"])
+
+
+def test_bytes_that_are_no_text_are_read_as_the_character_for_such(finished, capsys, monkeypatch):
+    """Typed, as Python hands them over, and in a file."""
+    for given in ("a\udcffb", "a\ufffdb"):
+        assert main(["generate", str(finished), "--prompt", given, "--max-tokens", "2", "--json"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first == second and first["prompt"] == "a\ufffdb"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xffb"), "utf-8"))
+    assert main(["generate", str(finished), "--prompt", "-", "--max-tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == first

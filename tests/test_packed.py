@@ -188,7 +188,7 @@ def test_an_altered_index_or_another_tokenizer_is_refused(folder):
         reopen(folder)
     (folder / "index.json").write_text(json.dumps(index))
     (folder / "tokenizer.json").write_text('{"muonlm": "byte"}')
-    with pytest.raises(UserError, match=r"tokenizer.json is not the tokenizer this data was packed with"):
+    with pytest.raises(UserError, match=r"tokenizer.json is not the tokenizer this data was made with"):
         reopen(folder)
 
 

@@ -411,6 +411,15 @@ def test_held_out_text_on_standard_input_is_refused(tmp_path):
         prepare(jsonl(tmp_path / "a.jsonl", MANY), tmp_path / "out", tokenizer="byte", val="-")
 
 
+def test_a_tokenizer_learns_from_a_row_that_is_longer_than_its_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "SAMPLE", 2000)
+    monkeypatch.setattr(build, "PIECE", 100)
+    for n in range(4):  # whole, the row would be left out in each case with a chance of more than a half
+        row = " ".join(f"words {n} and {i} more" for i in range(300))
+        prepare(jsonl(tmp_path / "a.jsonl", [row]), tmp_path / "out", tokenizer="bpe:300", overwrite=n > 0)
+        assert read_index(tmp_path / "out")["vocab_size"] > 280
+
+
 def test_the_cache_tells_a_weighted_folder_from_the_same_files_weighted_one_by_one(tmp_path):
     (tmp_path / "f").mkdir()
     for name in ("f/a", "f/b", "c"):
@@ -431,6 +440,86 @@ def test_verify_reads_every_file_of_conversations_and_refuses_foreign_folders(tm
         with pytest.raises(UserError, match=f"train-{part}.bin was altered"):
             verify(tmp_path / "out")
         file.write_bytes(whole)
+    file = tmp_path / "out" / "qa.toml"
+    file.write_text(file.read_text().replace("Answer", "Reply"))
+    with pytest.raises(UserError, match="qa.toml was altered: the template differs"):
+        verify(tmp_path / "out")
+
+
+def test_prepared_folders_are_no_text_to_prepare(tmp_path):
+    prepare_examples("word_problems:50", tmp_path / "talk", kind="sft", template="qa", tokenizer="byte")
+    with pytest.raises(UserError, match="talk holds tokens, made by muonlm prep"):  # its qa.toml was taken for code
+        prepare(tmp_path / "talk", tmp_path / "out", tokenizer="byte")
+
+
+def told(capsys, *argv) -> tuple[dict, str]:
+    """What `muonlm info` says of a folder: as JSON, as text."""
+    assert cli.main(["info", *map(str, argv)]) == 0
+    text = capsys.readouterr().out
+    assert cli.main(["info", *map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out), text
+
+
+def refused(capsys, *argv) -> str:
+    assert cli.main(["info", *map(str, argv)]) == 2
+    return capsys.readouterr().err
+
+
+def test_info_says_what_prepared_text_holds_and_that_it_is_whole(tmp_path, capsys):
+    sources = [jsonl(tmp_path / f"{name}.jsonl", [f"{name} {t}" for t in MANY]) for name in "abcdefghij"]
+    index = prepare([f"{s}=1" for s in sources], tmp_path / "out", tokenizer="byte", val="hash:0.1")
+    facts, text = told(capsys, tmp_path / "out")
+    counts = ("documents", "tokens", "bytes")
+    assert facts["splits"] == {n: {c: s[c] for c in counts} for n, s in index["splits"].items()}
+    assert facts["tokenizer"]["kind"] == "byte" and facts["sources"] == index["sources"] and facts["files"] == 4
+    assert (facts["kind"], facts["layout"], facts["template"]) == ("text", "packed", None)
+    train, separator = index["splits"]["train"], facts["separator"]
+    assert f"train          {train['documents']:,} documents, {train['tokens']:,} tokens, {train['bytes']:,}" in text
+    assert f"tokenizer      byte, vocabulary 257\nseparator      {separator} before each document\n" in text
+    assert Tokenizer.load(tmp_path / "out").special[separator] == 256
+    assert "held out       hash:0.1\n" in text and text.count("\nmixture ") == 10 and "and 2 more;" in text
+    assert text.endswith("files          all 4 files as recorded\n")
+    for flags, named in ((["--optim.lr", "1"], "optim.lr"), (["--smoke"], "smoke"), (["--data.tokenizer", "byte"], "")):
+        assert f"is what it was made to be; leave out --{named}" in refused(capsys, tmp_path / "out", *flags)
+    shard = tmp_path / "out" / "val-00000.bin"
+    shard.write_bytes(b"!" + shard.read_bytes()[1:])
+    assert "val-00000.bin was altered" in refused(capsys, tmp_path / "out")
+    prepare(sources[0], tmp_path / "bare", tokenizer="byte", val="hash:1e-9", eod=False)
+    facts, text = told(capsys, tmp_path / "bare")
+    assert facts["separator"] is None and "separator      none\nheld out       hash:1e-9; as it would leave" in text
+
+
+@pytest.mark.parametrize("kind", ["sft", "preferences"])
+def test_info_says_what_conversations_hold(kind, tmp_path, capsys):
+    index = prepare_examples("word_problems:50", tmp_path / "out", kind=kind, template="qa", tokenizer="byte")
+    facts, text = told(capsys, tmp_path / "out")
+    assert facts["kind"] == {"sft": "conversations"}.get(kind, kind) and facts["template"] == "qa"
+    for name, split in facts["splits"].items():
+        assert split == {c: index["splits"][name][c] for c in ("examples", "documents", "tokens", "targets")}
+    assert "template       qa\n" in text and "separator" not in text
+    assert facts["files"] == len(list((tmp_path / "out").iterdir())) == 9
+    assert "source         word_problems:50 (train)\n" in text and "all 9 files as recorded" in text
+
+
+def test_info_reads_a_folder_of_another_program_with_the_tokenizer_that_is_named(tmp_path, capsys):
+    np.arange(131, dtype="<u2").tofile(tmp_path / "train_0.bin")
+    np.arange(131, dtype="<u2").tofile(tmp_path / "val_0.bin")
+    assert "name the tokenizer it was made with: --data.tokenizer" in refused(capsys, tmp_path)
+    named = [tmp_path, "--data.tokenizer", "byte"]
+    assert "set --model.block_size to the row length" in refused(capsys, *named)
+    facts, text = told(capsys, *named, "--model.block_size", 130)
+    assert facts["files"] is None and facts["splits"]["val"]["tokens"] == 131 and "documents" not in text
+    assert "rows, made by another program" in text and "no hashes are recorded: nothing can be compared" in text
+    assert "takes only --data.tokenizer and" in refused(capsys, *named, "--model.block_size", 130, "--seed", 2)
+    assert "'wide' is the row length - 1" in refused(capsys, *named, "--model.block_size", "wide")
+
+
+def test_info_of_a_folder_that_is_neither_run_nor_data_says_so(tmp_path, capsys):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    found = refused(capsys, tmp_path / "runs")
+    assert "runs is neither a run (no config.json in it) nor prepared data (no index.json). `muonlm train`" in found
+    (tmp_path / "runs" / "mine" / "config.json").write_text("{}")
+    assert f"Did you mean '{tmp_path}/runs/mine'?" in refused(capsys, tmp_path / "runs")
 
 
 @pytest.mark.parametrize("form", ["cot", "sft", "preferences"])
@@ -674,4 +763,4 @@ def test_progress_reports_the_bytes_of_text_done(tmp_path, monkeypatch):
     )
     done = [d for stage, d, _ in calls if stage == "tokenise"]
     assert len(done) > 2 and done == sorted(done)
-    assert done[-1] == sum(s["bytes"] for s in index["splits"].values()) <= calls[-1][2]
+    assert done[-1] == sum(s["bytes"] for s in index["splits"].values()) == calls[-1][2] < calls[0][2]

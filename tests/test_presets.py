@@ -146,6 +146,14 @@ def test_a_length_replaces_that_of_the_recipe_and_flags_replace_both(preset):
     assert (config().train.steps, config().train.epochs) == (0, 2)
 
 
+def test_a_size_of_the_step_replaces_that_of_the_recipe(preset):
+    preset("train.accum = 4")
+    assert load_recipe("minimind/pretrain").train.global_batch == 131_072
+    train = config("minimind/pretrain").train
+    assert (train.micro_batch, train.accum, train.global_batch) == (32, 4, 0)
+    assert config(RECIPE).train.accum == 4  # which says it so itself
+
+
 def test_no_clipping_is_written_as_zero(preset):
     preset("max_grad_norm = 0")
     assert config().optim.clip_mode == "off"
@@ -255,6 +263,7 @@ def test_a_mistake_in_the_file_does_not_stop_runs_that_use_no_preset(preset, cap
         ({"train.epochs": "0.5", "train.tokens": "10_400_000"}, 159),  # 158.5
         ({"train.tokens": "10_400_000"}, 318),  # all tokens, the last batch too
         ({"train.steps": "77"}, 77),
+        ({"train.epochs": "3", "train.tokens": "1000"}, 3),  # less than a step: not "as much as there is data"
     ],
 )
 def test_epochs_of_so_many_tokens_are_whole_steps_and_each_way_alone_still_works(flags, steps):

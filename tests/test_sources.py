@@ -61,6 +61,21 @@ def test_each_form_gives_its_documents_with_file_and_line(tmp_path):
     assert texts([tmp_path / "d.md", str(tmp_path / "f.txt.gz")]) == ["# mark", "zipped é"]
 
 
+def test_without_a_named_column_a_row_without_text_gives_its_content(tmp_path):
+    table = pyarrow.table({"content": ["a", "b"], "n": [1, 2]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_file(tmp_path / "b.arrow", table.schema) as file:
+        file.write_table(table)
+    parquet(tmp_path / "c.parquet", content=["no", "no"], text=["c", "d"])
+    lines = [{"content": "e"}, {"content": "no", "text": "f"}, {"text": "g"}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    assert texts(tmp_path) == ["a", "b", "a", "b", "c", "d", "e", "f", "g"]
+    assert texts(tmp_path / "c.parquet", columns="content") == ["no", "no"]
+    for name in ("a.parquet", "b.arrow", "d.jsonl"):  # a column that was named is taken at its word
+        with pytest.raises(UserError, match=rf"{name}:1: no column 'text'; found content"):
+            texts(tmp_path / name, columns="text")
+
+
 def test_folders_are_read_recursively_sorted_and_without_hidden_files(tmp_path):
     for name in ("b/z.txt", "a/y.txt", "a/.hidden.txt", ".git/x.txt", "a/picture.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -160,8 +175,8 @@ def test_a_bad_file_is_answered_with_file_line_and_remedy(name, content, message
 
 
 def test_parquet_mistakes_name_the_row_and_the_columns(tmp_path):
-    with pytest.raises(UserError, match=r"a.parquet:1: no column 'text'; found content, n; try --data.columns content"):
-        list(documents(parquet(tmp_path / "a.parquet", content=["x"], n=[1])))
+    with pytest.raises(UserError, match=r"a.parquet:1: no column 'text'; found context, n; try --data.columns context"):
+        list(documents(parquet(tmp_path / "a.parquet", context=["x"], n=[1])))
     with pytest.raises(UserError, match=r"b.parquet:3: column 'text' holds NoneType"):
         list(documents(parquet(tmp_path / "b.parquet", text=["x", "y", None])))
     with pytest.raises(UserError, match=r"c.parquet:1: no rows"):
@@ -576,10 +591,13 @@ def test_known_data_sets_have_their_configuration_columns_and_licence(monkeypatc
     assert expand("openai/gsm8k", split="test")[0].name == "openai/gsm8k/test"
     row = {"instruction": "i", "output": "o", "source": "s"}
     monkeypatch.setattr(hub, "stream", lambda found, **kw: iter([(row, None)]))
-    for columns, text in [(None, "i\no"), ("text", "i\no"), ("source", "s"), ("output,source", "o\ns")]:
+    for columns, text in [(None, "i\no"), ("source", "s"), ("output,source", "o\ns")]:
         assert texts("TIGER-Lab/MathInstruct", columns=columns) == [text]
-    with pytest.raises(UserError, match=r"MathInstruct/train:1: no column 'answer'; found instruction, output, source"):
-        texts("TIGER-Lab/MathInstruct", columns="answer")
+    for named in ("answer", "text"):
+        with pytest.raises(
+            UserError, match=rf"MathInstruct/train:1: no column '{named}'; found instruction, output, source"
+        ):
+            texts("TIGER-Lab/MathInstruct", columns=named)
     for kept in rows("TIGER-Lab/MathInstruct"):
         assert kept == (row, "TIGER-Lab/MathInstruct/train:1")
 
@@ -623,6 +641,13 @@ def test_silence_and_failure_of_a_stream_become_errors_with_a_count(monkeypatch)
     with pytest.raises(UserError, match=r"after 2 rows \(connection reset\); run the same command again"):
         list(hub._read_ahead(broken, "a/b"))
     assert list(hub._read_ahead(lambda: iter(range(1000)), "a/b")) == list(range(1000))
+
+    def far():
+        for sign in [None] * 5 + [7]:
+            time.sleep(0.1)
+            yield sign
+
+    assert list(hub._read_ahead(far, "a/b")) == [7]  # half a second to the first row, and never silent
     threads = threading.active_count()
     assert list(islice(hub._read_ahead(lambda: iter(range(10**9)), "a/b"), 5)) == [0, 1, 2, 3, 4]
     time.sleep(0.5)  # a reader that leaves early stops the thread
@@ -739,6 +764,7 @@ out["parts"] = {s: ours(split=s) for s in ("train[:50%]", "train[100:150]")}
 out["part"] = ours({"taken": {"0": [20, 0]}, "open": None}, split="train[100:150]")
 out["row"] = next(rows("owner/set"))
 source = expand("owner/set")[0]
+out["signs"] = [item if item is None else item[0]["text"] for item in hub._rows(source.options, ["text"], 120, None)][:4]
 out["terms"] = licence(source)
 out["identity"] = identity(source)
 out["no split"] = refusal("owner/set", split="test")
@@ -761,6 +787,7 @@ def test_a_data_set_of_the_hub_streams_goes_on_from_any_place_and_gives_parts(fa
     assert found["whole"] == texts and found["where"] == f"owner/set/train:{ROWS}"
     assert found["marks"] == [50, 100, 150, 200]
     assert found["rest"] == {at: texts[int(at) :] for at in found["rest"]}
+    assert found["signs"] == [None, None, "row 120", "row 121"]  # one every MARKED rows that are passed over
     assert found["mixed"] == [0, 1, 0, 0, 0, 0, 0, 0, 0]
     # Without counts on the card, percentages are of the files: half of two files is the first.
     parts = {"train[:50%]": texts[:120], "train[100:150]": texts[100:150]}
@@ -775,6 +802,14 @@ def test_a_data_set_of_the_hub_streams_goes_on_from_any_place_and_gives_parts(fa
     assert "owner/other is no path here, and the hub shows no data set of this name (HTTP 404)" in found["no set"]
     assert "owner/forbidden" in found["forbidden"] and "HTTP 403" in found["forbidden"]
     assert all(local in found["forbidden"] for local in ALTERNATIVES)
+
+
+def test_a_data_set_of_the_hub_without_text_gives_its_content(fake_hub, tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2], "content": ["a", "b"]}), tmp_path / "t.parquet")
+    FakeHub.files |= dict.fromkeys(("train-0.parquet", "train-1.parquet"), (tmp_path / "t.parquet").read_bytes())
+    script = "from muonlm.data.sources import documents; print([d.text for d in documents('owner/set')])"
+    code, out, err, _ = run(script, HF_ENDPOINT=fake_hub, HF_HOME=str(tmp_path / "hf"))
+    assert (code, out) == (0, "['a', 'b', 'a', 'b']\n"), err
 
 
 @pytest.mark.parametrize("name", ["deep.json", "deep.jsonl"])

@@ -1,6 +1,7 @@
 """Stages: each starts from its parent's newest run, with its model and tokenizer, and no other start goes unsaid."""
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from muonlm import stages
 from muonlm.checkpoint import read
-from muonlm.cli import main
+from muonlm.cli import main, preferences
 from muonlm.config import load_recipe, read_recipe, recipe_names
 from muonlm.data.prepare_examples import prepare_examples
 from muonlm.data.sources import expand
@@ -249,6 +251,13 @@ def test_without_a_parents_run_a_stage_names_the_command_that_makes_one(stage, t
     assert f"muonlm train {PARENTS[stage]};" in err and "--init-from" in err
 
 
+def test_a_configuration_that_a_recipe_names_is_that_of_its_own_data_set():
+    found = {source: stages.load_recipe("mamba_trainer/gsm8k-finetune", {"init_from": "none"} | flags).data.name
+             for source, flags in {"own": {}, "other": {"data.source": "me/mine"},
+                                   "both": {"data.source": "me/mine", "data.name": "x"}}.items()}  # fmt: skip
+    assert found == {"own": "main", "other": "", "both": "x"}
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +284,15 @@ def test_going_on_and_starting_anew_are_not_asked_for_at_once(here, capsys):
     run = "runs/minimind/pretrain"
     said = refused(capsys, *sft("--resume", run, "--init-from", run))
     assert "--resume continues" in said and "--init-from starts a new one" in said
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_data_is_prepared_for_it(here, capsys, monkeypatch):
+    (here / "file").write_text("mine")
+    monkeypatch.setattr(
+        importlib.import_module("muonlm.train"), "open_data", lambda *_: pytest.fail("data was prepared")
+    )
+    for place in ("file/run", "/proc/run"):
+        assert f"--out {place} cannot be written" in refused(capsys, *sft("--out", place))
 
 
 def test_a_start_that_is_no_run_is_refused(here, capsys):
@@ -358,6 +376,11 @@ def test_preferences_are_evaluated_with_the_reference_of_the_run(chain, monkeypa
         assert found[key] == pytest.approx(made[key], abs=1e-6)
     assert main(["eval", str(run), "--data", "word_problems:40", "--json"]) == 0
     other = json.loads(capsys.readouterr().out)
+    line = preferences({"val_acc": 0.5, "val_pairs": 37})  # 18 pairs and a tie: the interval lies about one half
+    low, high = map(float, re.search(r"interval \[(.*)%, (.*)%\]", line).groups())
+    assert low + high == pytest.approx(100)
+    assert main(["eval", str(run), "--limit", "2"]) == 0
+    assert preferences(json.loads((run / "evals" / "bpb.json").read_text())) in capsys.readouterr().out
     assert other["val_loss"] == pytest.approx(math.log(2), abs=0.05) and other["val_loss"] != found["val_loss"]
     assert (run / "reference.safetensors").read_bytes() == sums
 
@@ -400,7 +423,7 @@ def test_the_commands_of_the_page_about_data_work_as_they_are_typed(here, capsys
     (preset,) = re.findall(r"```toml\n(.*?)```", page, re.S)
     Path("muonlm.toml").write_text(preset)
     lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()]
-    assert len(lines) == 14 and all(line.startswith("muonlm ") for line in lines)
+    assert len(lines) == 15 and all(line.startswith("muonlm ") for line in lines)
     for line in lines:
         words = shlex.split(line, comments=True)[1:]
         assert main(words + ["--smoke", "--dry-run"] * (words[0] == "train")) == 0, line

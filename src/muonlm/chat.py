@@ -93,10 +93,10 @@ class Chat:
         length = len(reader.rows[0])
         pieces, written, shown, unread = self.tokenizer.stream(), "", "", []
 
-        def show(piece: str) -> None:
+        def show(piece: str, visible_part=self.form.reply_so_far) -> None:
             nonlocal written, shown
             written += piece
-            visible = self.form.reply(written)
+            visible = visible_part(written)
             if on_text and len(visible) > len(shown):
                 on_text(visible[len(shown) :])
                 shown = visible
@@ -108,7 +108,7 @@ class Chat:
                 show(pieces.push(token))
             if stopped():
                 break
-        show(pieces.flush())
+        show(pieces.flush(), self.form.reply)
         if reader.context and length > reader.context:
             self._tell_of_forgetting()
         reply = self.form.reply(written)
@@ -178,8 +178,6 @@ def converse(chat: Chat, out=None) -> None:
     """
     out = out or sys.stdout
     terminal = sys.stdin.isatty()
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # a stray byte is a character that nobody meant, not a traceback
     if terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401, input() then edits lines and remembers them

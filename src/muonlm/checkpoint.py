@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import Config, UserError, nearest
+from .data.partial import sync
 
 FORMAT_VERSION = 1
 
@@ -50,8 +51,8 @@ def save(
         body = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}
         (work / "meta.json").write_text(json.dumps(body | {"checksum": _checksum(body)}, indent=1))
         for path in work.iterdir():
-            _sync(path)
-        _sync(work)
+            sync(path)
+        sync(work)
         if target.exists():  # an interrupted run that was resumed before this step writes the same step again
             shutil.rmtree(target)
         os.replace(work, target)
@@ -63,7 +64,7 @@ def save(
         ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    _sync(root)
+    sync(root)
     for pointer in ["latest"] + ["best"] * best:
         write_atomically(root / pointer, target.name)
     protected = {(root / "best").read_text().strip() if (root / "best").exists() else ""}
@@ -128,7 +129,8 @@ def locate(source: str | Path, which: str = "best") -> tuple[Path, Path]:
     if (path / "meta.json").exists():
         return path.parent.parent, path
     if not (path / "config.json").exists():
-        inside = sorted(str(p.parent) for p in path.glob("*/config.json"))
+        above = [p for p in list(path.absolute().parents)[:2] if (p / "config.json").exists()]  # RUN/checkpoints/latest
+        inside = [str(p) for p in above] or sorted(str(p.parent) for p in path.glob("*/config.json"))
         hint = f" Did you mean {inside[-1]!r}?" if inside else " `muonlm train` makes one."
         raise UserError(f"{str(source)!r} is not a run directory (it has no config.json).{hint}")
     root = path / "checkpoints"
@@ -140,8 +142,8 @@ def locate(source: str | Path, which: str = "best") -> tuple[Path, Path]:
             return path, target
     found = ", ".join(p.name for p in checkpoints(path)) or "none"
     raise UserError(
-        f"run {path} has no checkpoint {which!r} (found: {found}). "
-        + ("Finish or resume it first: " + f"muonlm train --resume {path}" if found == "none" else "")
+        f"run {path} has no checkpoint {which!r} (found: {found})."
+        + (f" Finish or resume it first: muonlm train --resume {path}" if found == "none" else "")
     )
 
 
@@ -214,11 +216,3 @@ def _digest(path: Path) -> str:
 
 def _checksum(body: dict) -> str:
     return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

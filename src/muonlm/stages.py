@@ -11,6 +11,7 @@ Resuming is something else: --resume goes on with a run and everything it had (t
 Raises   UserError: no run of the parent, or a run that cannot be read; data prepared with another tokenizer than the weights.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def load_recipe(
 ) -> Config:
     """config.load_recipe, with what the run named by --init-from, or found for the recipe's parent, hands down."""
     flags = {key.replace("-", "_"): value for key, value in (flags or {}).items()}
+    if flags.get("data.source"):  # a configuration that the recipe names is one of the recipe's own data set
+        flags.setdefault("data.name", "")
     recipe = read_recipe(name)
     source, parent = flags.pop("init_from", recipe.get("init_from", "")), flags.get("parent", recipe.get("parent", ""))
     if not source and parent:
@@ -87,10 +90,17 @@ def inherited(source: str) -> dict:
 
 def describe(cfg: Config, parameters: int) -> str:
     """One line for the start of a run: where its weights, model, tokenizer and template come from. Empty for a first stage."""
+    from .checkpoint import read_config
+    from .data.templates import template as find_template
+
     if not cfg.init_from:
         return f"fresh weights: no run of {cfg.parent} is taken" if cfg.parent else ""
-    template = f", template {cfg.data.template}" if cfg.data.template else ""
     run = Path(cfg.init_from).parent.parent
+    template, before = cfg.data.template, read_config(run).data.template
+    template = f", template {template}" if template else ""
+    with contextlib.suppress(UserError):  # a template file that is gone
+        if template and before and find_template(before) != find_template(cfg.data.template):
+            template += f" (its own is {before}: --data.template {before} keeps it)"
     return (
         f"starts from {cfg.init_from} (recipe {_recipe_of(run) or '?'}): its weights and model ({parameters:,} parameters, "
         f"layers {cfg.model.layers}), tokenizer {cfg.data.tokenizer}{template}"

@@ -15,6 +15,7 @@ import json
 import math
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -56,6 +57,7 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
         started = resume and (path / "config.json").exists()
         if not started and not resume:
             Run.refuse_used(path)
+            refuse_unwritable(path)  # before what may be hours of preparing data
         dist.barrier()  # nobody creates the directory before all have looked
         data = open_data(cfg, dist)
         check_tokenizer(cfg, getattr(data.train, "tokenizer", None))
@@ -97,13 +99,16 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
             dtype, why = choose_dtype(model, data, cfg, dist)
             cfg = run.cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, dtype=dtype))
             say(f"dtype: {dtype} ({why})")
+        idle = bool(saved) and (step == cfg.train.steps or reached_target(cfg, counters))
+        if idle:  # the run's record must not name settings that trained nothing
+            run.cfg = checkpoint.read_config(path)
         clipped = layers_to_clip(cfg, model)
         diagnostics, check = watch(cfg, optimizer)
         if dist.main:
             begin_run(run, cfg, plan, optimizer, data, step, started, dist, say)
             if scan:
                 say(f"scan: {scan}")
-        if saved and (step == cfg.train.steps or reached_target(cfg, counters)):
+        if idle:
             say(nothing_left(cfg, path, step))
         dist.barrier()
         if cfg.train.objective == "dpo":
@@ -235,6 +240,15 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
 
 
 # --- before the loop ----------------------------------------------------------------------------------------------------------
+
+
+def refuse_unwritable(path: Path) -> None:
+    try:
+        tempfile.TemporaryFile(dir=next(p for p in (path, *path.absolute().parents) if p.exists())).close()
+    except OSError as error:
+        raise UserError(
+            f"--out {path} cannot be written: {error.strerror}. Choose another, such as --out /tmp/{path.name}"
+        ) from None
 
 
 def global_rows(cfg: Config, world: int) -> int:
@@ -565,7 +579,7 @@ def finish(run: Run, cfg: Config, model, data: Splits, step: int, counters: dict
         say(
             f"stopped at step {step:,} of {cfg.train.steps:,}. Go on with: muonlm train --resume {path}"
             if step
-            else "stopped before the first step."
+            else f"stopped before the first step. Begin with: muonlm train --resume {path}"
         )
         return report
     checkpoint.write_atomically(path / "report.json", json.dumps(report, indent=1))

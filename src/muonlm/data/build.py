@@ -26,16 +26,16 @@ from ..config import UserError
 from ..data import formats
 from ..data.held_out import HeldOut, Sides, digest, digests, limit, settle
 from ..data.packed import FORMAT_VERSION, canonical
-from ..data.partial import Partial, sync_file
+from ..data.partial import Partial, sync
 from ..data.shards import RawShards, TokenShards
-from ..data.sources import Document, Source, advance, documents, identity, licence, size
+from ..data.sources import PIECE, Document, Source, advance, documents, identity, licence, size
 from ..data.tokenizer import Tokenizer, resolve_tokenizer
 
 BATCH = 1 << 21  # characters tokenised at once: 128 parts keep all cores busy, and it is small beside torch
 SAMPLE = 1 << 25  # characters that BPE is trained on: merges of common words settle long before
 SAVE_SECONDS = 5.0  # between saves: what a kill costs at most
 
-Progress = Callable[[str, int, int], None]  # (stage, bytes of text done, bytes of the source files; 0 = unknown)
+Progress = Callable[[str, int, int], None]  # (stage, bytes of text done, bytes of the sources or 0; equal at the end)
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Job:
         sizes = [size(s) for s in self.files + self.val_files]
         self.total = sum(sizes) if all(sizes) else 0
         both = (("train", self.files), ("val", self.val_files))
-        self.records = [_source_record(s, split) for split, sources in both for s in sources]
+        self.records = [source_record(s, split) for split, sources in both for s in sources]
 
     def key(self) -> str:
         """The command and the content of its sources."""
@@ -115,6 +115,7 @@ def build(job: Job) -> dict:
             known = digests(job.read(), after=held.cut)
         sides = Sides(held, known, job.state.get("sides"))
         overlap = _encode(job, "train", job.read(job.state.get("place")), sides, splits, tok)
+        job.report("tokenise", job.state["done"], job.state["done"])
         for part in splits.values():
             part.finish(tok)
     finally:
@@ -159,7 +160,7 @@ def build_raw(job: Job) -> dict:
                 job.report("write", shards.bytes, job.total)
                 saved = time.monotonic()
         shards.finish()
-        job.report("write", shards.bytes, job.total)
+        job.report("write", shards.bytes, shards.bytes)
     finally:
         shards.files.abandon()
     return _index(job) | shards.record()
@@ -196,7 +197,7 @@ def _tokenizer(job: Job) -> Tokenizer:
             texts = chain(job.read(), documents(job.val_files, columns=job.columns) if job.val_files else ())
         tok = resolve_tokenizer(tok, texts, special=job.special)
     tok.save(job.work.out)
-    sync_file(file)
+    sync(file)
     job.save(tokenizer=tok.fingerprint)
     return tok
 
@@ -208,14 +209,16 @@ def _sample(job: Job) -> Iterator[str]:
     sides, taken = Sides(job.held), 0
     for document in job.read():
         for split, piece, _ in sides.parts(document):
-            if split != "train" or (
-                job.total > SAMPLE and digest(piece.text, b"muonlm sample") >= limit(SAMPLE / job.total)
-            ):
+            if split != "train":
                 continue
-            taken += len(piece.text)
-            if taken > most and taken > len(piece.text):
-                return
-            yield piece.text
+            for at in range(0, len(piece.text), 2 * PIECE):  # a row comes whole, however long it is
+                text = piece.text[at : at + 2 * PIECE]
+                if job.total > SAMPLE and digest(text, b"muonlm sample") >= limit(SAMPLE / job.total):
+                    continue
+                taken += len(text)
+                if taken > most and taken > len(text):
+                    return
+                yield text
 
 
 def _encode(job: Job, phase: str, stream, sides: Sides, splits: dict[str, TokenShards], tok: Tokenizer) -> int:
@@ -354,7 +357,8 @@ def is_file(source: Source) -> bool:
     return source.form not in ("hub", "problems")
 
 
-def _source_record(source: Source, split: str) -> dict:
+def source_record(source: Source, split: str) -> dict:
+    """What an index says of a source."""
     form, what, _ = identity(source)
     record = {"path": source.name, "split": split, "form": form}
     if is_file(source):

@@ -36,12 +36,12 @@ from ..data.packed import (
     KeyedPermutation,
     canonical,
     epochs_of,
+    open_split,
     read_index,
     remake,
 )
 from ..data.templates import TEMPLATES
 from ..data.templates import template as find_template
-from ..data.tokenizer import Tokenizer
 
 KINDS = {"sft": "examples", "preferences": "pairs"}  # and what a message calls their items
 WINDOW = 1 << 22  # bytes of the mask looked at together
@@ -66,19 +66,11 @@ class ExampleData:
         pack: bool = True,
         overlong: str = "cut",
     ):
-        if block_size < 1 or rows < 1:
-            raise UserError(f"block_size={block_size}, rows={rows}: both must be at least 1")
         if overlong not in ("cut", "drop"):
             raise UserError(f"data.overlong = {overlong!r} is unknown; it is cut or drop")
         self.path = Path(path)
         self.index = read_examples(self.path)
-        if split not in self.index["splits"]:
-            raise UserError(f"{self.path} has no split {split!r}; it has {', '.join(self.index['splits'])}")
-        self.tokenizer = Tokenizer.load(self.path)
-        if self.tokenizer.fingerprint != self.index["tokenizer"]["fingerprint"]:
-            raise UserError(
-                f"{self.path / 'tokenizer.json'} is not the tokenizer this data was made with; {remake(self.path)}"
-            )
+        info, self.tokenizer = open_split(self.path, self.index, split, block_size, rows)
         self.split, self.block_size, self.rows, self.seed = split, block_size, rows, seed
         self.kind: str = self.index["kind"]
         self.template: str = _template_of(self.path, self.index)
@@ -88,7 +80,6 @@ class ExampleData:
         self.reference: np.ndarray | None = None  # (num_examples, 2) fp32, set from outside: log-probabilities of pairs
         self._sides = 2 if self.kind == "preferences" else 1  # documents of an item
 
-        info = self.index["splits"][split]
         dtype = np.dtype(self.index["dtype"]).newbyteorder("<")
         # np.asarray: the same map without memmap's slower indexing
         self._tokens = np.asarray(np.memmap(self.path / info["shards"][0]["file"], dtype, mode="r"))

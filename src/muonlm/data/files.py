@@ -119,7 +119,7 @@ def _decode(decoder, block: bytes, name: str, line: int, offset: int) -> str:
 # of records
 
 
-def _json_rows(path: Path, name: str, columns: list[str], skip: int) -> Iterator[tuple[int, dict]]:
+def _json_rows(path: Path, name: str, columns: list[str] | None, skip: int) -> Iterator[tuple[int, dict]]:
     is_array = ".jsonl" not in path.name.lower() and next(_texts(path, name), "").lstrip()[:1] == "["
     found = islice(_array(path, name), skip, None) if is_array else _parsed_lines(path, name, skip)
     for number, row in found:
@@ -198,7 +198,7 @@ def _array(path: Path, name: str) -> Iterator[tuple[int, object]]:
         raise UserError(f"{name}:1: no rows; the array must hold rows")
 
 
-def _parquet(path: Path, name: str, columns: list[str], skip: int) -> Iterator[tuple[int, dict]]:
+def _parquet(path: Path, name: str, columns: list[str] | None, skip: int) -> Iterator[tuple[int, dict]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -209,7 +209,7 @@ def _parquet(path: Path, name: str, columns: list[str], skip: int) -> Iterator[t
             f"{name}:1: not a readable Parquet file ({_first_line(error)}); copy or download it again"
         ) from None
     with file:
-        check_columns(columns, file.schema_arrow.names, f"{name}:1")
+        columns = chosen(columns, file.schema_arrow.names, f"{name}:1")
         if not file.metadata.num_rows:
             raise UserError(f"{name}:1: no rows; give a Parquet file with text in it")
         number, groups = 0, [*range(file.num_row_groups)]
@@ -227,7 +227,7 @@ def _parquet(path: Path, name: str, columns: list[str], skip: int) -> Iterator[t
             ) from None
 
 
-def _arrow(path: Path, name: str, columns: list[str], skip: int) -> Iterator[tuple[int, dict]]:
+def _arrow(path: Path, name: str, columns: list[str] | None, skip: int) -> Iterator[tuple[int, dict]]:
     """The stream format, which `datasets` writes, and the file format."""
     import pyarrow
     import pyarrow.ipc
@@ -238,7 +238,7 @@ def _arrow(path: Path, name: str, columns: list[str], skip: int) -> Iterator[tup
             is_file = file.read(6) == b"ARROW1"
             file.seek(0)
             reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
-            check_columns(columns, reader.schema.names, f"{name}:1")
+            columns = chosen(columns, reader.schema.names, f"{name}:1")
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
             for batch in batches:
                 if number + batch.num_rows <= skip:
@@ -268,12 +268,16 @@ rows_of = {"rows": _json_rows, "parquet": _parquet, "arrow": _arrow}
 # ----------------------------------------------------------------------------------------------------------- columns
 
 
-def check_columns(columns: list[str], found, where: str) -> None:
+def chosen(columns: list[str] | None, found, where: str) -> list[str]:
+    """Those to read: the named ones, which must be there, or all (none named); None: `text`, without it `content`."""
+    if columns is None:
+        columns = ["content" if "content" in found and "text" not in found else "text"]
     for column in columns:
         if column not in found:
             near = (difflib.get_close_matches(column, list(found), 1, 0.5) or list(found))[:1]
             remedy = f"try --data.columns {near[0]}" if near else "give a file with such a column"
             raise UserError(f"{where}: no column {column!r}; found {', '.join(found) or 'none'}; {remedy}")
+    return columns
 
 
 def join(row: dict, columns: list[str], where: str) -> str:

@@ -186,7 +186,7 @@ def _measure(file: Path) -> tuple[str, int, int]:
 
 def _check_rows(files: list[tuple[Path, int]], block_size: int) -> None:
     """Headerless rows do not say how long they are; one usual length must divide every file, else one was cut short."""
-    lengths = [4097, *([block_size + 1] if block_size else []), *(2**k + 1 for k in range(6, 17))]
+    lengths = [4097, *([block_size + 1] if block_size > 0 else []), *(2**k + 1 for k in range(6, 17))]
     fits = [r for r in lengths if all(tokens % r == 0 for _, tokens in files)]
     if fits:
         return
@@ -208,12 +208,16 @@ def _look(file: Path, tokens: int, offset: int, tok: Tokenizer) -> str:
         for half in (0, 1):  # the high halves of uint32 ids below 65536 are zeros
             if len(part) >= 64 and not part[half::2].any() and part[1 - half :: 2].any():
                 raise UserError(f"{file}: every second id is 0, as in 32-bit ids; {EXPECTED}")
-        if int(part.max()) >= tok.vocab_size:
-            raise UserError(
-                f"{file} holds the id {int(part.max())}, the tokenizer {tok.kind} has {tok.vocab_size}: it was made "
-                f"with another one (--data.tokenizer) or is no uint16; {EXPECTED}"
-            )
+        _check_ids(file, part, tok)
     return seen.hexdigest()
+
+
+def _check_ids(file: Path, ids: np.ndarray, tok: Tokenizer) -> None:
+    if (most := int(ids.max())) >= tok.vocab_size:
+        raise UserError(
+            f"{file} holds the id {most}, the tokenizer {tok.kind} has {tok.vocab_size}: it was made with another one "
+            f"(--data.tokenizer) or is no uint16; {EXPECTED}"
+        )
 
 
 def _text_bytes(path: Path, split: dict, tok: Tokenizer) -> dict:
@@ -228,6 +232,7 @@ def _text_bytes(path: Path, split: dict, tok: Tokenizer) -> dict:
         ids = np.memmap(path / shard["file"], "<u2", mode="r", offset=shard["offset"], shape=(shard["tokens"],))
         for at in range(0, min(len(ids), limit - counted), 1 << 20):
             part = np.asarray(ids[at : at + min(1 << 20, limit - counted)])
+            _check_ids(path / shard["file"], part, tok)
             counted += len(part)
             found += int(sizes[part].sum()) if sizes is not None else len(tok.decode(part).encode())
     whole = counted == split["tokens"]

@@ -21,9 +21,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..config import UserError
+from ..data.files import chosen
 
 PROBE = 8  # seconds for the first look: with the imports, an answer within 15 s whatever the network does
-FIRST, STALL = 60, 180  # seconds without a row: until the first (files are listed), later (`datasets` tries again)
+FIRST, STALL = 60, 180  # seconds without a sign: until the first (files are listed), later (`datasets` tries again)
 AHEAD = 256  # rows read ahead
 MARKED = 1000  # rows between two marks
 LOCAL = (
@@ -38,7 +39,7 @@ class Known:
 
     name: str = ""  # configuration
     split: str = "train"
-    columns: tuple[str, ...] = ("text",)  # joined with a newline where text is wanted
+    columns: tuple[str, ...] = ()  # joined with a newline where text is wanted; () = as of a file
     licence: str = ""
     note: str = ""
     reads: str = ""  # the id it is read from, if another
@@ -143,7 +144,7 @@ def stream(
     return _read_ahead(lambda: _rows(found, columns, taken, mark), name)
 
 
-def _rows(found: dict, columns, taken: int, mark) -> Iterator[tuple[dict, list | None]]:
+def _rows(found: dict, columns, taken: int, mark) -> Iterator[tuple[dict, list | None] | None]:
     """Runs in the thread: everything that touches the network."""
     import datasets
 
@@ -154,7 +155,7 @@ def _rows(found: dict, columns, taken: int, mark) -> Iterator[tuple[dict, list |
     split, low, high = part(found["split"])
     low, high = _limits(builder, found["id"], split, low, high)
     data = builder.as_streaming_dataset(split=split)
-    if columns and data.column_names and set(columns) <= set(data.column_names):
+    if data.column_names and (columns := chosen(columns, data.column_names, f"{found['id']}/{found['split']}:1")):
         data = data.select_columns(list(columns))
     begin, at = low + taken, 0
     if mark is not None:
@@ -166,6 +167,8 @@ def _rows(found: dict, columns, taken: int, mark) -> Iterator[tuple[dict, list |
             return
         if at > begin:
             yield row, [at, data.state_dict()] if at % MARKED == 0 else None
+        elif at % MARKED == 0:
+            yield None  # a sign of life: to the middle of a large split it may be far
 
 
 def part(split: str) -> tuple[str, str, str]:
@@ -205,7 +208,7 @@ def _limits(builder, id: str, split: str, low: str, high: str) -> tuple[int, int
 
 
 def _read_ahead(make: Callable[[], Iterator], name: str) -> Iterator:
-    """What `make()` yields, produced in a thread; silence becomes an error, and so does any failure in there."""
+    """What `make()` yields but None, produced in a thread; silence and any failure in there become errors."""
     rows: queue.Queue = queue.Queue(AHEAD)
     left = threading.Event()  # the reader went away
 
@@ -241,8 +244,9 @@ def _read_ahead(make: Callable[[], Iterator], name: str) -> Iterator:
                 return
             if error is not None:
                 raise _told(error, name, count) from None
-            count += 1
-            yield item
+            if item is not None:
+                count += 1
+                yield item
     finally:
         left.set()
         thread.join(1)  # a thread that still reads while Python ends may crash it

@@ -148,18 +148,9 @@ class PackedData:
         reset: bool = False,
         tokenizer: str = "",
     ):
-        if block_size < 1 or rows < 1:
-            raise UserError(f"block_size={block_size}, rows={rows}: both must be at least 1")
         self.path = Path(path)
         self.index = read_index(self.path, tokenizer, block_size=block_size)
-        if split not in self.index["splits"]:
-            raise UserError(f"{self.path} has no split {split!r}; it has {', '.join(self.index['splits'])}")
-        foreign = "foreign" in self.index
-        self.tokenizer = foreign_tokenizer(self.path, tokenizer) if foreign else Tokenizer.load(self.path)
-        if self.tokenizer.fingerprint != self.index["tokenizer"]["fingerprint"]:
-            raise UserError(
-                f"{self.path / 'tokenizer.json'} is not the tokenizer this data was packed with; {remake(self.path)}"
-            )
+        info, self.tokenizer = open_split(self.path, self.index, split, block_size, rows, tokenizer)
         if reset and self.tokenizer.eot_id is None:
             raise UserError(
                 f"data.reset = true: the tokenizer of {self.path} has no end of text, so documents cannot be told apart"
@@ -167,7 +158,6 @@ class PackedData:
         self.split, self.block_size, self.rows, self.seed, self.reset = split, block_size, rows, seed, reset
         self.vocab_size: int = self.tokenizer.vocab_size
         self.fingerprint: str = self.index["fingerprint"]
-        info = self.index["splits"][split]
         self.num_tokens: int = info["tokens"]
         self.num_bytes: int = info["bytes"]
         dtype = np.dtype(self.index["dtype"]).newbyteorder("<")
@@ -267,6 +257,18 @@ class PackedData:
             here = shard == s
             out[here] = self._shards[s][position[here] - (self._ends[s] - len(self._shards[s]))]
         return out
+
+
+def open_split(path: Path, index: dict, split: str, block_size: int, rows: int, tokenizer: str = ""):
+    """(the index's record of a split, the tokenizer) of any prepared folder, after the checks that all of them share."""
+    if block_size < 1 or rows < 1:
+        raise UserError(f"block_size={block_size}, rows={rows}: both must be at least 1")
+    if split not in index["splits"]:
+        raise UserError(f"{path} has no split {split!r}; it has {', '.join(index['splits'])}")
+    tok = foreign_tokenizer(path, tokenizer) if "foreign" in index else Tokenizer.load(path)
+    if tok.fingerprint != index["tokenizer"]["fingerprint"]:
+        raise UserError(f"{path / 'tokenizer.json'} is not the tokenizer this data was made with; {remake(path)}")
+    return index["splits"][split], tok
 
 
 def remake(path) -> str:

@@ -114,7 +114,7 @@ class Partial:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, self.path / "state.json")
-        sync_folder(self.path)
+        sync(self.path)
 
     def put_in_place(self) -> None:
         """out/ becomes the target."""
@@ -124,8 +124,8 @@ class Partial:
 def exchange(new: Path, to: Path, old: Path) -> None:
     """Sync `new`, rename it to `to`. An older target of ours steps aside to `old`, and comes back if that fails."""
     for file in new.rglob("*"):
-        sync_folder(file) if file.is_dir() else sync_file(file)
-    sync_folder(new)
+        sync(file)
+    sync(new)
     shutil.rmtree(old, ignore_errors=True)
     replaces = is_ours(to)
     if replaces:
@@ -138,7 +138,7 @@ def exchange(new: Path, to: Path, old: Path) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise UserError(f"{to} was made by another process meanwhile; choose another --to") from None
         raise
-    sync_folder(to.parent)  # the rename itself
+    sync(to.parent)  # the rename itself
 
 
 def partial_path(to: Path) -> Path:
@@ -183,13 +183,9 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be made ({error.strerror}); choose another --to") from None
 
 
-def sync_file(file: Path) -> None:
-    with open(file, "rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """A file's content, or the names in a folder, are on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

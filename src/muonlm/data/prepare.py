@@ -32,8 +32,9 @@ from ..data import formats
 from ..data.build import Job, Progress, build, build_raw, is_file
 from ..data.held_out import parse
 from ..data.packed import FORMAT_VERSION, INDEX_NAMES, checksum, read_index, remake
-from ..data.partial import INDEX_FILES, Partial, in_cache, kept_work, partial_path, refuse_target, sync_file
+from ..data.partial import INDEX_FILES, Partial, in_cache, kept_work, partial_path, refuse_target, sync
 from ..data.sources import Source, expand, identity, licence
+from ..data.templates import template
 from ..data.tokenizer import Tokenizer, made_from_text, resolve_tokenizer
 
 
@@ -94,7 +95,7 @@ def prepare(
         block_size=block_size,
         report=progress or (lambda stage, done, total: None),
     )
-    for line in dict.fromkeys(filter(None, map(licence, files))):
+    for line in dict.fromkeys(filter(None, map(licence, job.files + job.val_files))):
         tell(line)
     try:
         with Partial(to, wait=wait) as job.work:
@@ -141,7 +142,7 @@ def _make(job: Job, overwrite: bool, hub: bool, tell) -> dict:
             index["checksum"] = checksum(index)
             file = work.out / {"raw": "raw.json", "bin": "meta.json"}.get(job.layout, "index.json")
             file.write_text(json.dumps(index, indent=1), "utf-8")
-            sync_file(file)
+            sync(file)
             job.save(sealed=index["checksum"])
         work.put_in_place()
         work.keep = False
@@ -214,26 +215,37 @@ def prepared(
 
 
 def verify(path) -> dict:
-    """Hash every file of a prepared folder (text or conversations) against its index, which is returned. A UserError
-    names the first that differs."""
+    """Compare every file of a prepared folder (text or conversations) with its index, which is returned: token files
+    by their hashes, index, tokenizer and template by what they say. A UserError names the first that differs."""
     path, index = Path(path), read_index(path)
     if "foreign" in index:
         raise UserError(f"{path} was made by another program and records no hashes to compare with; {remake(path)}")
-    for info in index["splits"].values():
-        for shard in info["shards"] + [info[part] for part in ("trained", "lengths") if part in info]:
-            if not (path / shard["file"]).is_file():
-                raise UserError(f"{path / shard['file']} is missing; {remake(path)}")
-            with open(path / shard["file"], "rb") as file:
-                found = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
-            if found != shard["blake2b"]:
-                raise UserError(
-                    f"{path / shard['file']} was altered: its content differs from the recorded hash; {remake(path)}"
-                )
+    for record in hashed_files(index):
+        if not (path / record["file"]).is_file():
+            raise UserError(f"{path / record['file']} is missing; {remake(path)}")
+        with open(path / record["file"], "rb") as file:
+            found = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+        if found != record["blake2b"]:
+            raise UserError(
+                f"{path / record['file']} was altered: its content differs from the recorded hash; {remake(path)}"
+            )
     if Tokenizer.load(path).fingerprint != index["tokenizer"]["fingerprint"]:
         raise UserError(
             f"{path / 'tokenizer.json'} was altered: its fingerprint differs from the index; {remake(path)}"
         )
+    if form := index.get("template"):
+        file = path / f"{form['name']}.toml"
+        if template(file) != template(form):
+            raise UserError(f"{file} was altered: the template differs from the index; {remake(path)}")
     return index
+
+
+def hashed_files(index: dict) -> list[dict]:
+    """The records {"file", "blake2b", …} of all token files of an index."""
+    more = ("trained", "lengths")  # beside the tokens of conversations
+    return [
+        r for info in index["splits"].values() for r in info["shards"] + [info[part] for part in more if part in info]
+    ]
 
 
 def bpb(nats_per_token: float, index_split: dict) -> float:

@@ -28,7 +28,7 @@ import muonlm
 
 from ..config import UserError
 from ..data import held_out
-from ..data.build import BATCH, SAMPLE, Progress
+from ..data.build import BATCH, SAMPLE, Progress, source_record
 from ..data.conversations import Conversation, read_conversations, read_preferences
 from ..data.examples import KINDS, read_examples
 from ..data.packed import (
@@ -117,14 +117,15 @@ def prepared_examples(
     """
     form, special = _checked(kind, template), tuple(special)
     many = [source] if isinstance(source, (str, Path)) else list(source)
-    if len(many) == 1 and any((Path(many[0]) / n).is_file() for n in INDEX_NAMES):
-        found = read_examples(many[0])["kind"]
+    one = Path(many[0]).expanduser() if len(many) == 1 else None
+    if one and any((one / name).is_file() for name in INDEX_NAMES):
+        found = read_examples(one)["kind"]
         if found != kind:
             raise UserError(
-                f"{many[0]} holds {KINDS[found]} ({found}), but {KINDS[kind]} ({kind}) are wanted; "
+                f"{one} holds {KINDS[found]} ({found}), but {KINDS[kind]} ({kind}) are wanted; "
                 f"train it with --train.objective {'sft' if found == 'sft' else 'dpo'}, or give other data"
             )
-        return Path(many[0])
+        return one
     held, files = held_out.parse(val), expand(many, name=name, split=split)
     if any(s.name == "-" for s in files):
         raise UserError(
@@ -390,7 +391,7 @@ def _build(files, val_files, work: Partial, kind, form, tokenizer, columns, held
         "layout": "examples",
         "kind": kind,
         "template": definition,
-        "sources": [_record(s, side) for side, many in (("train", files), ("val", val_files)) for s in many],
+        "sources": [source_record(s, side) for side, many in (("train", files), ("val", val_files)) for s in many],
         "tokenizer": tok.record(),
         "vocab_size": tok.vocab_size,
         "dtype": tok.dtype.name,
@@ -410,7 +411,3 @@ def _build(files, val_files, work: Partial, kind, form, tokenizer, columns, held
     index["checksum"] = checksum(index)
     (work.out / INDEX_NAMES[0]).write_text(json.dumps(index, indent=1), "utf-8")
     return index
-
-
-def _record(source: Source, split: str) -> dict:
-    return {"path": source.name, "split": split, "bytes": size(source), "content": identity(source)}

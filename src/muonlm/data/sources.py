@@ -1,8 +1,8 @@
 """Sources: text and rows from files, folders, the hub or a generator, as one stream in bounded memory.
 
     PATH.txt .md .py .c … (.gz)   one document; long ones arrive in pieces of about PIECE characters (CODE: all kinds)
-    PATH.jsonl .json (.gz)        one document a row; the columns (default `text`), joined with a newline. A .json may
-                                  be one array of rows
+    PATH.jsonl .json (.gz)        one document a row; the columns, joined with a newline (none named: `text`, or
+                                  `content` where there is no `text`). A .json may be one array of rows
     PATH.parquet .arrow           the same, a batch of rows at a time
     FOLDER, 'GLOB*'               every such file in it (no bare .json), sorted, folders recursively. A folder that
                                   `datasets` saved gives its rows (of one split); train.jsonl beside metadata.json (from
@@ -41,6 +41,8 @@ from pathlib import Path
 
 from ..config import UserError
 from ..data import files, hub
+from ..data.packed import INDEX_NAMES
+from ..data.partial import is_ours
 
 PIECE = 1 << 20  # characters of a piece of text, about
 CODE = tuple(
@@ -83,7 +85,7 @@ def documents(
 ) -> Iterator[Document]:
     """All documents of the sources, in order or by weight, behind the place `start`. The cheap checks of all sources
     come before this returns. name, split: of hub data sets; the split also of saved data sets and word_problems."""
-    return _by_weight(expand(sources, name=name, split=split), _names(columns) or ["text"], start or {})
+    return _by_weight(expand(sources, name=name, split=split), _names(columns) or None, start or {})
 
 
 def advance(place: dict, document: Document) -> None:
@@ -117,7 +119,7 @@ def rows(
             raise UserError(f"{source.group}={source.weight:g}: weights order text; of rows all are read: leave it out")
     whole = ((row, where) for source in found for row, where, _ in _records(source, names))
     if names:
-        whole = (({name: row[name] for name in names}, where) for row, where in whole)
+        whole = (({name: row[name] for name in files.chosen(names, row, where)}, where) for row, where in whole)
     return islice(whole, start, None)
 
 
@@ -126,7 +128,7 @@ def _names(columns: str | list[str] | None) -> list[str]:
     return [n.strip() for part in given for n in part.split(",") if n.strip()]
 
 
-def _by_weight(found: list[Source], columns: list[str], start: dict) -> Iterator[Document]:
+def _by_weight(found: list[Source], columns: list[str] | None, start: dict) -> Iterator[Document]:
     taken = {int(index): count for index, count in start.get("taken", {}).items()}
     weighted = all(source.weight is not None for source in found)
     groups = [[*range(len(found))]]
@@ -152,7 +154,7 @@ def _by_weight(found: list[Source], columns: list[str], start: dict) -> Iterator
         yield document
 
 
-def _in_order(found: list[Source], group: list[int], columns: list[str], taken: dict, marks: dict):
+def _in_order(found: list[Source], group: list[int], columns: list[str] | None, taken: dict, marks: dict):
     done = max((i for i in group if i in taken), default=group[0])  # sources before it are finished
     for index in group[group.index(done) :]:
         skip, source = taken.get(index, (0, 0))[0], found[index]
@@ -166,15 +168,15 @@ def _in_order(found: list[Source], group: list[int], columns: list[str], taken: 
             yield document
 
 
-def _row_texts(source: Source, columns: list[str], skip: int, mark) -> Iterator[Document]:
-    if source.form == "hub" and columns == ["text"]:  # the default: known data sets have their own
-        columns = list(hub.known(source.options["id"]).columns)
+def _row_texts(source: Source, columns: list[str] | None, skip: int, mark) -> Iterator[Document]:
+    if source.form == "hub" and columns is None:  # known data sets have their own
+        columns = list(hub.known(source.options["id"]).columns) or None
     for row, where, mark in _records(source, columns, skip, mark):
-        yield Document(files.join(row, columns, where), where, last=True, mark=mark)
+        yield Document(files.join(row, files.chosen(columns, row, where), where), where, last=True, mark=mark)
 
 
-def _records(source: Source, columns: list[str], skip: int = 0, mark=None) -> Iterator[tuple[dict, str, list | None]]:
-    """(record, where, mark) of the rows behind the first `skip`; `columns`, if any, are in each record."""
+def _records(source: Source, columns: list[str] | None, skip: int = 0, mark=None) -> Iterator[tuple[dict, str, list]]:
+    """(record, where, mark or None) of the rows behind the first `skip`; other columns may be absent."""
     if source.form == "hub":
         found = hub.stream(source.options, columns=columns, taken=skip, mark=mark)
         stream = ((number, row, mark) for number, (row, mark) in enumerate(found, skip + 1))
@@ -188,9 +190,7 @@ def _records(source: Source, columns: list[str], skip: int = 0, mark=None) -> It
         read = files.rows_of[source.form](source.path, source.name, columns, skip)
         stream = ((number, row, None) for number, row in read)
     for number, row, mark in stream:
-        where = f"{source.name}:{number}"
-        files.check_columns(columns, row, where)
-        yield row, where, mark
+        yield row, f"{source.name}:{number}", mark
 
 
 # ---------------------------------------------------------------------------------------------- which files: the
@@ -257,6 +257,8 @@ def _expand_one(spec: str, name: str, split: str) -> list[Source]:
 
 
 def _folder(path: Path, spec: str, split: str) -> list[Source]:
+    if is_ours(path) and any((path / name).is_file() for name in INDEX_NAMES):
+        raise UserError(f"{spec} holds tokens, made by muonlm prep; train on it alone, or name the text it was made of")
     if (path / "dataset_dict.json").is_file() or all((path / f"{n}.json").is_file() for n in ("state", "dataset_info")):
         return _saved(path, spec, split)
     if (path / "train.jsonl").is_file() and (path / "metadata.json").is_file():

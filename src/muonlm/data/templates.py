@@ -142,8 +142,22 @@ class Template:
     def reply(self, text: str) -> str:
         """What a user is shown of a decoded reply (without its stop token): the text without what the template puts
         around it."""
-        before, after = self.assistant[1].removesuffix(self.stop).split("{content}")
+        before, after = self._around
         return text.removeprefix(before).removesuffix(after)
+
+    def reply_so_far(self, text: str) -> str:
+        """The same while the reply is being written: without what may turn out to be the template's. It only grows."""
+        before, after = self._around
+        if before.startswith(text):
+            return ""
+        text = text.removeprefix(before)
+        held = next((n for n in range(len(after), 0, -1) if text.endswith(after[:n])), 0)
+        return text[: len(text) - held]
+
+    @property
+    def _around(self) -> list[str]:
+        """What the template writes before and behind an answer's content, the stop token aside."""
+        return self.assistant[1].removesuffix(self.stop).split("{content}")
 
     def _plan(self, turns, forms, *, given=0, continues=False, opens=False) -> list[tuple[str | int, bool]]:
         """[(text to be tokenised by itself, or an id; trained)]."""

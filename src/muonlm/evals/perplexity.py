@@ -36,7 +36,12 @@ def bits_per_byte(
             raise UserError(f"run {run} has no tokenizer, so --data {data} cannot be read with it.")
         cfg.data.source, cfg.data.tokenizer = data, str(run / "tokenizer.json")
     with start(device) as dist:
-        splits = open_data(cfg, dist)
+        splits, meta = open_data(cfg, dist), checkpoint.read_meta(path)
+        if not data and meta["data"] != splits.fingerprint:  # its held-out part may have been trained on
+            raise UserError(
+                f"run {run} was trained on other data: {cfg.data.source!r} changed since. Put the old data back, or name what is "
+                f"to be measured: --data {cfg.data.source}"
+            )
         model, _ = checkpoint.load(path, dist.device)
         if cfg.train.objective == "dpo":
             if data:
@@ -45,7 +50,7 @@ def bits_per_byte(
         else:
             objective = OBJECTIVES[cfg.train.objective]
         result = evaluate(model, objective, splits, cfg, dist)
-    result |= {"run": str(run), "checkpoint": path.name, "step": checkpoint.read_meta(path)["step"]}
+    result |= {"run": str(run), "checkpoint": path.name, "step": meta["step"]}
     return result | trigram_reference(splits)
 
 

@@ -116,7 +116,7 @@ def decimal(text: str) -> Decimal | None:
         return None
 
 
-def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(correct: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """The 95 % interval (2) of a share: 0 of 100 -> (0, 0.0370), 50 of 100 -> (0.4038, 0.5962)."""
     p = correct / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
