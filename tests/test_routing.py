@@ -1032,6 +1032,8 @@ def test_the_table_has_the_published_phrases_with_computed_numbers():
     assert f"Muon optimizes {100 * muon / everything:.1f}% of parameters" in text
     assert "Using Muon optimizer for 2D parameters (lr=0.02, momentum=0.95)" in text
     assert "Using AdamW optimizer for 1D/0D parameters (lr=0.0005)" in text
+    sizes = f"{0.02 / 128**0.5:.2e} to {0.02 / 32**0.5:.2e}"  # 32x128; squares, and 128x32 by its factor of 2
+    assert f"Using lr mode original: an orthogonal update of Muon has RMS {sizes}" in text
     up = next(line for line in text.splitlines() if line.startswith("blocks.0.up.weight |"))
     assert "128x32: 2.000" in up and f"{0.02 * 2 / 128**0.5:.2e}" in up and "hidden matrix 128x32" in up
     assert json.loads(json.dumps(plan.to_dict()))["muon_share"] == muon / everything

@@ -247,7 +247,7 @@ def data_as_text(facts: dict) -> str:
     for part in facts["mixture"]:
         table.append(("mixture", f"{part['share']:.1%} {part['source']} (weight {part['weight']:g})"))
     for source in sources[:SHOWN]:
-        size = f", {source['bytes']:,} bytes" if "bytes" in source else ""
+        size = f", {source['bytes']:,} bytes" if source.get("bytes") else ""
         table.append(("source", f"{source['path']} ({source['split']}{size})"))
     if len(sources) > SHOWN:
         table.append(("", f"and {len(sources) - SHOWN:,} more; --json lists all"))

@@ -175,6 +175,11 @@ class RoutingPlan:
         lines += [f"{kind} optimizer params: {_millions(n)} ({count} tensors)" for kind, (n, count) in totals.items()]
         lines.append(f"Muon optimizes {share:.1f}% of parameters")
         lines += _group_lines(groups or [])
+        muon = [(d, group) for kind, d, group in rows if kind == "Muon" and group is not None]
+        if sizes := [rms for d, group in muon for _, _, rms in _predicted(d, group)]:
+            variant, mode = muon[0][1].get("variant", "muon"), muon[0][1].get("lr_mode", "original")
+            scale = f"variant {variant}" if variant in FIXED else f"lr mode {mode}"
+            lines.append(f"Using {scale}: an orthogonal update of Muon has RMS {min(sizes):.2e} to {max(sizes):.2e}")
         return "\n".join(lines) + "\n"
 
     def to_dict(self, groups: list[dict] | None = None) -> dict:
