@@ -48,9 +48,17 @@ def begin(capsys, *argv: str) -> tuple[int, dict, str]:
 
 
 @pytest.mark.parametrize("recipe", SIZES)
-def test_every_size_of_the_trainer_family_has_the_six_presets_and_the_two_samples(recipe):
-    assert set(read_recipe(recipe)["preset"]) == SIX | SAMPLES
+def test_every_size_of_the_trainer_family_has_the_six_presets_the_two_samples_and_tuned_rates(recipe):
+    assert set(read_recipe(recipe)["preset"]) == SIX | SAMPLES | {"published", "tuned"}
     assert load_recipe(recipe, preset="muon_stable").optim.lr == 1.5e-3
+
+
+@pytest.mark.parametrize("recipe", [*SIZES, "mamba_slm/pretrain", "mamba_slm/sft"])
+def test_tuned_rates_stand_beside_the_published_ones_with_a_scale_of_their_own(recipe):
+    """families.md R1: the published rates are in units of another optimizer."""
+    own, published, tuned = (load_recipe(recipe, preset=name).optim for name in ("", "published", "tuned"))
+    assert own == published and own.lr_mode == "none" and tuned.lr_mode == "original"
+    assert tuned.lr > 4 * own.lr and tuned.adamw_lr > 4 * own.adamw_lr
 
 
 @pytest.mark.parametrize("name", sorted(SIX))
