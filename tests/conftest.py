@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 
 import pytest
 
@@ -30,6 +31,9 @@ def cache(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("MUONLM_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("OMP_NUM_THREADS", "1")
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # `pytest &` starts with Ctrl-C ignored, as would its processes
     yield
     patch.undo()
 
