@@ -31,9 +31,8 @@ def cache(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("MUONLM_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("OMP_NUM_THREADS", "1")
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # `pytest &` starts with Ctrl-C ignored, as would its processes
+    # `pytest &` starts with Ctrl-C ignored, and so would every process that a test starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     patch.undo()
 
