@@ -130,7 +130,7 @@ def locate(source: str | Path, which: str = "best") -> tuple[Path, Path]:
         return path.parent.parent, path
     if not (path / "config.json").exists():
         above = [p for p in list(path.absolute().parents)[:2] if (p / "config.json").exists()]  # RUN/checkpoints/latest
-        inside = [str(p) for p in above] or sorted(str(p.parent) for p in path.glob("*/config.json"))
+        inside = [str(p) for p in above] or runs_in(path)
         hint = f" Did you mean {inside[-1]!r}?" if inside else " `muonlm train` makes one."
         raise UserError(f"{str(source)!r} is not a run directory (it has no config.json).{hint}")
     root = path / "checkpoints"
@@ -145,6 +145,10 @@ def locate(source: str | Path, which: str = "best") -> tuple[Path, Path]:
         f"run {path} has no checkpoint {which!r} (found: {found})."
         + (f" Finish or resume it first: muonlm train --resume {path}" if found == "none" else "")
     )
+
+
+def runs_in(folder: Path) -> list[str]:
+    return sorted(str(file.parent) for file in folder.glob("*/config.json"))
 
 
 def load(source: str | Path, device="cpu", which: str = "best"):

@@ -321,15 +321,14 @@ def resume_config(run: str, args, flags: dict):
     """The run's own config with flags on top; what would make it another run is refused."""
     from pathlib import Path
 
-    from .checkpoint import read_config
-    from .config import Config, flatten
-    from .presets import LENGTHS
+    from .checkpoint import read_config, runs_in
+    from .config import LENGTHS, Config, flatten
 
     if not (Path(run) / "config.json").exists():
         empty = Path(run).is_dir() and not any(p for p in Path(run).iterdir() if p.name[0] != ".")
         if args.recipe and (empty or args.resume is True and not Path(run).exists()):
             return begin_config(args, flags)  # killed before it began: begin
-        known = [str(p.parent) for root in {Path("runs"), Path(run).parent} for p in root.glob("*/config.json")]
+        known = runs_in(Path("runs")) + runs_in(Path(run).parent)
         raise UserError(f"--resume {run}: there is no run to continue (no config.json).{nearest(run, known)}")
     stored = read_config(Path(run))
     if args.recipe and args.recipe != stored.recipe:

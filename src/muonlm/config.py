@@ -907,6 +907,11 @@ SMOKE = {  # every recipe with --smoke: tiny, on a CPU, under a minute, all arte
 }
 
 
+# Ways of saying how long a run is, and how large a step; one that is given replaces another. The values say nothing.
+LENGTHS = {"train.steps": 0, "train.epochs": 0.0, "train.tokens": 0, "train.budget": ""}
+SIZES = {"train.global_batch": 0, "train.accum": 0}
+
+
 def recipe_names() -> list[str]:
     return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.toml"))
 
@@ -989,12 +994,10 @@ def load_recipe(
         layer |= {key: value for key, value in inherited.items() if key != "data.template" or not layer.get(key)}
     if "model.pattern" in given:
         layer = {key: value for key, value in layer.items() if not key.endswith("_per_layer")}
-    lengths = {f"train.{k}" for k in ("steps", "epochs", "tokens", "budget")}
-    if lengths & given.keys():  # a flag that sets the run's length replaces the recipe's way of saying it
-        layer = {key: value for key, value in layer.items() if key not in lengths}
-    sizes = {f"train.{k}" for k in ("global_batch", "accum")}
-    if sizes & given.keys() or given.get("train.budget"):
-        layer = {key: value for key, value in layer.items() if key not in sizes}
+    if LENGTHS.keys() & given.keys():  # a flag that sets the run's length replaces the recipe's way of saying it
+        layer = {key: value for key, value in layer.items() if key not in LENGTHS}
+    if SIZES.keys() & given.keys() or given.get("train.budget"):
+        layer = {key: value for key, value in layer.items() if key not in SIZES}
     layer |= given
     if layer.get("optim.name") == "adamw":
         layer |= {key: value for key, value in baseline.items() if key not in given}

@@ -65,14 +65,14 @@ def describe_presets(recipe: str | None = None) -> list[dict]:
 def find(what: str, flags: dict, *, preset: str = "", smoke: bool = False) -> Config:
     """The config of a recipe, a .toml file or a run directory."""
     if (path := Path(what)).is_dir():
+        from .checkpoint import read_config, runs_in  # brings torch, which the list of recipes need not wait for
+
         if not (path / "config.json").is_file():
-            inside = sorted(str(p.parent) for p in path.glob("*/config.json"))
+            inside = runs_in(path)
             hint = f"Did you mean {inside[-1]!r}?" if inside else "`muonlm train` makes runs, `muonlm prep` makes data."
             raise UserError(f"{what} is neither a run (no config.json in it) nor prepared data (no index.json). {hint}")
         if flags or preset or smoke:
             raise UserError(f"{what} is a run, whose settings are what they were; name a recipe to try others.")
-        from .checkpoint import read_config  # brings torch, which the list of recipes need not wait for
-
         return read_config(path)
     try:
         return load_recipe(

@@ -22,7 +22,7 @@ import tomllib
 from dataclasses import asdict
 from pathlib import Path
 
-from .config import Config, OptimConfig, UserError, flatten, keys, nearest, read_recipe
+from .config import LENGTHS, SIZES, Config, OptimConfig, UserError, flatten, keys, nearest, read_recipe
 
 FILE = "muonlm.toml"
 PUBLISHED = {  # name -> keys that it sets
@@ -40,8 +40,6 @@ PUBLISHED = {  # name -> keys that it sets
     "label_smoothing": (),
     "momentum": ("optim.momentum",),
 }
-LENGTHS = {"train.steps": 0, "train.epochs": 0.0, "train.tokens": 0, "train.budget": ""}
-SIZES = {"train.global_batch": 0, "train.accum": 0}
 NOT_OF_A_PRESET = {
     "recipe": "name it: muonlm train RECIPE --preset NAME",
     "parent": "it belongs into a recipe",

@@ -79,11 +79,8 @@ def _cache_path(cfg: Config, frozen, splits: dict) -> Path:
         cfg.train.dtype,
         {n: s.fingerprint for n, s in splits.items()},
     ]
-    return (
-        cache_home()
-        / "reference"
-        / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24] + ".safetensors")
-    )
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_home() / "reference" / f"{name}.safetensors"
 
 
 def _read(path: Path, splits: dict):

@@ -88,14 +88,14 @@ class Segments:
 
 def _groups(lengths: list[int], T: int) -> list[tuple[int, int]]:
     """(n_g, L_g) in the order of the descending lengths, the last perhaps with more rows than are left: dynamic programming."""
-    width = lambda length: min(-(-length // 8) * 8, T)  # noqa: E731
+    widths = [min(-(-length // 8) * 8, T) for length in lengths]
     rows = [1]
     while rows[-1] < len(lengths):
         rows.append(rows[-1] + max(1, 1 << rows[-1].bit_length() >> 2))  # half a power of two more
     best, via = [0.0] + [math.inf] * len(lengths), [(0, 0)] * (len(lengths) + 1)  # covering the first j; its last group
-    for i, length in enumerate(lengths):
+    for i, width in enumerate(widths):
         for n in rows:
-            j, cost = min(i + n, len(lengths)), best[i] + n * width(length) + 64
+            j, cost = min(i + n, len(lengths)), best[i] + n * width + 64
             if cost < best[j]:
                 best[j], via[j] = cost, (i, n)
             if j == len(lengths):
@@ -103,5 +103,5 @@ def _groups(lengths: list[int], T: int) -> list[tuple[int, int]]:
     groups, j = [], len(lengths)
     while j:
         j, n = via[j]
-        groups.append((n, width(lengths[j])))
+        groups.append((n, widths[j]))
     return groups[::-1]
