@@ -21,14 +21,14 @@ import time
 
 import torch
 
-from muonlm.config import Config
+from muonlm.config.schema import Config
 from muonlm.model import build_model
-from muonlm.objectives import OBJECTIVES
 from muonlm.optim import lr_scale
-from muonlm.optim.diagnostics import Diagnostics, block_list, ns_flops
-from muonlm.optim.muon import blocks
-from muonlm.parallel import Dist
-from muonlm.train import evaluate, make_optimizer, open_data, plan_routes, resolve
+from muonlm.optim.muon.muon import blocks
+from muonlm.optim.watch.diagnostics import Diagnostics, block_list, ns_flops
+from muonlm.training.loop import evaluate, make_optimizer, open_data, plan_routes, resolve
+from muonlm.training.objectives import OBJECTIVES
+from muonlm.training.parallel import Dist
 
 ARMS = {"fixed 5": {}, "adaptive": {}, "fixed 3": {"optim.ns_steps": 3}}
 SVD_FLOPS = 22

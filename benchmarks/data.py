@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from muonlm.data.packed import PackedData
-from muonlm.data.prepare import prepare
-from muonlm.data.sources import documents
-from muonlm.data.tokenizer import Tokenizer, resolve_tokenizer
+from muonlm.data.prep.text import prepare
+from muonlm.data.sources.expand import documents
+from muonlm.data.text.tokenizer import Tokenizer, resolve_tokenizer
 
 SHAPES = ((12, 64), (16, 256), (64, 256))  # rows of the global step, block size
 STEPS = 300

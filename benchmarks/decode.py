@@ -24,8 +24,8 @@ import torch
 from scan import interleaved, machine, note, peer, span, summary, write
 from torch import Tensor
 
-from muonlm.export import from_transformers
-from muonlm.generate import map_state, stream
+from muonlm.engine import map_state, stream
+from muonlm.export.hf import from_transformers
 
 AGREE = 1e-4
 STEPS, PREFILL = (

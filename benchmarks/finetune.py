@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from scan import machine, note, ratio, span, summary, write
 
-from muonlm.config import Config, ModelConfig
+from muonlm.config.schema import Config, ModelConfig
 from muonlm.data.examples import ExampleData
 from muonlm.data.packed import IGNORE
-from muonlm.data.prepare_examples import prepare_examples
+from muonlm.data.prep.examples import prepare_examples
 from muonlm.model import build_model
-from muonlm.objectives import DPO, next_token, segment_sums
-from muonlm.train import make_optimizer, plan_routes
+from muonlm.training.loop import make_optimizer, plan_routes
+from muonlm.training.objectives import DPO, next_token, segment_sums
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SETS = {  # file, kind, template

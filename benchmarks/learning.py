@@ -39,12 +39,14 @@ from pathlib import Path
 
 import torch
 
-from muonlm import optim, parallel
-from muonlm.config import Config, UserError
+from muonlm import optim
+from muonlm.config.schema import Config
+from muonlm.errors import UserError
 from muonlm.model import build_model
-from muonlm.objectives import OBJECTIVES
 from muonlm.optim import lr_scale
-from muonlm.train import evaluate, make_optimizer, open_data, plan_routes, resolve
+from muonlm.training import parallel
+from muonlm.training.loop import evaluate, make_optimizer, open_data, plan_routes, resolve
+from muonlm.training.objectives import OBJECTIVES
 
 SHARED = {
     "model.n_layer": 4,

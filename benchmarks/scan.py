@@ -48,7 +48,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muonlm.config import ModelConfig
+from muonlm.config.schema import ModelConfig
 from muonlm.model import build_model, count_parameters
 from muonlm.model.block import CONSTRUCTORS
 from muonlm.scan import choose_backend, diag_scan, reference

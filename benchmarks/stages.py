@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from scan import machine, note, write
 
-from muonlm.checkpoint import load
+from muonlm.data.open import open_splits
 from muonlm.data.packed import IGNORE
-from muonlm.data.splits import open_splits
+from muonlm.engine import complete
 from muonlm.evals.word_problems import wilson
-from muonlm.generate import complete
-from muonlm.parallel import Dist
-from muonlm.stages import load_recipe
-from muonlm.train import train
+from muonlm.training.checkpoint import load
+from muonlm.training.loop import train
+from muonlm.training.parallel import Dist
+from muonlm.training.stages import load_recipe
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FILES = {"gsm8k": "gsm8k_train.jsonl", "hh": "hh_rlhf_harmless_test.jsonl.gz", "alpaca": "alpaca_seed_tasks.jsonl"}

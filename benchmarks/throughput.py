@@ -24,13 +24,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from muonlm.checkpoint import read_config
-from muonlm.config import load_recipe
+from muonlm.config.schema import load_recipe
 from muonlm.data.packed import PackedData
-from muonlm.data.prepare import prepare
-from muonlm.model import attention, build_model
-from muonlm.run import Run
-from muonlm.train import train
+from muonlm.data.prep.text import prepare
+from muonlm.model import build_model
+from muonlm.model.mixers import attention
+from muonlm.training.checkpoint import read_config
+from muonlm.training.loop import train
+from muonlm.training.run import Run
 
 SHAPES = {  # name: (model flags, rows)
     "4L/128": ({"model.n_layer": 4, "model.n_head": 4, "model.d_model": 128, "model.block_size": 64}, 12),

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from muonlm.cli import main
+from muonlm.cli.main import main
 
 WORDS = "the of and people union states government law peace war nation great united congress power shall every year".split()
 TINY = [

@@ -9,36 +9,29 @@ from pathlib import Path
 import pytest
 
 import muonlm
-from muonlm.cli import main
-from muonlm.config import load_recipe, recipe_names
+from muonlm.cli.main import main
+from muonlm.config.schema import load_recipe, recipe_names
 
 ROOT = Path(muonlm.__file__).parent
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
-# A room imports itself and rooms of a smaller number: `cli → experiments, evals → train, generate → model, optim, data → scan, config`.
+# A room imports itself and rooms of a smaller number:
+# `cli → chat, evals, export → training → engine → model, optim, data → scan → config → storage → errors`.
 LEVEL = {
-    "config": 0,
-    "scan": 1,
-    "presets": 1,
-    "model": 2,
-    "optim": 2,
-    "data": 2,
-    "objectives": 3,
-    "parallel": 3,
-    "checkpoint": 3,
-    "generate": 3,
-    "export": 3,
-    "chat": 4,
-    "stages": 4,
-    "reference": 4,
-    "run": 4,
-    "train": 5,
-    "evals": 6,
-    "experiments": 6,
-    "info": 6,
-    "doctor": 6,
-    "cli": 7,
-    "__main__": 8,
+    "errors": 0,
+    "storage": 1,
+    "config": 2,
+    "scan": 3,
+    "model": 4,
+    "optim": 4,
+    "data": 4,
+    "engine": 5,
+    "training": 6,
+    "chat": 7,
+    "evals": 7,
+    "export": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 
 
@@ -93,9 +86,9 @@ def python(code: str, *argv: str) -> str:
     [
         "import muonlm",
         "from muonlm import Config, load_recipe; load_recipe('quickstart')",
-        "from muonlm.cli import main; main(['--help'])",
-        "from muonlm.cli import main; main(['info'])",
-        "from muonlm.cli import main; main(['train', 'quikstart'])",
+        "from muonlm.cli.main import main; main(['--help'])",
+        "from muonlm.cli.main import main; main(['info'])",
+        "from muonlm.cli.main import main; main(['train', 'quikstart'])",
     ],
 )
 def test_what_needs_no_tensor_does_not_wait_for_torch(code):
@@ -148,7 +141,7 @@ def test_the_base_package_imports_and_trains_with_base_dependencies_only(text, t
         + """
 for name in json.loads(sys.argv[2]):
     importlib.import_module(name)
-from muonlm.cli import main
+from muonlm.cli.main import main
 assert main(sys.argv[3:]) == 0
 print("BLOCKED", *(name for name in json.loads(sys.argv[1]) if name in sys.modules))
 """
@@ -173,7 +166,7 @@ print("BLOCKED", *(name for name in json.loads(sys.argv[1]) if name in sys.modul
 
 
 def test_quickstart_without_its_corpus_says_what_to_install(tmp_path):
-    code = BLOCK + "from muonlm.cli import main\nsys.exit(main(['train', '--out', sys.argv[2]]))"
+    code = BLOCK + "from muonlm.cli.main import main\nsys.exit(main(['train', '--out', sys.argv[2]]))"
     result = subprocess.run(
         [sys.executable, "-c", code, json.dumps(EXTRAS), str(tmp_path / "run")],
         capture_output=True,
@@ -186,7 +179,7 @@ def test_quickstart_without_its_corpus_says_what_to_install(tmp_path):
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_builds_and_takes_two_steps_shrunk(recipe, text, tmp_path, capsys):
-    from muonlm.info import describe
+    from muonlm.cli.info import describe
 
     cfg = load_recipe(recipe)
     if not cfg.data.tokenizer.startswith("gpt2:"):

@@ -14,13 +14,15 @@ import time
 import pytest
 import torch
 
-from muonlm import build_model, checkpoint
+from muonlm import build_model
 from muonlm.chat import Chat
-from muonlm.cli import main
-from muonlm.config import ModelConfig, UserError, load_recipe
-from muonlm.data.templates import Template, template
-from muonlm.data.tokenizer import Tokenizer, resolve_tokenizer
-from muonlm.generate import pick
+from muonlm.cli.main import main
+from muonlm.config.schema import ModelConfig, load_recipe
+from muonlm.data.text.templates import Template, template
+from muonlm.data.text.tokenizer import Tokenizer, resolve_tokenizer
+from muonlm.engine import pick
+from muonlm.errors import UserError
+from muonlm.training import checkpoint
 
 TOKENIZER = Tokenizer.char("Question: Answer\nabc", eot=True)  # few tokens, so that a random model stops now and then
 BASE = {"n_layer": 2, "d_model": 32, "n_head": 4, "vocab_size": TOKENIZER.vocab_size, "block_size": 2048}

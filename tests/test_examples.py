@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from muonlm.cli import main
+from muonlm.cli.main import main
 
 pytest.importorskip("transformers")
 

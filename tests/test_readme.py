@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from muonlm import load_recipe
-from muonlm.cli import VERBS, main
-from muonlm.config import recipe_names
+from muonlm.cli.main import VERBS, main
+from muonlm.config.schema import recipe_names
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

@@ -3,21 +3,19 @@
 The names below are loaded on first use, so that `import muonlm` costs milliseconds and `muonlm --help` does not wait for torch.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 
 __version__ = "0.1.0"
 
 _HOME = {  # public name -> module that defines it
-    "Config": "config",
-    "UserError": "config",
-    "load_recipe": "stages",
+    "Config": "config.schema",
+    "UserError": "errors",
+    "load_recipe": "training.stages",
     "build_model": "model",
     "Muon": "optim",
-    "train": "train",
-    "load": "checkpoint",
-    "generate": "generate",
+    "train": "training.loop",
+    "load": "training.checkpoint",
+    "generate": "engine",
 }
 __all__ = sorted(_HOME)
 
@@ -29,12 +27,3 @@ def __getattr__(name: str):
     globals()[name] = value
     return value
 
-
-class _Package(ModuleType):
-    def __setattr__(self, name, value):
-        # Importing muonlm/train.py would bind the *module* to `muonlm.train`; the public name is the function.
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -9,7 +9,7 @@ limit, Ctrl-C), the template's stop token is what is read behind it, as in train
 Forgetting   A model whose context is limited looks back on `context` tokens. Before a turn that would leave less room
              than a reply may take (at most half of the context), the oldest exchanges are forgotten until what is
              read again fills at most half of it; the system turn stays. A reply that outgrows the context itself
-             loses the older half (generate.py). Both are told once. `history` = n remembers the last n exchanges,
+             loses the older half (engine.py). Both are told once. `history` = n remembers the last n exchanges,
              read again each time.
 Raises       UserError: a run that has no template or no tokenizer, impossible sampling settings, a text that the
              tokenizer cannot express; the conversation is then as it was before.
@@ -25,10 +25,11 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import load, locate, read_config, write_atomically
-from .config import UserError, nearest
-from .data.templates import TEMPLATES, Template, template
-from .generate import Reader, check_sampling, decode, need_words
+from muonlm.config.schema import nearest
+from muonlm.data.text.templates import TEMPLATES, Template, template
+from muonlm.engine import Reader, check_sampling, decode, need_words
+from muonlm.errors import UserError
+from muonlm.training.checkpoint import load, locate, read_config, write_atomically
 
 COMMANDS = """\
 /reset          forget the conversation         /undo        forget the last exchange

@@ -1,4 +1,4 @@
-"""Examples: conversations (SFT) and preference pairs (DPO), from a sealed folder (prepare_examples.py) into training rows.
+"""Examples: conversations (SFT) and preference pairs (DPO), from a sealed folder (prep/examples.py) into training rows.
 
 Folder   layout "examples": SPLIT-tokens.bin, SPLIT-trained.bin (uint8, 1 = trained), SPLIT-lengths.bin (uint32, two a
          document: tokens, and how many of them precede the first trained one), tokenizer.json, index.json, and the
@@ -29,19 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..config import UserError
-from ..data.packed import (
-    IGNORE,
-    Batch,
-    KeyedPermutation,
-    canonical,
-    epochs_of,
-    open_split,
-    read_index,
-    remake,
-)
-from ..data.templates import TEMPLATES
-from ..data.templates import template as find_template
+from muonlm.errors import UserError
+
+from .packed import IGNORE, Batch, KeyedPermutation, canonical, epochs_of, open_split, read_index, remake
+from .text.templates import TEMPLATES
+from .text.templates import template as find_template
 
 KINDS = {"sft": "examples", "preferences": "pairs"}  # and what a message calls their items
 WINDOW = 1 << 22  # bytes of the mask looked at together

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import UserError
-from ..data.formats import foreign_index, foreign_tokenizer, is_foreign
-from ..data.tokenizer import Tokenizer
+from muonlm.errors import UserError
+
+from .prep.formats import foreign_index, foreign_tokenizer, is_foreign
+from .text.tokenizer import Tokenizer
 
 IGNORE = -100  # torch's cross_entropy default: a target that is not trained
 FORMAT_VERSION = 1
@@ -134,7 +135,7 @@ class PackedData:
     """One split of a prepared folder. `rows` is the number of rows of the global step, over all ranks and micro-batches.
 
     reset: rows say where documents begin (Batch.segments), so that these do not see each other; needs a tokenizer with EOT.
-    tokenizer: whose ids a folder without our index holds (formats.py); our own folders bring theirs.
+    tokenizer: whose ids a folder without our index holds (prep/formats.py); our own folders bring theirs.
     """
 
     def __init__(

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import checkpoint
-from ..config import UserError
-from ..data.packed import PackedData
-from ..data.splits import Splits
-from ..objectives import OBJECTIVES
-from ..parallel import Dist, start
-from ..reference import dpo_objective
-from ..train import evaluate, open_data
+from muonlm.data.open import Splits
+from muonlm.data.packed import PackedData
+from muonlm.errors import UserError
+from muonlm.training import checkpoint
+from muonlm.training.dpo import dpo_objective
+from muonlm.training.loop import evaluate, open_data
+from muonlm.training.objectives import OBJECTIVES
+from muonlm.training.parallel import Dist, start
 
 TRIGRAM_TOKENS = 1 << 24  # more text would not change the counts that matter, and costs seconds
 

@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoint
-from ..config import UserError
-from ..data.templates import Template, template
-from ..data.word_problems import rows
-from ..generate import complete
+from muonlm.data.synthetic.word_problems import rows
+from muonlm.data.text.templates import Template, template
+from muonlm.engine import complete
+from muonlm.errors import UserError
+from muonlm.training import checkpoint
 
 SEED = 1  # of the questions; training rows have seed 0
 STRICT = re.compile(r"#### (-?[0-9.,]+)")

@@ -9,9 +9,10 @@ train_flops_per_token(cfg)        what a step costs
 import torch
 from torch import nn
 
-from ..config import ModelConfig
+from muonlm.config.schema import ModelConfig
+
+from .grokking import ModularTransformer
 from .lm import LM
-from .modular import ModularTransformer
 
 
 def build_model(cfg: ModelConfig, device="cpu", seed: int = 0) -> nn.Module:

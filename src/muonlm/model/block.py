@@ -9,16 +9,17 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig
-from .attention import Attention
-from .gated_deltanet import GatedDeltaNet
-from .longhorn import Longhorn
-from .mamba import Mamba
-from .mamba2 import Mamba2
+from muonlm.config.schema import ModelConfig
+
+from .mixers.attention import Attention
+from .mixers.gated_deltanet import GatedDeltaNet
+from .mixers.longhorn import Longhorn
+from .mixers.mamba import Mamba
+from .mixers.mamba2 import Mamba2
+from .mixers.recursion import MultiScaleAttention, StackedRecursion
 from .mlp import MLP
 from .norm import make_norm
-from .padding import Segments
-from .recursive import MultiScaleAttention, StackedRecursion
+from .packing import Segments
 
 CONSTRUCTORS = {
     "A": Attention,

@@ -14,7 +14,7 @@ Cost     W shifted multiply-adds: on a CPU several times faster than F.conv1d wi
 import torch
 from torch import Tensor, nn
 
-from .padding import compact
+from .packing import compact
 
 
 class ShortConv(nn.Module):

@@ -6,7 +6,7 @@ Loops    cfg.loops passes over the blocks (or a range of them) share weights, ne
          that was shared would make a step after a prefill differ from a longer prefill. cfg.loops may change between runs.
 Shapes   tokens, targets (B,T) int64 · logits (B,T,V) · state: one per applied block, the convolution's, tokens seen (B,)
 Masks    (B,T) bool: a masked token is deleted. Rows are compacted once, real tokens first, and the output is put back.
-Packing  segments (B,T): a token sees the tokens of its own segment only (padding.py); −1 = padding.
+Packing  segments (B,T): a token sees the tokens of its own segment only (packing.py); −1 = padding.
 Loss     with `targets`, forward returns Σ −log p(target) over targets ≥ 0, in fp32 nats, instead of logits: one call holds the whole
          differentiable path, which data-parallel wrappers need. With `per_token`, the terms (B,T) instead of their sum. Logits are made and thrown away in chunks of rows, so memory is
          O(chunk·V), not O(B·T·V).
@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import ModelConfig
+from muonlm.config.schema import ModelConfig
+
 from .block import Block
 from .conv import ShortConv
 from .norm import RMSNorm, at_least_fp32, make_norm
-from .padding import Segments, compact
+from .packing import Segments, compact
 
 LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of fp32 logits at a time
 
@@ -133,7 +134,7 @@ class LM(nn.Module):
         if sparse:
             kept = (targets != -100).nonzero().squeeze(1)
             n = len(kept)
-            more = -n % max(64, 1 << n.bit_length() >> 5)  # untrained ones, so that shapes recur: see padding.py
+            more = -n % max(64, 1 << n.bit_length() >> 5)  # untrained ones, so that shapes recur: see packing.py
             kept, targets = torch.cat([kept, kept[:1].expand(more)]), F.pad(targets[kept], (0, more), value=-100)
             x = x.index_select(0, kept)
         rows = max(1, LOGITS_PER_CHUNK // self.cfg.vocab_size)

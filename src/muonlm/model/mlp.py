@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from muonlm.config.schema import ModelConfig
 
 
 class SquaredReLU(torch.autograd.Function):

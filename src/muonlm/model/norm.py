@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from muonlm.config.schema import ModelConfig
 
 
 class RMSNorm(nn.Module):

@@ -8,16 +8,16 @@
 and a JSON-able `meta`; `load_named_state` puts it back bit for bit, whatever the order or grouping of the parameters is.
 """
 
-from .activity import ActivityCheck
 from .build import build_optimizer, create_muon_optimizer
-from .convert import convert_lr, from_muonlm, parameter_names, to_muonlm
-from .diagnostics import Diagnostics
-from .muon import Muon
-from .newton_schulz import newton_schulz
-from .qk_clip import qk_clip
-from .routing import RoutingPlan, assert_complete, route
+from .muon.muon import Muon
+from .muon.newton_schulz import newton_schulz
+from .rates import convert_lr, from_muonlm, parameter_names, to_muonlm
+from .routing.route import RoutingPlan, assert_complete, route
 from .schedule import lr_scale, momentum_at, parse_momentum_warmup
 from .state import load_named_state, named_state
+from .watch.activity import ActivityCheck
+from .watch.diagnostics import Diagnostics
+from .watch.qk_clip import qk_clip
 
 __all__ = [
     "ActivityCheck",

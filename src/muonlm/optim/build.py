@@ -9,9 +9,10 @@ optimizer = create_muon_optimizer(model, lr=3e-3)                    prints who 
 import torch
 from torch import nn
 
-from ..config import UserError
-from .muon import Muon
-from .routing import RoutingPlan, route
+from muonlm.errors import UserError
+
+from .muon.muon import Muon
+from .routing.route import RoutingPlan, route
 from .schedule import parse_momentum_warmup
 
 BACKENDS = {

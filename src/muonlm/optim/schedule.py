@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 
-from ..config import UserError
+from muonlm.errors import UserError
 
 KINDS = ("wsd", "cosine", "linear", "constant")
 

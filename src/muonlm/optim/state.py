@@ -14,9 +14,10 @@ Raises   UserError, before anything is changed, for state that does not fit, nam
 import torch
 from torch import Tensor, nn
 
-from ..config import UserError
-from .distributed import is_sharded, sharded_like
-from .muon import Muon
+from muonlm.errors import UserError
+
+from .muon.distributed import is_sharded, sharded_like
+from .muon.muon import Muon
 
 # what a group remembers; its hyper-parameters come from the config
 GROUP_STATE = ("step", "ns_chosen", "ns_budget", "ns_sigma")

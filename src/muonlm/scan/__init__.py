@@ -5,7 +5,7 @@ scalar_scan, delta_scan, delta_momentum_scan, velocity_scan      gates of one nu
 reference                                     the definitions, token by token
 """
 
-from .diagonal import choose_backend, diag_scan
+from .dispatch import choose_backend, diag_scan
 from .writes import gain, implicit_step, write_norm
 
 __all__ = ["choose_backend", "diag_scan", "gain", "implicit_step", "write_norm"]

@@ -1,4 +1,4 @@
-"""The delta rules as matrix products over chunks: Gated DeltaNet, and with momentum. Dec, Res, g: segments.py.
+"""The delta rules as matrix products over chunks: Gated DeltaNet, and with momentum. Dec, Res, g: chunks.py.
 
 delta_scan    E = A⁻¹ (b ⊙ U − (b F) ⊙ K S₀),    A = I + strict lower(diag(b) (K Kᵀ ⊙ Dec))                  (1)
               Y = F ⊙ (Q S₀) + (Q Kᵀ ⊙ Dec) E,    S₁ = F_C S₀ + Kᵀ(Dec[C,:] ⊙ E)                            (2)
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .segments import (
+from .chunks import (
     Recompute,
     as_heads,
     chunk_length,

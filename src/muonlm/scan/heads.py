@@ -2,11 +2,11 @@
 
 scalar_scan   Y  = (Res ⊙ Q Kᵀ) αW + F ⊙ (Q S₀) + g ⊙ (Q M₀)                                                         (1)
               S₁ = F_C S₀ + g_C M₀ + Kᵀ(Res[C,:] ⊙ αW)       M₁ = Mc_C M₀ + Kᵀ(Mom[C,:] ⊙ αW)                        (2)
-with Res, F, g, Mom, Mc of segments.py. Backward (a bar: gradient; P = Res ⊙ Q Kᵀ, P̄ = Ȳ Wᵀ, Σ over heads):
+with Res, F, g, Mom, Mc of chunks.py. Backward (a bar: gradient; P = Res ⊙ Q Kᵀ, P̄ = Ȳ Wᵀ, Σ over heads):
               S̄₀ = F_C S̄₁ + Qᵀ(F ⊙ Ȳ)        M̄₀ = Mc_C M̄₁ + g_C S̄₁ + Qᵀ(g ⊙ Ȳ)                              (3)
               W̄  = Pᵀ Ȳ + Res[C,:] ⊙ (K S̄₁) + Mom[C,:] ⊙ (K M̄₁)                                             (4)
               Q̄  = (F ⊙ Ȳ) S₀ᵀ + (g ⊙ Ȳ) M₀ᵀ + Σ (P̄ ⊙ Res) K,   K̄ likewise from (2)                        (5)
-              lg: (3) of segments.py, where what ends at t is ⟨Ȳ_t, Y_t⟩, what starts at s is ⟨W̄_s, W_s⟩ without
+              lg: (3) of chunks.py, where what ends at t is ⟨Ȳ_t, Y_t⟩, what starts at s is ⟨W̄_s, W_s⟩ without
               momentum, else column s of Dec ⊙ (R̄es (diag(p) Mom)ᵀ + ḡ (p ⊙ Mc)ᵀ), what leaves ⟨S̄₁, S₁⟩       (6)
 A CPU walks the chunks one by one, so that a chunk's W, Y and states stay in its cache; elsewhere all go at once.
 velocity_scan is nonlinear: a loop over time. The delta rules: delta.py.
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .chunks import Recompute, as_heads, chunk_length, crossing, decay, exact, momentum, prepare, read, silent, start
 from .delta import delta_momentum_scan, delta_scan
 from .reference import real_tokens
-from .segments import Recompute, as_heads, chunk_length, crossing, decay, exact, momentum, prepare, read, silent, start
 from .writes import newton_schulz
 
 CACHED = 2**17  # numbers of the states that a CPU works on at once: 512 KiB in fp32, half of a usual L2

@@ -1,0 +1,107 @@
+"""Gated DeltaNet mixer (letter G), its Muon form (g), and the form with normalised velocity (V).
+
+    [q; k; u] = SiLU(conv([W_q; W_k; W_v] x))        q, k ← x / √(‖x‖² + 1e-6) head by head;  q ← q / √N
+    lg = −exp(A_log) softplus(W_a x + dt_bias), a = exp(lg)        b = σ(W_b x), or twice that with neg_eigval
+    plain      S̃ = a_t S_{t−1};  e = b_t (u_t − S̃ᵀ k_t);  S_t = S̃ + k_t eᵀ     decay first, then the error left
+    muon       M_t = γ M_{t−1} + α k_t w_tᵀ;  S_t = a_t (I − b_t k_t k_tᵀ) S_{t−1} + M_t; w = b u or κ b u / (‖b u‖ ‖k‖)
+    velocity   M_t = γ M_{t−1} + α k_t eᵀ;  S_t = S̃ + NS(M_t): Newton–Schulz of each head's whole velocity
+    y = W_o (RMSNorm(S_tᵀ q_t) ⊙ gain ⊙ SiLU(W_g x))          statistics and gain over a head's P values
+
+In the muon form the write does not see S, so the recurrence is linear. A write norm takes b out of the write; b acts
+in the erasure alone. γ = 0, α = 1 and no norm make it the plain form. The velocity form is nonlinear, a slow loop.
+
+Letters  B batch, L time, d model width, H heads of key width N and value width P, W taps
+Shapes   x, y (B,L,d) · u (B,L,H,P) · k, q (B,L,H,N) · lg, b (B,L,H) · mask (B,L) bool, True = real token
+State    (conv (B,W−1,2HN+HP), S (B,H,N,P)), and M (B,H,N,P) if γ > 0. Masked tokens are deleted; their outputs are 0.
+Dtypes   everything between the convolution and W_o is fp32 (fp64 stays), also under autocast; so are S and M.
+Cost     2d·HN + 2d·HP + HP·d + W(2HN+HP) + 2dH + P + 2H parameters
+Init     A_log = log of uniform(0, 16), at least 0.0001; dt_bias = softplus⁻¹ of steps log-uniform in [0.001, 0.1]
+Source   Yang 2024 (2412.06464); MuonSSM, 2606.30461
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muonlm.config.schema import ModelConfig
+from muonlm.scan.heads import delta_momentum_scan, delta_scan, velocity_scan
+
+from ..conv import ShortConv
+from ..norm import RMSNorm, at_least_fp32
+from ..packing import compact
+from .mamba import State, Writes, draw_steps, recurrent_dtype
+
+NORM_EPS, KEY_EPS = 1e-5, 1e-6
+
+
+class GatedDeltaNet(nn.Module):
+    def __init__(self, cfg: ModelConfig, form: str):
+        super().__init__()
+        assert form in ("plain", "muon", "velocity"), form
+        d, H, (N, P) = cfg.d_model, cfg.delta_heads, cfg.delta_widths
+        self.form, self.heads, self.key_width, self.value_width = form, H, N, P
+        self.neg_eigval = cfg.neg_eigval
+        self.writes = Writes(cfg, form != "plain")
+        # the velocity form writes as it is and normalises a sum of writes, whose size no constant gives
+        self.write_gain = self.writes.alpha * (self.writes.kappa if form == "muon" else 1.0)
+        self.velocity_norm = {"norm": cfg.write_norm, "steps": cfg.ns_steps, "poly": cfg.ns_poly, "eps": cfg.write_eps}
+        self.backend, self.chunk = "reference" if cfg.scan == "reference" else "auto", cfg.scan_chunk
+        self.q_proj, self.k_proj = (nn.Linear(d, H * N, bias=cfg.bias) for _ in range(2))
+        self.v_proj, self.g_proj = (nn.Linear(d, H * P, bias=cfg.bias) for _ in range(2))
+        self.a_proj, self.b_proj = (nn.Linear(d, H, bias=False) for _ in range(2))
+        self.conv1d = ShortConv(2 * H * N + H * P, cfg.d_conv)
+        self.A_log = nn.Parameter(torch.empty(H))
+        self.dt_bias = nn.Parameter(torch.empty(H))
+        self.norm = RMSNorm(P, eps=NORM_EPS)
+        self.out_proj = nn.Linear(H * P, d, bias=cfg.bias)
+
+    @torch.no_grad()
+    def init_special(self, cfg: ModelConfig) -> None:
+        self.A_log.uniform_(0, 16).clamp_(min=1e-4).log_()
+        draw_steps(self.dt_bias)
+
+    def tags(self) -> dict[nn.Parameter, dict]:
+        wide = (self.q_proj, self.k_proj, self.v_proj, self.g_proj)
+        return {part.weight: {"role": "matrix", "heads": (0, self.heads)} for part in wide}
+
+    def writers(self) -> list[nn.Linear]:
+        return [self.out_proj]
+
+    def init_state(self, batch: int, device=None, dtype=None) -> State:
+        shape = (batch, self.heads, self.key_width, self.value_width)
+        S = torch.zeros(shape, device=device, dtype=recurrent_dtype(dtype))
+        conv = self.conv1d.init_state(batch, device, dtype)
+        return (conv, S, S.clone()) if self.writes.gamma else (conv, S)
+
+    def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        x, lengths, undo = compact(x, mask)
+        conv, S, M = (*(state or (None, None)), None)[:3]
+        H, N, P = self.heads, self.key_width, self.value_width
+        qku, conv = self.conv1d(torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1), conv, lengths=lengths)
+        a, b, g = self.a_proj(x), self.b_proj(x), self.g_proj(x)
+        with torch.autocast(x.device.type, enabled=False):
+            q, k, u = at_least_fp32(F.silu(qku)).split([H * N, H * N, H * P], -1)
+            q, k, u = q.unflatten(-1, (H, N)), k.unflatten(-1, (H, N)), u.unflatten(-1, (H, P))
+            q, k = unit(q) * N**-0.5, unit(k)
+            lg = -torch.exp(at_least_fp32(self.A_log)) * F.softplus(at_least_fp32(a) + at_least_fp32(self.dt_bias))
+            b = torch.sigmoid(at_least_fp32(b)) * (2 if self.neg_eigval else 1)
+            y, S, M = self._scan(lg, b, u, k, q, S, M, lengths)
+            y = (self.norm(y) * F.silu(g).unflatten(-1, (H, P))).flatten(-2)
+        y = undo(self.out_proj(y.to(g.dtype)))
+        return y, (conv, S, M) if self.writes.gamma else (conv, S)
+
+    def _scan(self, lg, b, u, k, q, S, M, lengths) -> tuple[Tensor, Tensor, Tensor | None]:
+        how = {"lengths": lengths, "chunk": self.chunk}
+        if self.form == "velocity":
+            how |= self.velocity_norm | {"gamma": self.writes.gamma, "alpha": self.writes.alpha}
+            return velocity_scan(lg, b, u, k, q, S, M, **how)
+        how["backend"] = self.backend
+        if self.form == "plain":
+            return *delta_scan(lg, b, u, k, q, S, **how), None
+        w = self.writes(b.unsqueeze(-1) * u, k)
+        return delta_momentum_scan(lg, b, w, k, q, S, M, gamma=self.writes.gamma, alpha=self.writes.alpha, **how)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Of length one, and 0 at 0: the eps lies inside the root."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + KEY_EPS)

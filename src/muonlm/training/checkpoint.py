@@ -1,0 +1,223 @@
+"""Checkpoints: directories that are whole or absent.
+
+    RUN/checkpoints/step-00000120/  model.safetensors   fp32 masters, by parameter name
+                                    state.safetensors   optimizer state, `<parameter>/<buffer>`
+                                    meta.json           step, counters, content hash of every file, checksum of itself
+    RUN/checkpoints/latest, best    files that hold the name of one
+
+Save     everything is written into a temporary sibling, synced to disk, then renamed: a kill at any moment leaves the old ones whole.
+Load     every file is hashed before it is read. `latest_valid` skips a damaged directory by name and falls back to the one before it.
+         Nothing is unpickled: safetensors and JSON only. (torch.distributed.checkpoint is not used: its metadata is a pickle.)
+Raises   UserError: no checkpoint, damaged checkpoint (which file, and what else could be used), full disk.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from muonlm.config.schema import Config, nearest
+from muonlm.data.prep.partial import sync
+from muonlm.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete-looking checkpoint directories of a run, oldest first."""
+    return sorted(path for path in (Path(run) / "checkpoints").glob("step-*") if path.is_dir())
+
+
+def save(
+    run: Path, step: int, model: dict[str, Tensor], state: dict[str, Tensor], meta: dict, *, best: bool, keep: int
+) -> Path:
+    """Write one checkpoint, point `latest` (and `best`) at it, drop all but the newest `keep` and the best."""
+    root = Path(run) / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    target = root / f"step-{step:08d}"
+    work = root / f".{target.name}-{os.getpid()}"
+    try:
+        work.mkdir(exist_ok=True)
+        for name, tensors in (("model.safetensors", model), ("state.safetensors", state)):
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, work / name)
+        files = {path.name: _digest(path) for path in sorted(work.iterdir())}
+        body = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}
+        (work / "meta.json").write_text(json.dumps(body | {"checksum": _checksum(body)}, indent=1))
+        for path in work.iterdir():
+            sync(path)
+        sync(work)
+        if target.exists():  # an interrupted run that was resumed before this step writes the same step again
+            shutil.rmtree(target)
+        os.replace(work, target)
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
+        free = shutil.disk_usage(root).free / 2**20
+        raise UserError(
+            f"checkpoint {target} could not be written: {getattr(error, 'strerror', None) or error} ({free:.0f} MiB free). "
+            f"Free some space, then go on with: muonlm train --resume {run}"
+        ) from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    sync(root)
+    for pointer in ["latest"] + ["best"] * best:
+        write_atomically(root / pointer, target.name)
+    protected = {(root / "best").read_text().strip() if (root / "best").exists() else ""}
+    for old in checkpoints(run)[:-keep]:
+        if old.name not in protected:
+            shutil.rmtree(old, ignore_errors=True)
+    for leftover in root.glob(".step-*"):  # of a process that was killed while it wrote
+        shutil.rmtree(leftover, ignore_errors=True)
+    return target
+
+
+def read(path: Path, *, state: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+    """(model tensors, optimizer tensors, meta) of one checkpoint directory, verified; UserError names the damaged file."""
+    path = Path(path)
+    meta = read_meta(path)
+    for name, digest in meta["files"].items():
+        if name == "state.safetensors" and not state:
+            continue
+        try:
+            found = _digest(path / name)
+        except OSError:
+            raise UserError(f"checkpoint {path} is damaged: {name} is missing.") from None
+        if found != digest:
+            raise UserError(f"checkpoint {path} is damaged: {name} does not match its recorded hash.")
+    return load_file(path / "model.safetensors"), load_file(path / "state.safetensors") if state else {}, meta
+
+
+def read_meta(path: Path) -> dict:
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        checksum = meta.pop("checksum")
+        if checksum != _checksum(meta):
+            raise ValueError
+    except OSError:
+        how = "is damaged: meta.json is missing" if Path(path).is_dir() else "is gone"
+        raise UserError(f"checkpoint {path} {how}.") from None
+    except (ValueError, KeyError, AttributeError, TypeError):  # no JSON, no object, no checksum, or another one
+        raise UserError(f"checkpoint {path} is damaged: meta.json does not match its checksum.") from None
+    if meta["format_version"] != FORMAT_VERSION:
+        raise UserError(f"checkpoint {path} has format {meta['format_version']}; this muonlm reads {FORMAT_VERSION}.")
+    return meta
+
+
+def latest_valid(run: Path, warn=print):
+    """The newest checkpoint of `run` that reads whole, as `read` returns it; None if there is none. Damaged ones are named."""
+    for path in reversed(checkpoints(run)):
+        try:
+            return read(path)
+        except UserError as error:
+            warn(f"{error} Skipped; looking for an older one.")
+    return None
+
+
+def locate(source: str | Path, which: str = "best") -> tuple[Path, Path]:
+    """(run directory, checkpoint directory) of a run, or of a checkpoint directory inside one."""
+    path = Path(source)
+    if not path.exists():
+        siblings = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise UserError(
+            f"{str(source)!r} does not exist.{nearest(str(path), siblings)} A run is a folder such as runs/quickstart."
+        )
+    if (path / "meta.json").exists():
+        return path.parent.parent, path
+    if not (path / "config.json").exists():
+        above = [p for p in list(path.absolute().parents)[:2] if (p / "config.json").exists()]  # RUN/checkpoints/latest
+        inside = [str(p) for p in above] or runs_in(path)
+        hint = f" Did you mean {inside[-1]!r}?" if inside else " `muonlm train` makes one."
+        raise UserError(f"{str(source)!r} is not a run directory (it has no config.json).{hint}")
+    root = path / "checkpoints"
+    for name in [which] if which.startswith("step-") else [which, "latest"]:
+        target = root / name
+        if target.is_file():
+            target = root / target.read_text().strip()
+        if target.is_dir():
+            return path, target
+    found = ", ".join(p.name for p in checkpoints(path)) or "none"
+    raise UserError(
+        f"run {path} has no checkpoint {which!r} (found: {found})."
+        + (f" Finish or resume it first: muonlm train --resume {path}" if found == "none" else "")
+    )
+
+
+def runs_in(folder: Path) -> list[str]:
+    return sorted(str(file.parent) for file in folder.glob("*/config.json"))
+
+
+def load(source: str | Path, device="cpu", which: str = "best"):
+    """(model in eval mode, tokenizer or None) of a run or checkpoint directory: all that generation needs."""
+    from muonlm.data.text.tokenizer import Tokenizer
+    from muonlm.model import build_model
+
+    run, path = locate(source, which)
+    tensors, _, _ = read(path, state=False)
+    cfg = dataclasses.replace(read_config(run).model, scan="auto")  # a run of another machine may name what is not here
+    model = build_model(cfg, "cpu")
+    load_weights(model, tensors, str(path))
+    tokenizer = Tokenizer.load(run) if (run / "tokenizer.json").exists() else None
+    return model.to(device).eval(), tokenizer
+
+
+def read_config(run: Path) -> Config:
+    """The run's config. Tokenizer and template files are those that lie in the run, wherever it went and they came from."""
+    try:
+        cfg = Config.from_dict(json.loads((Path(run) / "config.json").read_text()), where=f"{run}/config.json")
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{run}/config.json cannot be read: {error}.") from None
+    own = {"tokenizer": Path(run, "tokenizer.json"), "template": Path(run, Path(cfg.data.template).name)}
+    named = {
+        "tokenizer": cfg.data.tokenizer.endswith((".json", ".txt")),
+        "template": cfg.data.template.endswith(".toml"),
+    }
+    kept = {key: str(path.resolve()) for key, path in own.items() if named[key] and path.is_file()}
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **kept))
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy `tensors` into the model; UserError names what is missing, extra, or of another shape."""
+    own = dict(model.named_parameters())
+    for name in sorted(own.keys() ^ tensors.keys()):
+        side = "lacks" if name in own else "has an unexpected"
+        raise UserError(f"the weights in {where} do not fit this model: the file {side} {name!r}.")
+    for name, parameter in own.items():
+        if parameter.shape != tensors[name].shape:
+            raise UserError(
+                f"the weights in {where} do not fit this model: {name} is {tuple(tensors[name].shape)} in the file, "
+                f"{tuple(parameter.shape)} in the model."
+            )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` in one rename, so that readers and kills see the old text or the new one."""
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.ExitStack() as undo:
+        undo.callback(work.unlink, missing_ok=True)
+        try:
+            with open(work, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(work, path)
+        except OSError as error:
+            error.filename = str(path)  # a failed write does not say of which file
+            raise
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _checksum(body: dict) -> str:
+    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
