@@ -26,4 +26,3 @@ def __getattr__(name: str):
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
-

@@ -10,8 +10,8 @@ import torch
 import muonlm.optim.muon.muon as muon_module
 from muonlm.errors import UserError
 from muonlm.optim import Muon
-from muonlm.optim.muon.newton_schulz import newton_schulz
 from muonlm.optim.muon.muon import Observation
+from muonlm.optim.muon.newton_schulz import newton_schulz
 from muonlm.optim.watch.activity import ActivityCheck, MuonInactive
 from muonlm.optim.watch.advice import Advice
 from muonlm.optim.watch.diagnostics import (

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from muonlm import train as train_function
 from muonlm.cli.main import main
 from muonlm.config.schema import load_recipe
-from muonlm import train as train_function
 from muonlm.training.loop import resolve
 from muonlm.training.objectives import OBJECTIVES
 

@@ -31,9 +31,9 @@ from muonlm.engine import complete, generate
 from muonlm.errors import RunFailed, UserError
 from muonlm.model import build_model, count_parameters, train_flops_per_token
 from muonlm.optim import RoutingPlan, build_optimizer, load_named_state, lr_scale, named_state, route
-from muonlm.optim.watch.qk_clip import qk_clip
 from muonlm.optim.watch.activity import ActivityCheck
 from muonlm.optim.watch.diagnostics import Diagnostics
+from muonlm.optim.watch.qk_clip import qk_clip
 from muonlm.scan import choose_backend
 
 from . import checkpoint, parallel
