@@ -213,14 +213,14 @@ def test_streamed_pieces_join_to_the_returned_text_and_are_whole_characters():
     [
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_p": 0.0}, "top-p"),
-        ({"top_p": 1.1}, "top-p"),
-        ({"top_k": -1}, "top-k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -1}, "top_k"),
         ({"samples": 0}, "samples"),
-        ({"max_tokens": 0}, "max-tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
     ],
 )
-def test_impossible_settings_are_refused_by_their_flag(settings, said):
+def test_impossible_settings_are_refused_by_their_name(settings, said):
     with pytest.raises(UserError, match=said):
         list(stream(model_of(), [1], **settings))
 

@@ -58,7 +58,7 @@ class Chat:
     ):
         check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens)
         if history is not None and history < 0:
-            raise UserError(f"--history {history} must be 0 (each message alone) or more; without it all is kept.")
+            raise UserError(f"`history` {history} must be 0 (each message alone) or more; without it all is kept.")
         need_words(tokenizer)
         self.model, self.tokenizer, self.form = model, tokenizer, form
         self.stop = form.stop_id(tokenizer)

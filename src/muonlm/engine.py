@@ -24,12 +24,12 @@ LOGITS_PER_PIECE = 1 << 26  # read at a time: 256 MiB of fp32, of which only eac
 
 def check_sampling(*, temperature: float, top_k: int, top_p: float, max_tokens: int, samples: int = 1) -> None:
     if not 0 <= temperature < float("inf"):
-        raise UserError(f"--temperature {temperature} must be 0 (greedy) or more; 0.8 is usual.")
+        raise UserError(f"`temperature` {temperature} must be 0 (greedy) or more; 0.8 is usual.")
     if not 0 < top_p <= 1:
-        raise UserError(f"--top-p {top_p} must be in (0, 1]; 1 keeps every token.")
-    for name, value, low in (("top-k", top_k, 0), ("samples", samples, 1), ("max-tokens", max_tokens, 1)):
+        raise UserError(f"`top_p` {top_p} must be in (0, 1]; 1 keeps every token.")
+    for name, value, low in (("top_k", top_k, 0), ("samples", samples, 1), ("max_tokens", max_tokens, 1)):
         if value < low:
-            raise UserError(f"--{name} {value} must be at least {low}.")
+            raise UserError(f"`{name}` {value} must be at least {low}.")
 
 
 def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ def generate(
         encoded = tokenizer.encode(text)
         if len(encoded) != 1:
             raise UserError(
-                f"--stop {text!r} is {len(encoded)} tokens of this model's tokenizer; a stop must be exactly one."
+                f"`stop` {text!r} is {len(encoded)} tokens of this model's tokenizer; a stop must be exactly one."
             )
         stops.add(encoded[0])
     decoders, texts = [tokenizer.stream() for _ in range(samples)], ["" for _ in range(samples)]

@@ -16,7 +16,9 @@ import sys
 
 from muonlm import __version__
 from muonlm.config.schema import keys, nearest
-from muonlm.errors import UserError
+from muonlm.errors import RunFailed, UserError
+
+from .flags import in_flags
 
 HELP = f"""muonlm {__version__} trains small language models with Muon.
 
@@ -43,7 +45,7 @@ REFUSALS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, Parser.latest = list(sys.argv[1:] if argv is None else argv), None
     debug, json_mode = "--debug" in argv, "--json" in argv
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -53,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        return fail(error, 2, debug, json_mode)
+        return fail(spoken(error), 2, debug, json_mode)
+    except RunFailed as error:
+        return fail(spoken(error), 1, debug, json_mode)
     except KeyboardInterrupt as stop:
         return fail(str(stop) or "interrupted", 130, debug, json_mode)
     except BrokenPipeError:  # `muonlm info … | head`
@@ -69,20 +73,26 @@ def main(argv: list[str] | None = None) -> int:
             debug,
             json_mode,
         )
-    except Exception as error:
-        name = type(error).__name__
-        if name in ("RunFailed", "MuonInactive"):
-            return fail(error, 1, debug, json_mode)
-        if name in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(
-            error
-        ):  # the CPU's allocator raises RuntimeError
-            return fail(
-                f"out of memory: {error}. Halve --train.micro_batch (losses stay the same), or shrink the model.",
-                1,
-                debug,
-                json_mode,
-            )
-        raise  # a bug of ours: the traceback is the report
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise  # a bug of ours: the traceback is the report
+        return fail(
+            f"out of memory: {error}. Halve --train.micro_batch (losses stay the same), or shrink the model.",
+            1,
+            debug,
+            json_mode,
+        )
+
+
+def out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    kinds = (MemoryError, torch.OutOfMemoryError) if torch else MemoryError
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)  # what torch says of the CPU's
+
+
+def spoken(error: Exception) -> str:
+    """The error in the flags of the verb that was typed."""
+    return in_flags(error, Parser.latest) if Parser.latest else str(error)
 
 
 def fail(error, code: int, debug: bool, json_mode: bool) -> int:
@@ -113,7 +123,9 @@ def run(argv: list[str]) -> int:
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are UserErrors that name the nearest flag."""
 
-    def __init__(self, verb: str, description: str, **kwargs):
+    latest: "Parser | None" = None  # whose flags an error is told in
+
+    def __init__(self, verb: str, description: str, takes_keys: bool = False, **kwargs):
         super().__init__(
             prog=f"muonlm {verb}",
             description=description,
@@ -125,6 +137,11 @@ class Parser(argparse.ArgumentParser):
             "--json", action="store_true", help="print one JSON document on stdout; progress goes to stderr"
         )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.takes_keys, Parser.latest = takes_keys, self
+
+    @property
+    def actions(self) -> list[argparse.Action]:
+        return self._actions
 
     def error(self, message: str):
         raise UserError(f"{message}. `{self.prog} --help` lists the flags.")
@@ -175,7 +192,8 @@ def train(argv: list[str]) -> int:
     argv, flags = take_overrides(argv)
     parser = Parser(
         "train",
-        "Train a recipe (quickstart if none is named) on a CPU or GPU; with torchrun, on many.",
+        takes_keys=True,
+        description="Train a recipe (quickstart if none is named) on a CPU or GPU; with torchrun, on many.",
         epilog="--init-from RUN starts at step 0 from another run's weights, with its model and tokenizer (a stage such as minimind/sft finds "
         "its parent's newest run itself). Any config key is a flag: --optim.lr 0.01 --train.steps 500 --data my.txt --seed 7   (all: muonlm info --keys)",
     )
@@ -787,7 +805,8 @@ def info(argv: list[str]) -> int:
     argv, flags = take_overrides(argv)
     parser = Parser(
         "info",
-        "What a recipe or run is, without training it; without a name, the recipes. Of a folder of prepared data: what\n"
+        takes_keys=True,
+        description="What a recipe or run is, without training it; without a name, the recipes. Of a folder of prepared data: what\n"
         "it holds, and whether every file is as recorded.",
     )
     parser.add_argument("what", nargs="?", metavar="RECIPE|RUN|DATA")

@@ -3,7 +3,7 @@
     check = ActivityCheck(optimizer, every=1000)
     with check(step): optimizer.step()                           step = 1, 2, ...: the one about to be taken
 
-Raises   MuonInactive (RuntimeError), naming the tensor, what was found and what to do
+Raises   MuonInactive (a RunFailed), naming the tensor, what was found and what to do
 Source   silent SGD and empty Muon groups that went unnoticed elsewhere: DeepSpeed #8441, #8438, LlamaFactory #8041
 """
 
@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from muonlm.errors import RunFailed
+
 from ..muon.blocks import blocks, predicted_rms
 from ..muon.distributed import is_sharded
 from ..muon.muon import Muon, decay_rate, direction, names_of
@@ -23,7 +25,7 @@ from .diagnostics import PROBES, block_list, exact_error, hutchinson_error, prob
 ERROR_SLACK = 0.3  # of the estimate and of bf16, when e is compared with that of exact arithmetic
 
 
-class MuonInactive(RuntimeError):
+class MuonInactive(RunFailed):
     """Muon does not do what its settings say; the text names the tensor, what was found and what to do."""
 
 
