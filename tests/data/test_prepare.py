@@ -371,7 +371,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shards.TokenShards, "write", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space")))
         with pytest.raises(
-            UserError, match=r"disk is full: writing .*out stopped with \d+ bytes free.*same command again"
+            UserError, match=r"out could not be written: the disk is full \([\d,]+ MiB free\).*same command again"
         ):
             prepare(source, tmp_path / "out", tokenizer="byte")
     assert partial_path(tmp_path / "out").exists() and not (tmp_path / "out").exists()

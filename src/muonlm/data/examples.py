@@ -30,8 +30,9 @@ import numpy as np
 import torch
 
 from muonlm.errors import UserError
+from muonlm.storage import fingerprint
 
-from .packed import IGNORE, Batch, KeyedPermutation, canonical, epochs_of, open_split, read_index, remake
+from .packed import IGNORE, Batch, KeyedPermutation, epochs_of, open_split, read_index, remake
 from .text.templates import TEMPLATES
 from .text.templates import template as find_template
 
@@ -68,7 +69,7 @@ class ExampleData:
         self.template: str = _template_of(self.path, self.index)
         self.vocab_size: int = self.tokenizer.vocab_size
         what = [self.index["fingerprint"], bool(pack), overlong, block_size]
-        self.fingerprint: str = hashlib.sha256(canonical(what)).hexdigest()
+        self.fingerprint: str = fingerprint(what)
         self.reference: np.ndarray | None = None  # (num_examples, 2) fp32, set from outside: log-probabilities of pairs
         self._sides = 2 if self.kind == "preferences" else 1  # documents of an item
 

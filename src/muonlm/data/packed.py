@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from muonlm.errors import UserError
+from muonlm.storage import fingerprint
 
 from .prep.formats import foreign_index, foreign_tokenizer, is_foreign
 from .text.tokenizer import Tokenizer
@@ -276,13 +277,8 @@ def remake(path) -> str:
     return f"make it again: muonlm prep SOURCE --to {path} --overwrite"
 
 
-def canonical(value) -> bytes:
-    """The bytes that hashes of JSON values are taken over: keys sorted, no spaces, ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
 def checksum(index: dict) -> str:
-    return hashlib.sha256(canonical({k: v for k, v in index.items() if k != "checksum"})).hexdigest()
+    return fingerprint({k: v for k, v in index.items() if k != "checksum"})
 
 
 def read_index(path, tokenizer: str = "", *, block_size: int = 0) -> dict:

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from muonlm.config.schema import Config, nearest
-from muonlm.data.prep.partial import sync
 from muonlm.errors import UserError
+from muonlm.storage import sync
 
 FORMAT_VERSION = 1
 

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from muonlm.config.schema import Config, flatten
-from muonlm.data.prep.partial import cache_home
 from muonlm.errors import UserError
 from muonlm.model import build_model
+from muonlm.storage import cache_home
 
 from . import parallel
 from .checkpoint import load_weights, read

@@ -9,7 +9,6 @@ Raises    UserError: bad text, splits of fewer than two tokens or of no row, a v
 """
 
 import copy
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,13 +21,14 @@ import numpy as np
 
 import muonlm
 from muonlm.errors import UserError
+from muonlm.storage import fingerprint
 
-from ..packed import FORMAT_VERSION, canonical
+from ..packed import FORMAT_VERSION
 from ..sources.expand import PIECE, Document, Source, advance, documents, identity, licence, size
 from ..text.tokenizer import Tokenizer, resolve_tokenizer
 from . import formats
 from .held_out import HeldOut, Sides, digest, digests, limit, settle
-from .partial import Partial, sync
+from .partial import Partial
 from .shards import RawShards, TokenShards
 
 BATCH = 1 << 21  # characters tokenised at once: 128 parts keep all cores busy, and it is small beside torch
@@ -74,7 +74,7 @@ class Job:
             "tokenizer": self.tokenizer if isinstance(self.tokenizer, str) else self.tokenizer.fingerprint,
             "settings": [self.columns, self.num_tokens, self.layout, self.special, self.eod, self.block_size],
         }
-        return hashlib.sha256(canonical(what)).hexdigest()
+        return fingerprint(what)
 
     def read(self, start: dict | None = None) -> Iterator[Document]:
         return documents(self.files, columns=self.columns, start=start)
@@ -144,7 +144,7 @@ def build(job: Job) -> dict:
         ]
     # What training sees: content, not where it lies or when it was made.
     content = {n: [part.tokens, [s["blake2b"] for s in part.files.shards]] for n, part in splits.items()}
-    index["fingerprint"] = hashlib.sha256(canonical([tok.fingerprint, index["dtype"], content])).hexdigest()
+    index["fingerprint"] = fingerprint([tok.fingerprint, index["dtype"], content])
     return index
 
 
@@ -197,7 +197,6 @@ def _tokenizer(job: Job) -> Tokenizer:
             texts = chain(job.read(), documents(job.val_files, columns=job.columns) if job.val_files else ())
         tok = resolve_tokenizer(tok, texts, special=job.special)
     tok.save(job.work.out)
-    sync(file)
     job.save(tokenizer=tok.fingerprint)
     return tok
 

@@ -22,7 +22,6 @@ Source   X. Yue et al., MAmmoTH, arXiv:2309.05653 (MathInstruct: CoT and PoT row
          arXiv:2005.14165, appendix C
 """
 
-import errno
 import hashlib
 import json
 import re
@@ -31,6 +30,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from muonlm.errors import UserError
+from muonlm.storage import Growing, full_disk_told, write
 
 from ..sources import expand as src
 from ..text.conversations import read_conversations
@@ -100,18 +100,13 @@ def prepare_cot(
         exclude = [TEST_SET] if any(source.form == "hub" for source in files) else []
     forbidden = _Forbidden(_many(exclude), exclude_split)
 
-    try:
-        with Partial(to) as work:
-            refuse_target(to, overwrite)  # it may have appeared since
-            work.load("")  # nothing is taken up: what an earlier kill left is emptied
-            settings = (names, name, split, forbidden, max_examples, drop_programs, strip_calc)
-            metadata = _write(work.out, specs, files, *settings, progress)
-            work.put_in_place()
-            return metadata
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"the disk is full: writing {to} stopped; make room, or choose another --to") from None
+    with full_disk_told(to, lambda: "Make room, or choose another --to"), Partial(to) as work:
+        refuse_target(to, overwrite)  # it may have appeared since
+        work.load("")  # nothing is taken up: what an earlier kill left is emptied
+        settings = (names, name, split, forbidden, max_examples, drop_programs, strip_calc)
+        metadata = _write(work.out, specs, files, *settings, progress)
+        work.put_in_place()
+        return metadata
 
 
 def _write(
@@ -119,7 +114,7 @@ def _write(
 ) -> dict:
     """The three files; returns the metadata."""
     counts, examples, digest, read = Counter(), [], hashlib.sha256(), 0
-    with open(out / "train.jsonl", "wb") as rows:
+    with Growing(out / "train.jsonl") as rows:
         for spec in specs:
             kept = 0
             for record, where in src.rows([spec], name=name, split=split):
@@ -163,7 +158,7 @@ def _write(
         "sha256": digest.hexdigest(),
     }
     for file, content in (("examples.json", examples), ("metadata.json", metadata)):
-        (out / file).write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
+        write(out / file, json.dumps(content, ensure_ascii=False, indent=1))
     return metadata
 
 

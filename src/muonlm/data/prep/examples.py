@@ -10,13 +10,9 @@ Cost      one pass to read, one to encode, 8 bytes of memory an example
 Raises    UserError: bad sources or settings, no trained text, a folder of another kind
 """
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
-import os
-import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
@@ -26,9 +22,10 @@ import numpy as np
 
 import muonlm
 from muonlm.errors import UserError
+from muonlm.storage import Growing, canonical, fingerprint, full_disk_told, write
 
 from ..examples import KINDS, read_examples
-from ..packed import FORMAT_VERSION, INDEX_NAMES, canonical, checksum
+from ..packed import FORMAT_VERSION, INDEX_NAMES, checksum
 from ..sources.expand import Source, expand, identity, licence, rows, size
 from ..text.conversations import Conversation, read_conversations, read_preferences
 from ..text.templates import Template
@@ -74,21 +71,13 @@ def prepare_examples(
     val_files = expand(val) if held.kind == "path" else []
     for line in dict.fromkeys(filter(None, map(licence, files + val_files))):
         (say or (lambda line: None))(line)
-    try:
-        with Partial(to, wait=wait) as work:
-            refuse_target(to, overwrite)  # it may have appeared since
-            work.load("")  # nothing is taken up: what an earlier kill left is emptied
-            index = _build(files, val_files, work, kind, form, fixed or tokenizer, columns, held, special, progress)
-            work.put_in_place()
-            return index
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(to.parent).free
-        raise UserError(
-            f"the disk is full: writing {to} stopped with {free} bytes free; make room, or choose another --to (under train: "
-            "export MUONLM_CACHE=DIR)"
-        ) from None
+    room = "Make room, or choose another --to (under train: export MUONLM_CACHE=DIR)"
+    with full_disk_told(to, lambda: room), Partial(to, wait=wait) as work:
+        refuse_target(to, overwrite)  # it may have appeared since
+        work.load("")  # nothing is taken up: what an earlier kill left is emptied
+        index = _build(files, val_files, work, kind, form, fixed or tokenizer, columns, held, special, progress)
+        work.put_in_place()
+        return index
 
 
 def prepared_examples(
@@ -158,7 +147,7 @@ class _Spool:
         self.skipped = {"untrained": 0, "empty": 0} | ({"equal": 0} if kind == "preferences" else {})
         self.prompts, self.bytes = array("Q"), 0  # a digest an item
         total = sum(size(s) for s in files)
-        with open(file, "wb") as out:
+        with Growing(file) as out:
             for item in self._items(rows(files, columns=columns)):
                 if why := _no_use(item[1:]):
                     self.skipped[why] += 1
@@ -265,7 +254,7 @@ class _Writer:
         self.split, self.dtype = split, dtype.newbyteorder("<")
         names = {part: f"{split}-{part}.bin" for part in ("tokens", "trained", "lengths")}
         self.names, self.hashes = names, {part: hashlib.blake2b() for part in names}
-        self._files = {part: open(folder / name, "wb") for part, name in names.items()}  # noqa: SIM115, see close
+        self._files = {part: Growing(folder / name) for part, name in names.items()}
         self.tokens = self.documents = self.targets = 0
 
     def write(self, documents: list[tuple[np.ndarray, np.ndarray]]) -> None:
@@ -286,14 +275,11 @@ class _Writer:
 
     def close(self) -> None:
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
             file.close()
 
     def abandon(self) -> None:
         for file in self._files.values():
-            with contextlib.suppress(OSError):  # closing flushes: a full disk says so a second time
-                file.close()
+            file.abandon()
 
     def record(self, sides: int) -> dict:
         files = {part: {"file": name, "blake2b": self.hashes[part].hexdigest()} for part, name in self.names.items()}
@@ -377,7 +363,7 @@ def _build(files, val_files, work: Partial, kind, form, tokenizer, columns, held
     definition = json.loads(canonical(dataclasses.asdict(form)))
     # JSON's strings and lists of strings are TOML's too
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in definition.items() if key != "name"]
-    (work.out / f"{form.name}.toml").write_text("".join(lines), "utf-8")
+    write(work.out / f"{form.name}.toml", "".join(lines))
     held_prompts = np.concatenate([spool.prompts_of(VAL) for spool in spools])
     index = {
         "format_version": FORMAT_VERSION,
@@ -402,7 +388,7 @@ def _build(files, val_files, work: Partial, kind, form, tokenizer, columns, held
     # What training sees: content, not where it lies or when it was made.
     content = {w.split: {part: h.hexdigest() for part, h in w.hashes.items()} for w in writers.values()}
     what = [tok.fingerprint, index["dtype"], kind, definition, content]
-    index["fingerprint"] = hashlib.sha256(canonical(what)).hexdigest()
+    index["fingerprint"] = fingerprint(what)
     index["checksum"] = checksum(index)
-    (work.out / INDEX_NAMES[0]).write_text(json.dumps(index, indent=1), "utf-8")
+    write(work.out / INDEX_NAMES[0], json.dumps(index, indent=1))
     return index

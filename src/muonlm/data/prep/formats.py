@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from muonlm.errors import UserError
+from muonlm.storage import fingerprint
 
 from ..text.tokenizer import Tokenizer, made_from_text, resolve_tokenizer
 
@@ -152,8 +153,7 @@ def foreign_index(path, tokenizer: str = "", *, block_size: int = 0) -> dict:
         "splits": splits,
         "val": {"rule": "as found", "fallback": False},
     }
-    content = json.dumps([tok.fingerprint, "uint16", prints], sort_keys=True, separators=(",", ":"))
-    index["fingerprint"] = hashlib.sha256(content.encode()).hexdigest()
+    index["fingerprint"] = fingerprint([tok.fingerprint, "uint16", prints])
     return index
 
 

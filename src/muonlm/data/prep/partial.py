@@ -1,12 +1,13 @@
 """Unfinished folders: a target is made beside itself, is taken up again after a kill, appears whole or not at all.
 
+    .NAME.partial/lock          held by the process at work
     .NAME.partial/state.json    which command this is the work of (key), and how far its output counts
     .NAME.partial/out/          the output, ≥ what state.json says: the surplus is cut off when work is taken up
     .NAME.partial/old/          with overwrite, for the moment of the exchange: the older target
 
 A SIGKILL at any instruction is safe: state.json is replaced whole and after the output that it counts; out/ becomes the
 target by one rename; an old target that was set aside comes back when the folder is next opened. Only one process works
-on a target: it holds a lock on the folder itself, which ends with the process.
+on a target: it holds the lock of the folder, which ends with the process.
 
     open, of the same key       go on from state.json
     open, of another key        begin again
@@ -15,22 +16,15 @@ Cost      a save syncs what was written since the last one
 Raises    UserError: the target exists, is something else, cannot be made, or another process is at work on it
 """
 
-import errno
-import hashlib
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: no lock there
-    fcntl = None
-
+from muonlm import storage
 from muonlm.errors import UserError
-
-from ..packed import canonical
 
 INDEX_FILES = ("index.json", "meta.json", "raw.json")  # of layouts packed/rows/litpkds/examples, bin, raw
 OURS = (*INDEX_FILES, "metadata.json")  # the last: chain-of-thought rows
@@ -47,44 +41,23 @@ class Partial:
 
     def __enter__(self) -> "Partial":
         make_folder(self.to.parent)
-        while True:  # until the locked folder is the one that has the name: its last owner may have just removed it
-            make_folder(self.path)
-            try:
-                self._lock = os.open(self.path, os.O_RDONLY)
-            except FileNotFoundError:
-                continue
-            try:
-                self._acquire()
-                if os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
-                    break
-            except FileNotFoundError:
-                pass
-            except BaseException:
-                os.close(self._lock)
-                raise
-            os.close(self._lock)
+        make_folder(self.path)
+        self._lock = contextlib.ExitStack()
+        try:
+            self._lock.enter_context(storage.locked(self.path / "lock", wait=self.wait))
+        except BlockingIOError:
+            raise UserError(
+                f"another process is making {self.to} right now; wait for it, or choose another --to"
+            ) from None
         old = self.path / "old"
         if old.exists() and not self.to.exists():  # killed in the middle of an exchange
             os.rename(old, self.to)
         return self
 
-    def _acquire(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | (0 if self.wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(
-                f"another process is making {self.to} right now; wait for it, or choose another --to"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
-                raise  # a file system without locks is used without
-
     def __exit__(self, kind, error, trace) -> None:
         if kind is None or not self.begun or (issubclass(kind, Exception) and not self.keep):
             shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+        self._lock.close()
 
     def peek(self, key: str) -> dict | None:
         """The state of earlier work of this key."""
@@ -109,37 +82,12 @@ class Partial:
 
     def save(self, state: dict) -> None:
         """Whole or not at all. What the state counts must have been synced."""
-        new = self.path / "state.new"
-        with open(new, "w", encoding="utf-8") as file:
-            json.dump(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self.path / "state.json")
-        sync(self.path)
+        storage.write_atomically(self.path / "state.json", json.dumps(state))
+        storage.sync(self.path)
 
     def put_in_place(self) -> None:
-        """out/ becomes the target."""
-        exchange(self.out, self.to, self.path / "old")
-
-
-def exchange(new: Path, to: Path, old: Path) -> None:
-    """Sync `new`, rename it to `to`. An older target of ours steps aside to `old`, and comes back if that fails."""
-    for file in new.rglob("*"):
-        sync(file)
-    sync(new)
-    shutil.rmtree(old, ignore_errors=True)
-    replaces = is_ours(to)
-    if replaces:
-        os.rename(to, old)
-    try:
-        os.replace(new, to)  # onto nothing or an empty folder
-    except BaseException as error:
-        if replaces and not to.exists():
-            os.rename(old, to)
-        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise UserError(f"{to} was made by another process meanwhile; choose another --to") from None
-        raise
-    sync(to.parent)  # the rename itself
+        """out/ becomes the target; an older one of ours goes."""
+        storage.put_in_place(self.out, self.to, aside=self.path / "old" if is_ours(self.to) else None)
 
 
 def partial_path(to: Path) -> Path:
@@ -179,32 +127,18 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if storage.is_full(error):
             raise
         raise UserError(f"{folder} cannot be made ({error.strerror}); choose another --to") from None
-
-
-def sync(path: Path) -> None:
-    """A file's content, or the names in a folder, are on the disk when this returns."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ----------------------------------------------------------------------------------------------------------- the cache
 
 
-def cache_home(cache=None) -> Path:
-    """Where what can be made again is kept: `cache`, else $MUONLM_CACHE, else ~/.cache/muonlm."""
-    return Path(cache or os.environ.get("MUONLM_CACHE") or Path.home() / ".cache" / "muonlm")
-
-
 def in_cache(kind: str, key: dict, read: Callable[[Path], object], make: Callable[[Path], None], cache=None) -> Path:
     """The folder of `key` in the cache, made by `make(folder)` if it is absent or `read(folder)` refuses it."""
-    home = cache_home(cache)
-    to = home / kind / hashlib.sha256(canonical(key)).hexdigest()[:20]
+    home = storage.cache_home(cache)
+    to = home / kind / storage.fingerprint(key)[:20]
     if to.exists():
         try:
             read(to)

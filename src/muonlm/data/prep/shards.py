@@ -5,14 +5,13 @@ A shard's hash (blake2b, of the whole file with its header) is taken when it is 
 Units    tokens; bytes of UTF-8 text; documents
 """
 
-import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from muonlm.errors import UserError
+from muonlm.storage import Growing, digest
 
 from ..text.tokenizer import Tokenizer
 from . import formats
@@ -25,13 +24,15 @@ class Files:
 
     def __init__(self, folder: Path, shards: list[dict], size: int):
         """size: bytes of the last file that count, if it is not full."""
-        self.folder, self.shards, self.size = folder, shards, 0
-        self._file = None
+        self.folder, self.shards = folder, shards
+        self._file: Growing | None = None
         if shards and "blake2b" not in shards[-1]:
-            self._file = open(folder / shards[-1]["file"], "r+b")  # noqa: SIM115, closed by seal()
-            self._file.truncate(size)
-            self._file.seek(0, os.SEEK_END)
-            self.size = size
+            self._file = Growing(folder / shards[-1]["file"], size)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file that grows."""
+        return 0 if self._file is None else self._file.size
 
     @property
     def open(self) -> dict | None:
@@ -41,39 +42,30 @@ class Files:
     def begin(self, name: str, **record) -> None:
         self.seal()
         (self.folder / name).parent.mkdir(exist_ok=True)
-        self._file, self.size = open(self.folder / name, "wb"), 0  # noqa: SIM115
+        self._file = Growing(self.folder / name)
         self.shards.append({"file": name, **record})
 
     def write(self, data: bytes) -> None:
         self._file.write(data)
-        self.size += len(data)
 
     def overwrite_start(self, data: bytes) -> None:
-        self._file.seek(0)
-        self._file.write(data)
-        self._file.seek(0, os.SEEK_END)
+        self._file.overwrite_start(data)
 
     def sync(self) -> None:
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._file.sync()
 
     def seal(self) -> None:
         """The open file is full: sync, close, hash."""
         if self._file is None:
             return
-        self.sync()
         self._file.close()
         self._file = None
-        with open(self.folder / self.shards[-1]["file"], "rb") as file:
-            self.shards[-1]["blake2b"] = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+        self.shards[-1]["blake2b"] = digest(self.folder / self.shards[-1]["file"])
 
     def abandon(self) -> None:
         if self._file is not None:
-            try:
-                self._file.close()
-            except OSError:  # closing flushes: a full disk says so a second time
-                pass
+            self._file.abandon()
 
 
 class TokenShards:

@@ -17,8 +17,6 @@ Safety    all is made aside and renamed at the end (partial.py). After a kill or
 Raises    UserError: bad sources, bad settings, existing target, full disk, splits of fewer than two tokens or of no row
 """
 
-import errno
-import hashlib
 import json
 import math
 import shutil
@@ -28,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from muonlm.errors import UserError
+from muonlm.storage import Growing, digest, full_disk_told, is_full, write
 
 from ..packed import FORMAT_VERSION, INDEX_NAMES, checksum, read_index, remake
 from ..sources.expand import Source, expand, identity, licence
@@ -36,7 +35,7 @@ from ..text.tokenizer import Tokenizer, made_from_text, resolve_tokenizer
 from . import formats
 from .build import Job, Progress, build, build_raw, is_file
 from .held_out import parse
-from .partial import INDEX_FILES, Partial, in_cache, kept_work, partial_path, refuse_target, sync
+from .partial import INDEX_FILES, Partial, in_cache, kept_work, partial_path, refuse_target
 
 
 def prepare(
@@ -98,18 +97,14 @@ def prepare(
     )
     for line in dict.fromkeys(filter(None, map(licence, job.files + job.val_files))):
         tell(line)
-    try:
-        with Partial(to, wait=wait) as job.work:
-            return _make(job, overwrite, hub, tell)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+
+    def remedy() -> str:
         kept = kept_work(to)
         goes_on = f": it goes on from {kept}; or remove that folder and" if kept else ", or"
-        raise UserError(
-            f"the disk is full: writing {to} stopped with {shutil.disk_usage(to.parent).free} bytes free. Make room and "
-            f"run the same command again{goes_on} choose another --to"
-        ) from None
+        return f"Make room and run the same command again{goes_on} choose another --to"
+
+    with full_disk_told(to, remedy), Partial(to, wait=wait) as job.work:
+        return _make(job, overwrite, hub, tell)
 
 
 def _make(job: Job, overwrite: bool, hub: bool, tell) -> dict:
@@ -142,14 +137,13 @@ def _make(job: Job, overwrite: bool, hub: bool, tell) -> dict:
                     raise UserError(f"{source} was changed while it was read; run the command again")
             index["checksum"] = checksum(index)
             file = work.out / {"raw": "raw.json", "bin": "meta.json"}.get(job.layout, "index.json")
-            file.write_text(json.dumps(index, indent=1), "utf-8")
-            sync(file)
+            write(file, json.dumps(index, indent=1))
             job.save(sealed=index["checksum"])
         work.put_in_place()
         work.keep = False
         return _stored(work.to)
     except OSError as error:
-        work.keep |= error.errno in (errno.ENOSPC, errno.EDQUOT)
+        work.keep |= is_full(error)
         raise
     except UserError as error:
         if work.keep:
@@ -224,9 +218,7 @@ def verify(path) -> dict:
     for record in hashed_files(index):
         if not (path / record["file"]).is_file():
             raise UserError(f"{path / record['file']} is missing; {remake(path)}")
-        with open(path / record["file"], "rb") as file:
-            found = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
-        if found != record["blake2b"]:
+        if digest(path / record["file"]) != record["blake2b"]:
             raise UserError(
                 f"{path / record['file']} was altered: its content differs from the recorded hash; {remake(path)}"
             )
@@ -302,7 +294,7 @@ def _spool_stdin(files: list[Source], folder: Path) -> list[Source]:
     if not any(s.name == "-" for s in files):
         return files
     spool = folder / "stdin.txt"
-    with open(spool, "wb") as file:
+    with Growing(spool) as file:
         shutil.copyfileobj(sys.stdin.buffer, file)
     if not spool.stat().st_size:
         raise UserError("-:1: standard input is empty; pipe some text: cat FILE | muonlm prep - --to FOLDER")

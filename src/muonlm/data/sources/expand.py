@@ -28,7 +28,6 @@ Raises   UserError naming file and line, what was found and what to type: up fro
 
 import difflib
 import glob
-import hashlib
 import importlib.util
 import json
 import math
@@ -40,6 +39,7 @@ from itertools import groupby, islice
 from pathlib import Path
 
 from muonlm.errors import UserError
+from muonlm.storage import digest
 
 from ..packed import INDEX_NAMES
 from ..prep.partial import is_ours
@@ -379,15 +379,10 @@ def identity(source: Source) -> list:
     elif source.form == "problems":
         from ..synthetic import word_problems
 
-        what = source.options | {"code": _sha256(Path(word_problems.__file__))}
+        what = source.options | {"code": digest(Path(word_problems.__file__), "sha256")}
     else:
-        what = _sha256(source.path)
+        what = digest(source.path, "sha256")
     return [source.form, what, source.weight]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def size(source: Source) -> int:

@@ -34,6 +34,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from muonlm.errors import UserError
+from muonlm.storage import write_atomically
 
 EOT = "<|endoftext|>"
 # The first found is taken. <|im_end|> ends a turn where another of them is there: added later, it must not become EOT.
@@ -172,7 +173,7 @@ class Tokenizer:
 
     def save(self, folder) -> None:
         """Write folder/tokenizer.json."""
-        Path(folder, "tokenizer.json").write_text(json.dumps(self._stored, ensure_ascii=False, indent=1), "utf-8")
+        write_atomically(Path(folder, "tokenizer.json"), json.dumps(self._stored, ensure_ascii=False, indent=1))
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
