@@ -22,8 +22,8 @@ import torch
 from scan import machine, note, ratio, span, summary, write
 
 from muonlm.config.schema import Config, ModelConfig
+from muonlm.data.batch import IGNORE
 from muonlm.data.examples import ExampleData
-from muonlm.data.packed import IGNORE
 from muonlm.data.prep.examples import prepare_examples
 from muonlm.model import build_model
 from muonlm.training.loop import make_optimizer, plan_routes

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from scan import machine, note, write
 
+from muonlm.data.batch import IGNORE
 from muonlm.data.open import open_splits
-from muonlm.data.packed import IGNORE
 from muonlm.engine import complete
 from muonlm.evals.word_problems import wilson
 from muonlm.training.checkpoint import load
@@ -60,7 +60,7 @@ STAGES = {
 
 def answers(run: str, cfg) -> dict:
     """Greedy decoding of every training prompt beside the answer that was trained."""
-    data = open_splits(cfg, 1, Dist(0, 1, torch.device("cpu"))).train
+    data = open_splits(cfg, "conversations", 1, Dist(0, 1, torch.device("cpu"))).train
     model, tokenizer = load(run)
     prompts, wanted = [], []
     for batch in data.sequential(1):

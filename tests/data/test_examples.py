@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muonlm.data.examples import ExampleData, plan, read_examples
-from muonlm.data.packed import IGNORE, Batch
+from muonlm.data.batch import IGNORE, Batch
+from muonlm.data.examples import ExampleData, plan
 from muonlm.data.prep import examples as module
 from muonlm.data.prep.examples import prepare_examples, prepared_examples
+from muonlm.data.prep.index import read_examples
 from muonlm.data.prep.text import prepare
 from muonlm.data.text.templates import TEMPLATES, template
 from muonlm.data.text.tokenizer import Tokenizer
@@ -339,7 +340,7 @@ def test_a_cut_inside_a_question_also_takes_away_what_is_left_of_it(tmp_path):
 
 
 def test_a_row_that_nothing_fits_names_the_size_that_does(folders):
-    with pytest.raises(UserError, match=r"none of the 60 examples .* fits .* --model.block_size (\d+)") as error:
+    with pytest.raises(UserError, match=r"none of the 60 examples .* fits .* `block_size` (\d+)") as error:
         ExampleData(folders["sft"], block_size=3, rows=1, seed=1)
     enough = int(str(error.value).split()[-1])
     assert len(ExampleData(folders["sft"], block_size=enough, rows=1, seed=1, overlong="drop").notes) == 1

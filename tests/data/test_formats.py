@@ -5,10 +5,11 @@ import struct
 import numpy as np
 import pytest
 
-from muonlm.data.packed import PackedData, read_index
+from muonlm.data.packed import PackedData
 from muonlm.data.prep import formats
 from muonlm.data.prep.formats import foreign_index, is_foreign
-from muonlm.data.prep.text import prepare, prepared, verify
+from muonlm.data.prep.index import read_index, verify
+from muonlm.data.prep.text import prepare, prepared
 from muonlm.data.text.tokenizer import resolve_tokenizer, train_bpe
 from muonlm.errors import UserError
 

@@ -30,7 +30,7 @@ def joined(batches) -> tuple[torch.Tensor, torch.Tensor]:
 def test_prime_223_has_the_documented_sizes():
     train, val = ModularData(), ModularData(split="val")
     assert (len(train), len(val)) == (24_753, 24_753)
-    assert train.batches_per_epoch == 49 and train.batch(48).count == 24_753 - 48 * 512
+    assert train.steps_per_epoch == 49 and train.batch(48).count == 24_753 - 48 * 512
     assert train.vocab_size == val.vocab_size == 234
     assert ModularData(op="x+y", operations=6).vocab_size == 231
     assert ModularData(prime=97).vocab_size == 108
@@ -90,7 +90,7 @@ def test_the_split_depends_on_split_seed_alone_and_looks_drawn_at_random():
 
 def test_an_epoch_takes_every_row_once_and_the_next_one_in_another_order():
     data = ModularData(prime=31, rows=64)
-    m = data.batches_per_epoch
+    m = data.steps_per_epoch
     first, _ = joined(data.batch(s) for s in range(m))
     second, _ = joined(data.batch(s) for s in range(m, 2 * m))
     whole = sorted(map(tuple, data.inputs.tolist()))
@@ -104,7 +104,7 @@ def test_an_epoch_takes_every_row_once_and_the_next_one_in_another_order():
 @pytest.mark.parametrize("world", [2, 3, 70])
 def test_the_ranks_together_hold_the_batch_of_one_process(world):
     data = ModularData(prime=31, rows=64)
-    for step in (0, data.batches_per_epoch - 1, data.batches_per_epoch):
+    for step in (0, data.steps_per_epoch - 1, data.steps_per_epoch):
         whole = data.batch(step)
         shares = [data.batch(step, rank, world) for rank in range(world)]
         inputs, targets = joined(shares)

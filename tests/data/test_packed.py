@@ -9,9 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muonlm.data.packed import IGNORE, Batch, KeyedPermutation, PackedData, read_index
+from muonlm.data.batch import IGNORE, Batch
+from muonlm.data.packed import PackedData
+from muonlm.data.permutation import KeyedPermutation
 from muonlm.data.prep import formats
-from muonlm.data.prep.text import prepare, verify
+from muonlm.data.prep.index import read_index, verify
+from muonlm.data.prep.text import prepare
 from muonlm.errors import UserError
 
 
@@ -199,7 +202,7 @@ def test_a_folder_that_is_not_prepared_says_how_to_prepare_it(tmp_path, folder):
         read_index(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"has no split 'test'; it has train, val"):
         PackedData(folder, "test", block_size=8, rows=2, seed=0)
-    with pytest.raises(UserError, match=r"block_size=0"):
+    with pytest.raises(UserError, match=r"`block_size` 0, `rows` 2"):
         PackedData(folder, "train", block_size=0, rows=2, seed=0)
 
 

@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muonlm.cli import main as cli
-from muonlm.data.packed import PackedData, read_index
+from muonlm.data.packed import PackedData, bpb
 from muonlm.data.prep import build, formats, held_out, shards
 from muonlm.data.prep.examples import prepare_examples, prepared_examples
+from muonlm.data.prep.index import read_index, verify
 from muonlm.data.prep.partial import Partial, partial_path
-from muonlm.data.prep.text import bpb, prepare, prepared, verify
+from muonlm.data.prep.text import prepare, prepared
 from muonlm.data.sources import expand as sources_module
 from muonlm.data.text.tokenizer import Tokenizer
 from muonlm.errors import UserError

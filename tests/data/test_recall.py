@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from muonlm.data.packed import IGNORE
+from muonlm.data.batch import IGNORE
 from muonlm.data.synthetic.recall import BLANK, EPOCH, RecallData
 from muonlm.errors import UserError
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muonlm.config.schema import MIXERS, ModelConfig
-from muonlm.data.packed import IGNORE
+from muonlm.data.batch import IGNORE
 from muonlm.model import build_model
 from muonlm.model.packing import Segments, _groups
 

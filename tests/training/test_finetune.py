@@ -131,7 +131,7 @@ def test_prompts_are_not_trained_on(stages, tmp_path, monkeypatch):
     from muonlm.data.open import open_splits
     from muonlm.training.parallel import Dist
 
-    data = open_splits(cfg, 8, Dist(0, 1, torch.device("cpu")))
+    data = open_splits(cfg, "conversations", 8, Dist(0, 1, torch.device("cpu")))
     batch = data.train.batch(0)
     texts = [data.train.tokenizer.decode(batch.targets[row][batch.targets[row] >= 0].tolist()) for row in range(8)]
     written = sum(len(text.replace("<|endoftext|>", "\0")) for text in texts)  # a byte is a token here

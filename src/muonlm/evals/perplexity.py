@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from muonlm.data.open import Splits
-from muonlm.data.packed import PackedData
+from muonlm.data.batch import Splits
 from muonlm.errors import UserError
 from muonlm.training import checkpoint
 from muonlm.training.dpo import dpo_objective
@@ -65,15 +64,10 @@ def for_scale(run: str | Path) -> dict:
 
 def trigram_reference(splits: Splits) -> dict:
     """{"trigram_bpb": …} counted on the training split (its first TRIGRAM_TOKENS) and charged on the held-out one; {} without text."""
-    if not isinstance(splits.train, PackedData):
+    train, held_out = (split.text(TRIGRAM_TOKENS) for split in (splits.train, splits.evaluated["val"]))
+    if not train:
         return {}
-    return {"trigram_bpb": trigram_bpb(text_bytes(splits.train), text_bytes(splits.evaluated["val"]))}
-
-
-def text_bytes(split: PackedData) -> np.ndarray:
-    """The UTF-8 bytes of a split, without end-of-text marks."""
-    ids = split.tokens(TRIGRAM_TOKENS)
-    return np.frombuffer(split.tokenizer.decode(ids[ids != split.tokenizer.eot_id].tolist()).encode(), np.uint8)
+    return {"trigram_bpb": trigram_bpb(np.frombuffer(train, np.uint8), np.frombuffer(held_out, np.uint8))}
 
 
 def trigram_bpb(train: np.ndarray, held_out: np.ndarray) -> float:

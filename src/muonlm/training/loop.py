@@ -23,9 +23,8 @@ from pathlib import Path
 import torch
 
 from muonlm.config.schema import Config
-from muonlm.data.open import Splits, open_splits
-from muonlm.data.packed import PackedData
-from muonlm.data.prep.text import bpb
+from muonlm.data.batch import Splits
+from muonlm.data.open import open_splits
 from muonlm.data.text.templates import template
 from muonlm.engine import complete, generate
 from muonlm.errors import RunFailed, UserError
@@ -38,7 +37,7 @@ from muonlm.scan import choose_backend
 
 from . import checkpoint, parallel
 from .dpo import dpo_objective
-from .objectives import OBJECTIVES, next_token
+from .objectives import NEEDS, OBJECTIVES, next_token
 from .parallel import Dist
 from .run import Run, default_directory, duration
 from .stages import check_tokenizer
@@ -59,7 +58,7 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
             refuse_unwritable(path)  # before what may be hours of preparing data
         dist.barrier()  # nobody creates the directory before all have looked
         data = open_data(cfg, dist)
-        check_tokenizer(cfg, getattr(data.train, "tokenizer", None))
+        check_tokenizer(cfg, data.train.tokenizer)
         cfg = resolve(cfg, data, dist.world, started=started)
         scan = scan_choice(cfg, dist)
         run = Run(path, cfg, steps=cfg.train.steps, json_mode=json_mode)
@@ -214,7 +213,7 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
                     seconds, tokens, steps = (after - before for after, before in zip(now, window))
                     record = {
                         "step": step,
-                        "epoch": epochs(cfg, data, step),
+                        "epoch": step / data.train.steps_per_epoch,
                         **means,
                         "grad_norm": float(norm),
                         **current_rates(optimizer),
@@ -276,12 +275,12 @@ def global_rows(cfg: Config, world: int) -> int:
 
 
 def open_data(cfg: Config, dist: Dist) -> Splits:
-    return open_splits(cfg, global_rows(cfg, dist.world), dist)
+    return open_splits(cfg, NEEDS[cfg.train.objective], global_rows(cfg, dist.world), dist)
 
 
 def resolve(cfg: Config, data: Splits, world: int, started: bool = False) -> Config:
     """The config with every derived value filled in: vocabulary, template, batch in tokens and rows, steps. A `started` run has them."""
-    vocab_size, samples = data.vocab_size, len(data.train)
+    vocab_size = data.vocab_size
     if cfg.model.vocab_size and cfg.model.vocab_size < vocab_size:
         raise UserError(
             f"model.vocab_size = {cfg.model.vocab_size} is smaller than the tokenizer's {vocab_size}; "
@@ -290,9 +289,7 @@ def resolve(cfg: Config, data: Splits, world: int, started: bool = False) -> Con
     rows, block = global_rows(cfg, world), cfg.model.block_size
     share = -(-rows // world)
     t = cfg.train
-    # only modular epochs end in a short batch
-    steps_per_epoch = -(-samples // rows) if cfg.data.source == "modular" else samples / rows
-    steps = t.fixed_steps(rows * block) or math.ceil(t.epochs * steps_per_epoch)
+    steps = t.fixed_steps(rows * block) or math.ceil(t.epochs * data.train.steps_per_epoch)
     if not steps:
         raise UserError(
             "the length of the run is not set; use --train.steps N, --train.epochs E, --train.tokens T or --train.budget"
@@ -406,7 +403,7 @@ def begin_run(run: Run, cfg: Config, plan, optimizer, data: Splits, step: int, s
     run.create(dist.device)
     if started:
         run.forget_after(step)
-    if getattr(data.train, "tokenizer", None):
+    if data.train.tokenizer:
         data.train.tokenizer.save(run.path)
     if data.template.endswith(".toml"):  # a user's own: with it and the tokenizer the run can be moved, its data lost
         shutil.copyfile(data.template, run.path / Path(data.template).name)
@@ -428,12 +425,12 @@ def begin_run(run: Run, cfg: Config, plan, optimizer, data: Splits, step: int, s
                 say(line)
         if optimizer.replicas:
             say(optimizer.replicas.describe())
-    for note in getattr(data.train, "notes", ()):
+    for note in data.train.notes:
         say(f"data: {note}")
     rows, block = cfg.train.global_batch // cfg.model.block_size, cfg.model.block_size
     say(
         f"training: {cfg.train.steps:,} steps × {cfg.train.global_batch:,} tokens ({rows} rows of {block}; {-(-rows // (dist.world * cfg.train.micro_batch))} "
-        f"micro-batches × {dist.world} ranks) = {epochs(cfg, data, cfg.train.steps):.3g} epochs, {cfg.train.dtype} on {dist.device}"
+        f"micro-batches × {dist.world} ranks) = {cfg.train.steps / data.train.steps_per_epoch:.3g} epochs, {cfg.train.dtype} on {dist.device}"
     )
 
 
@@ -447,12 +444,6 @@ def nothing_left(cfg: Config, path: Path, step: int) -> str:
     )
 
 
-def epochs(cfg: Config, data: Splits, steps: int) -> float:
-    """How often so many steps go through the training data. Only modular epochs end in a short batch."""
-    rows, samples = cfg.train.global_batch // cfg.model.block_size, len(data.train)
-    return steps / -(-samples // rows) if cfg.data.source == "modular" else steps * rows / samples
-
-
 # --- inside the loop ----------------------------------------------------------------------------------------------------------
 
 
@@ -463,18 +454,13 @@ def evaluate(net, objective, data: Splits, cfg: Config, dist: Dist) -> dict[str,
     model.eval()
     result = {}
     for name, split in data.evaluated.items():
-        rows = cfg.eval.rows or max(
-            1, (1 << 17 if name == "train" or cfg.data.source == "modular" else 1 << 14) // cfg.model.block_size
-        )
+        rows = cfg.eval.rows or split.rows_to_evaluate(cfg.model.block_size)
         batches = split.sequential(rows, dist.rank, dist.world, limit=cfg.eval.iters * rows)
         sums, count = total_sums(model, objective, batches, dist, cfg)
-        result |= {f"{name}_{key}": value / count for key, value in sums.items()}
-        if cfg.train.objective == "sft":
-            result[f"{name}_perplexity"] = math.exp(min(result[f"{name}_loss"], 700.0))  # of trained tokens
+        means = split.report({key: value / count for key, value in sums.items()})
+        result |= {f"{name}_{key}": value for key, value in means.items()}
         if cfg.train.objective == "dpo":
             result[f"{name}_pairs"] = int(count)
-        if isinstance(split, PackedData):
-            result[f"{name}_bpb"] = bpb(result[f"{name}_loss"], split.index["splits"][name])
     return result
 
 
@@ -582,7 +568,7 @@ def finish(run: Run, cfg: Config, model, data: Splits, step: int, counters: dict
         )
         return report
     checkpoint.write_atomically(path / "report.json", json.dumps(report, indent=1))
-    if cfg.eval.sample and getattr(data.train, "tokenizer", None):
+    if cfg.eval.sample and data.train.tokenizer:
         model.eval()
         text = sample(cfg, model, data)
         checkpoint.write_atomically(path / "samples" / f"step-{step:08d}.txt", text)

@@ -93,3 +93,11 @@ OBJECTIVES = {
     "classify": classify,
     "recall": recall,
 }  # and DPO: dpo.py
+# objective -> the kind of data it needs, as the table of data/open.py calls them
+NEEDS = {
+    "next_token": "text",
+    "sft": "conversations",
+    "dpo": "preferences",
+    "classify": "pairs of numbers",
+    "recall": "keys and values",
+}

@@ -23,11 +23,11 @@ import muonlm
 from muonlm.errors import UserError
 from muonlm.storage import fingerprint
 
-from ..packed import FORMAT_VERSION
 from ..sources.expand import PIECE, Document, Source, advance, documents, identity, licence, size
 from ..text.tokenizer import Tokenizer, resolve_tokenizer
 from . import formats
 from .held_out import HeldOut, Sides, digest, digests, limit, settle
+from .index import FORMAT_VERSION
 from .partial import Partial
 from .shards import RawShards, TokenShards
 

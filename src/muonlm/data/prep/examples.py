@@ -24,8 +24,6 @@ import muonlm
 from muonlm.errors import UserError
 from muonlm.storage import Growing, canonical, fingerprint, full_disk_told, write
 
-from ..examples import KINDS, read_examples
-from ..packed import FORMAT_VERSION, INDEX_NAMES, checksum
 from ..sources.expand import Source, expand, identity, licence, rows, size
 from ..text.conversations import Conversation, read_conversations, read_preferences
 from ..text.templates import Template
@@ -33,7 +31,9 @@ from ..text.templates import template as find_template
 from ..text.tokenizer import Tokenizer, made_from_text, resolve_tokenizer
 from . import held_out
 from .build import BATCH, SAMPLE, Progress, source_record
-from .partial import Partial, in_cache, refuse_target
+from .cache import in_cache
+from .index import FORMAT_VERSION, INDEX_NAMES, KINDS, checksum, has_tokens, read_examples
+from .partial import Partial, refuse_target
 
 TRAIN, VAL, LEFT_OUT = 0, 1, 2
 
@@ -102,7 +102,7 @@ def prepared_examples(
     form, special = _checked(kind, template), tuple(special)
     many = [source] if isinstance(source, (str, Path)) else list(source)
     one = Path(many[0]).expanduser() if len(many) == 1 else None
-    if one and any((one / name).is_file() for name in INDEX_NAMES):
+    if one and has_tokens(one):
         found = read_examples(one)["kind"]
         if found != kind:
             raise UserError(

@@ -20,14 +20,12 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from muonlm import storage
 from muonlm.errors import UserError
 
-INDEX_FILES = ("index.json", "meta.json", "raw.json")  # of layouts packed/rows/litpkds/examples, bin, raw
-OURS = (*INDEX_FILES, "metadata.json")  # the last: chain-of-thought rows
+from .index import is_ours
 
 
 class Partial:
@@ -101,17 +99,6 @@ def kept_work(to) -> Path | None:
     return path if (path / "state.json").exists() else None
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a folder was made here, damaged or not; the index.json of a web site does not count."""
-    for name in OURS:
-        if (path / name).is_file():
-            with open(path / name, "rb") as file:
-                head = file.read(4096)
-            if b'"format_version"' in head and b'"layout"' in head:
-                return True
-    return False
-
-
 def refuse_target(to: Path, overwrite: bool) -> None:
     if os.path.ismount(to):
         raise UserError(f"{to} is a mount point, which cannot be replaced; choose a folder in it: --to {to / 'data'}")
@@ -130,32 +117,3 @@ def make_folder(folder: Path) -> None:
         if storage.is_full(error):
             raise
         raise UserError(f"{folder} cannot be made ({error.strerror}); choose another --to") from None
-
-
-# ----------------------------------------------------------------------------------------------------------- the cache
-
-
-def in_cache(kind: str, key: dict, read: Callable[[Path], object], make: Callable[[Path], None], cache=None) -> Path:
-    """The folder of `key` in the cache, made by `make(folder)` if it is absent or `read(folder)` refuses it."""
-    home = storage.cache_home(cache)
-    to = home / kind / storage.fingerprint(key)[:20]
-    if to.exists():
-        try:
-            read(to)
-            return to
-        except UserError:
-            shutil.rmtree(to, ignore_errors=True)  # ours, damaged: a cache may be made anew
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        make(to)
-    except (UserError, OSError) as error:
-        if to.exists():  # another process was first: its folder stands where ours was to go
-            read(to)
-            return to
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"prepared {'text is' if kind == 'data' else 'examples are'} kept in {home}, which cannot be written "
-            f"({error.strerror}); name another place: export MUONLM_CACHE=/tmp/muonlm"
-        ) from None
-    return to

@@ -18,7 +18,6 @@ Raises    UserError: bad sources, bad settings, existing target, full disk, spli
 """
 
 import json
-import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -26,16 +25,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from muonlm.errors import UserError
-from muonlm.storage import Growing, digest, full_disk_told, is_full, write
+from muonlm.storage import Growing, full_disk_told, is_full, write
 
-from ..packed import FORMAT_VERSION, INDEX_NAMES, checksum, read_index, remake
 from ..sources.expand import Source, expand, identity, licence
-from ..text.templates import template
-from ..text.tokenizer import Tokenizer, made_from_text, resolve_tokenizer
+from ..text.tokenizer import made_from_text, resolve_tokenizer
 from . import formats
 from .build import Job, Progress, build, build_raw, is_file
+from .cache import in_cache
 from .held_out import parse
-from .partial import INDEX_FILES, Partial, in_cache, kept_work, partial_path, refuse_target
+from .index import FORMAT_VERSION, checksum, has_tokens, read_index, stored
+from .partial import Partial, kept_work, partial_path, refuse_target
 
 
 def prepare(
@@ -116,7 +115,7 @@ def _make(job: Job, overwrite: bool, hub: bool, tell) -> dict:
     job.look_at_sources()
     key = job.key()
     if (state := work.peek(key)) and "sealed" in state and not work.out.exists():
-        index = _stored(work.to)
+        index = stored(work.to)
         if index and index["checksum"] == state["sealed"]:  # killed right after the rename
             tell(f"{work.to} was finished when the command was stopped")
             return index
@@ -141,7 +140,7 @@ def _make(job: Job, overwrite: bool, hub: bool, tell) -> dict:
             job.save(sealed=index["checksum"])
         work.put_in_place()
         work.keep = False
-        return _stored(work.to)
+        return stored(work.to)
     except OSError as error:
         work.keep |= is_full(error)
         raise
@@ -172,7 +171,7 @@ def prepared(
     """
     many = [source] if isinstance(source, (str, Path)) else list(source)
     one = Path(many[0]).expanduser() if len(many) == 1 else ""
-    if one and (formats.is_foreign(one) or any((one / file).is_file() for file in INDEX_NAMES)):
+    if one and (formats.is_foreign(one) or has_tokens(one)):
         if read_index(one, tokenizer)["layout"] == "examples":
             raise UserError(f"{one} holds conversations, not text; train on them with --train.objective sft or dpo")
         return one
@@ -209,46 +208,6 @@ def prepared(
     return in_cache("data", key, read_index, make, cache)
 
 
-def verify(path) -> dict:
-    """Compare every file of a prepared folder (text or conversations) with its index, which is returned: token files
-    by their hashes, index, tokenizer and template by what they say. A UserError names the first that differs."""
-    path, index = Path(path), read_index(path)
-    if "foreign" in index:
-        raise UserError(f"{path} was made by another program and records no hashes to compare with; {remake(path)}")
-    for record in hashed_files(index):
-        if not (path / record["file"]).is_file():
-            raise UserError(f"{path / record['file']} is missing; {remake(path)}")
-        if digest(path / record["file"]) != record["blake2b"]:
-            raise UserError(
-                f"{path / record['file']} was altered: its content differs from the recorded hash; {remake(path)}"
-            )
-    if Tokenizer.load(path).fingerprint != index["tokenizer"]["fingerprint"]:
-        raise UserError(
-            f"{path / 'tokenizer.json'} was altered: its fingerprint differs from the index; {remake(path)}"
-        )
-    if form := index.get("template"):
-        file = path / f"{form['name']}.toml"
-        if template(file) != template(form):
-            raise UserError(f"{file} was altered: the template differs from the index; {remake(path)}")
-    return index
-
-
-def hashed_files(index: dict) -> list[dict]:
-    """The records {"file", "blake2b", …} of all token files of an index."""
-    more = ("trained", "lengths")  # beside the tokens of conversations
-    return [
-        r for info in index["splits"].values() for r in info["shards"] + [info[part] for part in more if part in info]
-    ]
-
-
-def bpb(nats_per_token: float, index_split: dict) -> float:
-    """Bits per byte of a split from the mean loss over all its targets (its N − 1 tokens after the first):
-
-    bpb = nats_per_token · (N − 1) / (ln 2 · bytes)
-    """
-    return nats_per_token * (index_split["tokens"] - 1) / (math.log(2) * index_split["bytes"])
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # small steps
 
@@ -271,16 +230,6 @@ def _usual_rule(layout: str, hub: bool, num_tokens: int | None) -> str:
     if layout not in ("rows", "litpkds"):
         return "hash:0.01"
     return "hash:0.05" if hub or num_tokens else "last:0.05"
-
-
-def _stored(folder: Path) -> dict | None:
-    """The index in a folder of any layout."""
-    for name in INDEX_FILES:
-        try:
-            return json.loads((folder / name).read_text("utf-8"))
-        except (OSError, ValueError):
-            continue
-    return None
 
 
 def _stat(sources: list[Source]) -> dict[str, tuple[int, int]]:

@@ -41,8 +41,7 @@ from pathlib import Path
 from muonlm.errors import UserError
 from muonlm.storage import digest
 
-from ..packed import INDEX_NAMES
-from ..prep.partial import is_ours
+from ..prep.index import has_tokens, is_ours
 from . import files, hub
 
 PIECE = 1 << 20  # characters of a piece of text, about
@@ -258,7 +257,7 @@ def _expand_one(spec: str, name: str, split: str) -> list[Source]:
 
 
 def _folder(path: Path, spec: str, split: str) -> list[Source]:
-    if is_ours(path) and any((path / name).is_file() for name in INDEX_NAMES):
+    if is_ours(path) and has_tokens(path):
         raise UserError(f"{spec} holds tokens, made by muonlm prep; train on it alone, or name the text it was made of")
     if (path / "dataset_dict.json").is_file() or all((path / f"{n}.json").is_file() for n in ("state", "dataset_info")):
         return _saved(path, spec, split)

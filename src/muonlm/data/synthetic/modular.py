@@ -23,9 +23,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from muonlm.config.schema import Config
 from muonlm.errors import UserError
 
-from ..packed import Batch, KeyedPermutation
+from ..batch import Batch, Dataset, Splits
+from ..permutation import KeyedPermutation
 
 # name: (symbol in a row, answer before the reduction mod p). `inv` is b⁻¹ mod p, 0 where b = 0.
 # The powers are of numbers below MAX_PRIME, so int64 holds them exactly.
@@ -45,7 +47,10 @@ EOS, EQUALS, FIRST_OPERATION = 0, 1, 2
 MAX_PRIME = 4093  # the largest prime below 2^12: 17 million rows, 0.8 GiB
 
 
-class ModularData:
+EVALUATED = 1 << 17  # tokens of an evaluation batch
+
+
+class ModularData(Dataset):
     """One split. `rows` is the number of rows of the global step; `operations` how many of OPERATIONS the vocabulary holds."""
 
     def __init__(self, *, op: str = "x/y", prime: int = 223, train_fraction: float = 0.5, rows: int = 512,
@@ -71,7 +76,6 @@ class ModularData:
         self.targets = torch.from_numpy(answer[mine] + zero)
         self.op, self.prime, self.rows, self.split, self.seed = op, prime, rows, split, seed
         self.vocab_size = zero + prime
-        self.batches_per_epoch = math.ceil(len(mine) / rows)
         contents = hashlib.sha256(repr((self.vocab_size, tuple(self.inputs.shape))).encode())
         for tensor in (self.inputs, self.targets):
             contents.update(tensor.numpy().astype("<i8").tobytes())
@@ -84,7 +88,7 @@ class ModularData:
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """This rank's contiguous share of the rows of global step `step`, as in (4); may be empty in an epoch's last batch."""
         assert step >= 0 and 0 <= rank < world, (step, rank, world)
-        epoch, k = divmod(step, self.batches_per_epoch)
+        epoch, k = divmod(step, self.steps_per_epoch)
         start, size = k * self.rows, min(self.rows, len(self) - k * self.rows)
         places = np.arange(start + size * rank // world, start + size * (rank + 1) // world)
         return self._take(torch.from_numpy(KeyedPermutation(len(self), self.seed, epoch)(places)))
@@ -96,6 +100,15 @@ class ModularData:
         first, last = n * rank // world, n * (rank + 1) // world
         for at in range(first, max(last, first + 1), rows):  # a rank without rows takes part with an empty batch
             yield self._take(slice(at, min(at + rows, last)))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Every epoch ends in a short batch."""
+        return math.ceil(len(self) / self.rows)
+
+    def rows_to_evaluate(self, block_size: int) -> int:
+        """More than of text: a row is five tokens."""
+        return max(1, EVALUATED // block_size)
 
     def rows_as_dicts(self) -> list[dict]:
         """The split in order, to look at: {"a": 12, "op": "/", "b": 7, "answer": 161}."""
@@ -129,3 +142,16 @@ def _check(op: str, prime: int, rows: int, split: str, operations: int) -> None:
 
 def _is_prime(n: int) -> bool:
     return n >= 2 and all(n % k for k in range(2, math.isqrt(n) + 1))
+
+
+def open_modular(cfg: Config, rows: int, dist) -> Splits:
+    """Both splits are evaluated: grokking is what lies between their accuracies."""
+    d = cfg.data
+    options = dict(op=d.op, prime=d.prime, train_fraction=d.train_fraction, operations=d.operations)
+    options |= dict(rows=rows, split_seed=cfg.seed, seed=cfg.seed)
+    made = {split: ModularData(split=split, **options) for split in ("train", "val")}
+    return Splits(made["train"], made)
+
+
+def vocabulary(cfg: Config) -> tuple[int, str]:
+    return FIRST_OPERATION + cfg.data.operations + cfg.data.prime, "end, =, operations and numbers"

@@ -24,9 +24,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from muonlm.config.schema import Config
 from muonlm.errors import UserError
 
-from ..packed import IGNORE, Batch
+from ..batch import IGNORE, Batch, Dataset, Splits
 
 BLANK = 0
 EPOCH = 1 << 16  # rows that an epoch counts as, though none comes twice
@@ -35,7 +36,7 @@ GOLDEN, MIX_1, MIX_2 = (
 )  # SplitMix64
 
 
-class RecallData:
+class RecallData(Dataset):
     """One split. `rows` is the number of rows of the global step, over all ranks and micro-batches; `length` is T of (1)."""
 
     def __init__(self, *, pairs: int = 8, length: int = 64, vocab: int = 256, rows: int = 64, seed: int = 0,
@@ -116,3 +117,14 @@ def _check(pairs: int, length: int, vocab: int, rows: int, split: str, power: fl
         raise UserError(f"power={power} must be a number above 0: 0.01 asks early, 1 asks anywhere")
     if split not in ("train", "val"):
         raise UserError(f"unknown split {split!r}; it is 'train' or 'val'")
+
+
+def open_recall(cfg: Config, rows: int, dist) -> Splits:
+    d = cfg.data
+    options = dict(pairs=d.pairs, length=cfg.model.block_size, vocab=d.symbols, rows=rows, seed=cfg.seed)
+    made = {split: RecallData(split=split, **options) for split in ("train", "val")}
+    return Splits(made["train"], {"val": made["val"]})
+
+
+def vocabulary(cfg: Config) -> tuple[int, str]:
+    return cfg.data.symbols, "data.symbols"

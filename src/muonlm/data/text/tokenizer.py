@@ -292,6 +292,18 @@ def made_from_text(spec: str) -> bool:
     return spec == "char"
 
 
+def expected_size(spec: str, special: int = 0) -> tuple[int, str]:
+    """(vocabulary that `resolve_tokenizer` will give, with so many special tokens more; what had to be assumed)."""
+    kind, *numbers = spec.split(":")
+    if kind == "bpe" and numbers and numbers[0].isdigit():  # special tokens are among the N
+        return int(numbers[0]), ""
+    if kind == "char":
+        return 65 + special, ": tiny Shakespeare's 65 characters are assumed"
+    if kind in ("byte", "gpt2"):
+        return {"byte": 257, "gpt2": 50257}[kind] + special, ""
+    return resolve_tokenizer(spec).vocab_size, ""
+
+
 def resolve_tokenizer(spec: str, texts: Iterable | None = None, special: Iterable[str] = ()) -> Tokenizer:
     """The tokenizer of a spec (SPECS) with these special tokens. char and bpe:N are made from `texts`: strings, one a
     document, or sources.Documents."""
