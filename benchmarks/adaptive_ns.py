@@ -30,7 +30,7 @@ from muonlm.training.loop import evaluate, make_optimizer, open_data, plan_route
 from muonlm.training.objectives import OBJECTIVES
 from muonlm.training.parallel import Dist
 
-ARMS = {"fixed 5": {}, "adaptive": {}, "fixed 3": {"optim.ns_steps": 3}}
+ARMS = {"fixed 5": {}, "adaptive": {}, "fixed 3": {"muon.ns_steps": 3}}
 SVD_FLOPS = 22
 
 
@@ -47,8 +47,8 @@ def config(args, seed: int, flags: dict) -> Config:
         "data.tokenizer": "char",
         "data.val": "tail:0.1",
         "optim.lr": 0.02,
-        "optim.adamw_lr": 3e-3,
-        "optim.ns_dtype": "float32",
+        "muon.adamw_lr": 3e-3,
+        "muon.ns_dtype": "float32",
         "sched.kind": "linear",
         "train.steps": args.steps,
         "train.global_batch": 768,

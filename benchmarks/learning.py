@@ -62,7 +62,7 @@ SHARED = {
     "train.global_batch": 768,
     "train.dtype": "bfloat16",
     "train.device": "cpu",
-    "optim.ns_dtype": "bfloat16",  # the probe could choose differently in every run
+    "muon.ns_dtype": "bfloat16",  # the probe could choose differently in every run
 }
 TASKS = {
     "shakespeare": {"data.tokenizer": "char", "data.val": "tail:0.1", "train.steps": 400, "model.rope_theta": 100.0},
@@ -73,14 +73,14 @@ RATES = [1e-4 * 2.0**k for k in range(14)]  # 1e-4 … 0.82
 KNOBS = {  # {knob: (ladder, starting index)}; they start near nanoGPT's AdamW and Keller Jordan's Muon
     "adamw": {
         "optim.lr": (RATES, 4),
-        "optim.adamw_lr": (RATES, 5),
+        "muon.adamw_lr": (RATES, 5),
         "optim.betas": ([[0.8, 0.9], [0.8, 0.95], [0.9, 0.95], [0.9, 0.99], [0.95, 0.99]], 2),
         "optim.wd": ([0.0, 0.03, 0.1, 0.3, 1.0], 2),
         "warmup_share": ([0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5], 1),
     },
     "muon": {
         "optim.lr": ([0.0025 * 2.0**k for k in range(9)], 3),
-        "optim.adamw_lr": (RATES, 6),
+        "muon.adamw_lr": (RATES, 6),
         "optim.betas": ([[0.8, 0.9], [0.8, 0.95], [0.9, 0.95], [0.9, 0.99], [0.95, 0.99]], 1),
         "optim.wd": ([0.0, 0.03, 0.1, 0.3, 1.0], 0),
         "warmup_share": ([0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5], 0),
@@ -88,19 +88,19 @@ KNOBS = {  # {knob: (ladder, starting index)}; they start near nanoGPT's AdamW a
 }
 SHORT = {  # the knobs of Muon's second search
     "optim.lr": ([0.01 * 2.0 ** (k / 2) for k in range(9)], 2),
-    "optim.adamw_lr": (RATES, 7),
-    "optim.momentum": ([0.8, 0.85, 0.9, 0.95, 0.975], 3),
-    "optim.variant": (["muon", "normuon"], 0),
+    "muon.adamw_lr": (RATES, 7),
+    "muon.momentum": ([0.8, 0.85, 0.9, 0.95, 0.975], 3),
+    "muon.variant": (["muon", "normuon"], 0),
     "momentum_warmup_share": ([0.0, 0.25, 0.5, 1.0], 0),
 }
 BETA1 = {"optim.betas": ([[0.6, 0.95], [0.7, 0.95], [0.8, 0.95]], 2)}  # AdamW's answer to Muon's momentum below 0.95
 FARTHEST = 4.0  # N/4 is the shortest schedule tried
 CURVE = (0.4, 0.6, 0.7, 0.8, 0.9)
-GPT2 = {"model.init": "gpt2", "optim.lr": RATES[5], "optim.adamw_lr": RATES[5], "warmup_share": 0.2}
+GPT2 = {"model.init": "gpt2", "optim.lr": RATES[5], "muon.adamw_lr": RATES[5], "warmup_share": 0.2}
 GPT2_AGAIN = {
     "model.init": "gpt2",
     "optim.lr": RATES[4],
-    "optim.adamw_lr": RATES[6],
+    "muon.adamw_lr": RATES[6],
     "optim.betas": [0.8, 0.95],
     "warmup_share": 0.3,
 }
@@ -119,26 +119,26 @@ SEARCHES = {
     },
     "sotu": {
         "adamw": [
-            ("shakespeare", {k: KNOBS["adamw"][k] for k in ("optim.adamw_lr", "optim.lr", "warmup_share")}, 1.0, 7)
+            ("shakespeare", {k: KNOBS["adamw"][k] for k in ("muon.adamw_lr", "optim.lr", "warmup_share")}, 1.0, 7)
         ],
-        "muon": [("shakespeare", {k: SHORT[k] for k in ("optim.adamw_lr", "optim.lr", "optim.momentum")}, 1.5, 7)],
+        "muon": [("shakespeare", {k: SHORT[k] for k in ("muon.adamw_lr", "optim.lr", "muon.momentum")}, 1.5, 7)],
     },
 }
 NAMES = ("muon", "normuon")  # ladders of names have no end
 VARIANTS = {
-    "NorMuon": {"optim.variant": "normuon"},
-    "no NorMuon": {"optim.variant": "muon"},
-    "momentum 0.95": {"optim.momentum": 0.95},
+    "NorMuon": {"muon.variant": "normuon"},
+    "no NorMuon": {"muon.variant": "muon"},
+    "momentum 0.95": {"muon.momentum": 0.95},
     "wd 0.1": {"optim.wd": 0.1},
-    "wd 0.1 cautious": {"optim.wd": 0.1, "optim.cautious": True},
-    "wd 0.1 cautious, follows lr": {"optim.wd": 0.1, "optim.cautious": True, "optim.wd_follows_lr": True},
-    "keller, 5 steps": {"optim.coefficients": "keller"},
-    "polar_express4, 4 steps": {"optim.coefficients": "polar_express4", "optim.ns_steps": 4},
-    "polar_express, 3 steps": {"optim.ns_steps": 3},
-    "per-head q, k, v": {"optim.per_head": True},
-    "fused q|k|v as one": {"optim.split_fused": False},
+    "wd 0.1 cautious": {"optim.wd": 0.1, "muon.cautious": True},
+    "wd 0.1 cautious, follows lr": {"optim.wd": 0.1, "muon.cautious": True, "muon.wd_follows_lr": True},
+    "keller, 5 steps": {"muon.coefficients": "keller"},
+    "polar_express4, 4 steps": {"muon.coefficients": "polar_express4", "muon.ns_steps": 4},
+    "polar_express, 3 steps": {"muon.ns_steps": 3},
+    "per-head q, k, v": {"muon.per_head": True},
+    "fused q|k|v as one": {"muon.split_fused": False},
     "momentum .85 to .95 over half": {"momentum_warmup_share": 0.5},
-    "no Nesterov": {"optim.nesterov": False},
+    "no Nesterov": {"muon.nesterov": False},
 }
 
 
@@ -151,18 +151,18 @@ def config(task: str, flags: dict, seed: int, factor: float = 1.0) -> Config:
     steps = flat["train.steps"] = round(flat["train.steps"] / factor)
     flat["sched.warmup"] = round(flat.pop("warmup_share", 0.0) * steps)
     if share := flat.pop("momentum_warmup_share", 0.0):
-        flat["optim.momentum_warmup"] = f"0.85:0.95:{round(share * steps)}"
+        flat["muon.momentum_warmup"] = f"0.85:0.95:{round(share * steps)}"
     return Config.from_dict(flat, "benchmarks/learning.py")
 
 
 def optimizer_of(cfg: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The package's Muon; AdamW with one rate for the blocks' matrices and another for the rest (`optim.adamw_lr`)."""
+    """The package's Muon; AdamW with one rate for the blocks' matrices and another for the rest (`muon.adamw_lr`)."""
     plan = plan_routes(cfg, model)
     if cfg.optim.name == "muon":
         return make_optimizer(cfg, plan)
     groups = []
     for name in ("matrix", "embed", "head", "scalar"):
-        rate = cfg.optim.lr if name == "matrix" else cfg.optim.adamw_lr
+        rate = cfg.optim.lr if name == "matrix" else cfg.muon.adamw_lr
         params = [d.param for d in plan.decisions if d.role == name]
         decay = 0.0 if name == "scalar" else cfg.optim.wd
         if params:
@@ -221,7 +221,7 @@ def train(cfg: Config, curve: bool) -> dict:
 
 def core() -> str:
     """Which optimizer code ran."""
-    files = [Path(optim.__file__).with_name(name) for name in ("muon.py", "newton_schulz.py", "variants.py")]
+    files = [Path(optim.__file__).with_name("muon") / name for name in ("muon.py", "newton_schulz.py", "variants.py")]
     return hashlib.blake2b(b"".join(f.read_bytes() for f in files), digest_size=4).hexdigest()
 
 

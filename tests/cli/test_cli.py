@@ -80,7 +80,7 @@ MISTAKES = [
     (f"train {SMALL} --out used", "--out used is already in use", "--out used-2"),
     (f"train {SMALL} --out runs/done", "--out runs/done is already in use", "muonlm train --resume runs/done"),
     (f"train {SMALL} --out good.txt/run", "cannot be written", "--out"),
-    (f"train {SMALL} --optim.coefficients kellr", "kellr", "keller"),
+    (f"train {SMALL} --muon.coefficients kellr", "kellr", "keller"),
     (f"train {SMALL} --init-from runs/doen", "'runs/doen' does not exist", "'runs/done'"),
     (f"train {SMALL} --model.d_model 32 --init-from runs/done", "do not fit this model", "(257, 64) in the file"),
     ("train --resume", "--resume needs to know the run", "muonlm train --resume RUN"),

@@ -12,7 +12,7 @@ from muonlm.errors import UserError
 
 
 def test_config_survives_json_and_toml():
-    cfg = load_recipe("keller/gpt", {"optim.route": "blocks.0=adamw,head=muon", "optim.betas": "0.8,0.99"})
+    cfg = load_recipe("keller/gpt", {"muon.route": "blocks.0=adamw,head=muon", "optim.betas": "0.8,0.99"})
     assert Config.from_dict(cfg.to_dict()) == cfg
     assert Config.from_dict(tomllib.loads(cfg.to_toml())) == cfg
 
@@ -68,9 +68,9 @@ def test_a_flag_for_the_length_of_a_run_replaces_the_recipe_s():
         ({"model.pattern": "AXM"}, ["'X'", "A attention"]),
         ({"model.tie": "maybe"}, ["model.tie", "true or false"]),
         ({"model.dropout": "1"}, ["model.dropout", "[0, 1)"]),
-        ({"optim.momentum": "1"}, ["optim.momentum", "[0, 1)"]),
+        ({"muon.momentum": "1"}, ["muon.momentum", "[0, 1)"]),
         ({"optim.betas": "0.9"}, ["optim.betas", "2 numbers"]),
-        ({"optim.route": "blocks"}, ["blocks", "=adamw"]),
+        ({"muon.route": "blocks"}, ["blocks", "=adamw"]),
         ({"track": "wandbb"}, ["'wandb'"]),
         ({"model.kind": "modular"}, ["--data modular"]),
     ],

@@ -16,7 +16,7 @@ SIX = {"fast", "default", "careful", "muon_fast", "muon_default", "muon_careful"
 SAMPLES = {"muon_custom", "muon_stable"}
 TELLING = {  # a value of each published name that no recipe has, and what it must become
     "learning_rate": (1.7e-3, {"optim.lr": 1.7e-3}),
-    "weight_decay": (0.07, {"optim.wd": 0.07, "optim.adamw_wd": 0.07}),
+    "weight_decay": (0.07, {"optim.wd": 0.07, "muon.adamw_wd": 0.07}),
     "max_steps": (81_000, {"train.steps": 81_000}),
     "warmup_steps": (77, {"sched.warmup": 77}),
     "eval_interval": (55, {"eval.every": 55}),
@@ -26,7 +26,7 @@ TELLING = {  # a value of each published name that no recipe has, and what it mu
     "adam_beta2": (0.88, {"optim.betas": (0.9, 0.88)}),
     "adam_epsilon": (1e-7, {"optim.eps": 1e-7}),
     "max_grad_norm": (0.3, {"optim.grad_clip": 0.3, "optim.clip_mode": "clip"}),
-    "momentum": (0.91, {"optim.momentum": 0.91, "optim.momentum_warmup": ""}),
+    "momentum": (0.91, {"muon.momentum": 0.91, "muon.momentum_warmup": ""}),
 }
 
 
@@ -57,9 +57,10 @@ def test_every_size_of_the_trainer_family_has_the_six_presets_the_two_samples_an
 @pytest.mark.parametrize("recipe", [*SIZES, "mamba_slm/pretrain", "mamba_slm/sft"])
 def test_tuned_rates_stand_beside_the_published_ones_with_a_scale_of_their_own(recipe):
     """families.md R1: the published rates are in units of another optimizer."""
-    own, published, tuned = (load_recipe(recipe, preset=name).optim for name in ("", "published", "tuned"))
-    assert own == published and own.lr_mode == "none" and tuned.lr_mode == "original"
-    assert tuned.lr > 4 * own.lr and tuned.adamw_lr > 4 * own.adamw_lr
+    own, published, tuned = (load_recipe(recipe, preset=name) for name in ("", "published", "tuned"))
+    assert (own.optim, own.muon) == (published.optim, published.muon)
+    assert own.muon.lr_mode == "none" and tuned.muon.lr_mode == "original"
+    assert tuned.optim.lr > 4 * own.optim.lr and tuned.muon.adamw_lr > 4 * own.muon.adamw_lr
 
 
 @pytest.mark.parametrize("name", sorted(SIX))
@@ -125,7 +126,7 @@ def test_a_published_name_changes_a_run_under_adamw_as_well(preset, name):
 def test_learning_rate_leaves_the_rate_of_what_adamw_takes_beside_muon(preset):
     preset("learning_rate = 2.5e-3")
     cfg = config()
-    assert (cfg.optim.lr, cfg.optim.adamw_lr) == (2.5e-3, load_recipe(RECIPE).optim.adamw_lr)
+    assert (cfg.optim.lr, cfg.muon.adamw_lr) == (2.5e-3, load_recipe(RECIPE).muon.adamw_lr)
 
 
 def test_our_own_keys_work_in_every_way_toml_writes_them(preset):
@@ -238,7 +239,7 @@ def test_a_run_begins_by_saying_what_came_of_its_preset(preset, capsys):
         ("adam_beta1 = 0.9", (), False),  # as the recipe has it
         ("adam_beta2 = 0.99", (), False),
         ("adam_beta1 = 0.8\nmomentum = 0.9", (), False),
-        ("adam_beta1 = 0.8", ("--optim.momentum", "0.9"), False),
+        ("adam_beta1 = 0.8", ("--muon.momentum", "0.9"), False),
         ("adam_beta1 = 0.8", ("--optim.name", "adamw"), False),
     ],
 )

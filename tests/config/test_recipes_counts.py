@@ -132,7 +132,7 @@ def test_published_training_defaults_of_muonssm_and_mamba_slm():
     assert (tokens, total // tokens, ssm.train.micro_batch) == (2_097_152, 4768, 2)
     assert ssm.sched.warmup == round(0.01 * total / tokens)
     assert load_recipe("muonssm/muonlonghorn-170m", {"optim.name": "muon"}).optim.lr == 0.02
-    assert (slm.seed, slm.optim.name, slm.optim.lr, slm.optim.adamw_lr, slm.optim.wd) == (
+    assert (slm.seed, slm.optim.name, slm.optim.lr, slm.muon.adamw_lr, slm.optim.wd) == (
         8647,
         "muon",
         1e-3,

@@ -195,7 +195,7 @@ def test_settings_that_do_not_fit_are_refused_with_what_to_type():
         Diagnostics(every=30, spectra_every=100)
     with pytest.raises(UserError, match="--log.diagnostics 100"):
         Diagnostics(every=0, spectra_every=0, adaptive=True)
-    with pytest.raises(UserError, match="--optim.coefficients polar_express"):
+    with pytest.raises(UserError, match="--muon.coefficients polar_express"):
         Diagnostics(adaptive=True).attach(make(coefficients="keller")[0])
 
 

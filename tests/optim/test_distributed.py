@@ -401,7 +401,7 @@ def check_state_that_does_not_fit_is_refused_and_changes_nothing(rank, world, fo
         with pytest.raises(UserError, match=message):
             load_named_state(muon, model, bad, meta)
     variant = Muon([{"params": named, "name": "a", "variant": "muon"}], process_group="world", **EXACT)
-    with pytest.raises(UserError, match="optim.variant"):
+    with pytest.raises(UserError, match="muon.variant"):
         load_named_state(
             variant,
             model,
@@ -676,7 +676,7 @@ def test_clipping_of_aux_scales_adamws_tensors_alone_by_the_norm_of_all():
             torch.testing.assert_close(
                 p.grad, g * 0.5 / norm if small else g, rtol=1e-5, atol=0
             )  # the 1e-6 beside the norm
-    with pytest.raises(UserError, match="optim.clip_scope"):
+    with pytest.raises(UserError, match="muon.clip_scope"):
         parallel.clip(everything, "clip", 0.5, "some", groups)
 
 

@@ -258,7 +258,7 @@ def test_qk_norm_is_refused_and_the_text_says_what_to_type():
     layer = layer_with_hot_heads(qk_norm=True)
     layer(batch())
     assert layer.max_logit is not None, "measuring is fine, it is clipping that has no effect"
-    with pytest.raises(UserError, match=r"--optim.qk_clip 0, or --model.qk_norm false"):
+    with pytest.raises(UserError, match=r"--muon.qk_clip 0, or --model.qk_norm false"):
         layer.qk_heads()
 
 

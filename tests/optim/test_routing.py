@@ -381,7 +381,7 @@ def test_slices_under_min_dim_carry_the_rate_of_adamw_in_their_group():
     assert muon["splits"][index] == {"split": (0, [2, 16, 16]), "adamw": [0]}
     assert by_name(plan)["x_proj.weight"].counts() == {"muon": 32 * 64, "adamw": 2 * 64}
     assert all("slices" not in g for g in route(Mamba(), x_proj="fused").groups(lr=0.02, adamw_lr=1e-3))
-    with pytest.raises(UserError, match="scalar parameters.*--optim.scalar_lr"):
+    with pytest.raises(UserError, match="scalar parameters.*--muon.scalar_lr"):
         x_proj = nn.Linear(WIDE, 34, bias=False)
         x_proj.weight.muonlm = {"role": "matrix", "split": (0, [2, 32])}
         route(x_proj).groups(lr=0.02)

@@ -86,5 +86,5 @@ def test_momentum_schedules_may_have_several_pieces():
 
 @pytest.mark.parametrize("text", ["0.85:0.95", "a:b:c", "0.85:1.0:300", "0.85:0.95:0", "0.85:0.95:1.5", "", None])
 def test_a_bad_momentum_warmup_is_refused(text):
-    with pytest.raises(UserError, match="--optim.momentum_warmup"):
+    with pytest.raises(UserError, match="--muon.momentum_warmup"):
         parse_momentum_warmup(text)

@@ -232,3 +232,16 @@ def test_files_can_be_read_by_others_as_the_umask_says(run):
     mask = os.umask(0)
     os.umask(mask)
     assert stat.S_IMODE((run / "checkpoints" / "step-00000020").stat().st_mode) == 0o777 & ~mask
+
+
+def test_a_run_from_before_muon_had_a_section_of_its_own_is_read_and_resumed(finished, tmp_path, capsys):
+    run = tmp_path / "old"
+    shutil.copytree(finished, run)
+    tree = json.loads((run / "config.json").read_text())
+    tree["optim"] |= tree.pop("muon") | {"momentum": 0.9}
+    (run / "config.json").write_text(json.dumps(tree))
+    cfg = checkpoint.read_config(run)
+    assert cfg.muon.momentum == 0.9 and cfg.optim == checkpoint.read_config(finished).optim
+    assert main(["train", "--resume", str(run), "--train.steps", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 8
+    assert json.loads((run / "config.json").read_text())["muon"]["momentum"] == 0.9

@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_is_refused_before_the_step(smoke, tmp_path, m
     capsys.readouterr()
     assert main(smoke(tmp_path / "nan", "--sched.kind", "constant")) == 1
     said = capsys.readouterr().err
-    for part in ("step 4", "nothing was updated", "--optim.lr ", "--optim.adamw_lr ", "step-00000003"):
+    for part in ("step 4", "nothing was updated", "--optim.lr ", "--muon.adamw_lr ", "step-00000003"):
         assert part in said, said
     assert "Traceback" not in said
     whole = load_file(tmp_path / "whole" / "checkpoints" / "step-00000003" / "model.safetensors")
@@ -301,7 +301,7 @@ def test_a_gradient_that_is_not_finite_is_refused_too(smoke, tmp_path, monkeypat
 
 
 def test_a_run_that_asks_for_muon_and_routes_nothing_to_it_is_refused(smoke, tmp_path, capsys):
-    assert main(smoke(tmp_path / "run", "--optim.route", ".*=adamw")) == 2
+    assert main(smoke(tmp_path / "run", "--muon.route", ".*=adamw")) == 2
     assert "--optim.name adamw" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -350,12 +350,12 @@ def test_a_target_ends_the_run_and_resume_does_not_go_on(smoke, tmp_path):
 def test_rates_and_momentum_in_the_metrics_follow_their_schedules(text, tmp_path):
     flags = {
         "optim__lr": 0.02,
-        "optim__adamw_lr": 0.01,
-        "optim__embed_lr": 0.01,
-        "optim__head_lr": 0.01,
+        "muon__adamw_lr": 0.01,
+        "muon__embed_lr": 0.01,
+        "muon__head_lr": 0.01,
         "sched__warmup": 4,
         "sched__cooldown_frac": 0.5,
-        "optim__momentum_warmup": "0.85:0.95:10",
+        "muon__momentum_warmup": "0.85:0.95:10",
         "train__steps": 20,
     }
     records = [r for r in metrics(train_function(config(text, **flags), tmp_path / "run")["run"]) if "loss" in r]
@@ -506,6 +506,6 @@ def test_a_missing_tracker_does_not_stop_a_run(smoke, tmp_path, monkeypatch, cap
 def test_float32_means_no_probe_in_a_new_run_and_changes_nothing_in_a_started_one():
     cfg = load_recipe("quickstart", {"train.dtype": "float32"})
     data = SimpleNamespace(vocab_size=257, train=range(1000), template="")
-    new, started = (resolve(cfg, data, 1, started=old).optim for old in (False, True))
+    new, started = (resolve(cfg, data, 1, started=old).muon for old in (False, True))
     assert (new.ns_dtype, new.ns_method) == ("float32", "direct")
     assert (started.ns_dtype, started.ns_method) == ("auto", "auto"), "its choices are in the checkpoint"

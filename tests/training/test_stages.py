@@ -112,8 +112,8 @@ def test_rates_and_lengths_are_the_published_ones():
     """families.md MM-02, MM-03, SL-02, MT-12: rate, AdamW's beside it, momentum, warm-up; AdamW's alone."""
     found = {}
     for stage in STAGES:
-        o, twin = load_recipe(stage).optim, load_recipe(stage, {"optim.name": "adamw"}).optim
-        found[stage] = (o.lr, o.adamw_lr, o.momentum, load_recipe(stage).sched.warmup, twin.lr)
+        cfg, twin = load_recipe(stage), load_recipe(stage, {"optim.name": "adamw"})
+        found[stage] = (cfg.optim.lr, cfg.muon.adamw_lr, cfg.muon.momentum, cfg.sched.warmup, twin.optim.lr)
     assert list(found.values()) == [
         (5e-3, 5e-7, 0.90, 0, 5e-7),
         (1e-3, 1e-8, 0.85, 0, 1e-8),

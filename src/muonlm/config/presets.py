@@ -8,7 +8,7 @@ A preset becomes a layer of the config like the recipes' own (schema.py); one of
 What the published names mean here:
     learning_rate     the rate of the optimizer that trains: Muon's matrices (optim.lr; what AdamW takes beside them
                       keeps the recipe's adamw_lr), or under optim.name = adamw every parameter
-    weight_decay      of all matrices, whoever moves them: optim.wd and optim.adamw_wd
+    weight_decay      of all matrices, whoever moves them: optim.wd and muon.adamw_wd
     momentum          Muon's, constant from the first step; refused under AdamW, whose momentum is adam_beta1
     adam_beta1, 2     one given alone leaves the other as the recipe has it
     max_grad_norm     of clip_mode = clip; 0 turns clipping off
@@ -24,12 +24,12 @@ from pathlib import Path
 
 from muonlm.errors import UserError
 
-from .schema import LENGTHS, SIZES, Config, OptimConfig, flatten, keys, nearest, read_recipe
+from .schema import LENGTHS, SIZES, Config, MuonConfig, OptimConfig, flatten, keys, nearest, read_recipe
 
 FILE = "muonlm.toml"
 PUBLISHED = {  # name -> keys that it sets
     "learning_rate": ("optim.lr",),
-    "weight_decay": ("optim.wd", "optim.adamw_wd"),
+    "weight_decay": ("optim.wd", "muon.adamw_wd"),
     "max_steps": ("train.steps",),
     "warmup_steps": ("sched.warmup",),
     "eval_interval": ("eval.every",),
@@ -40,7 +40,7 @@ PUBLISHED = {  # name -> keys that it sets
     "adam_epsilon": ("optim.eps",),
     "max_grad_norm": ("optim.grad_clip",),
     "label_smoothing": (),
-    "momentum": ("optim.momentum",),
+    "momentum": ("muon.momentum",),
 }
 NOT_OF_A_PRESET = {
     "recipe": "name it: muonlm train RECIPE --preset NAME",
@@ -104,7 +104,7 @@ def _layer(table: dict, where: str, recipe: str) -> dict:
         for key in PUBLISHED[name]:
             put(key, value, name)
     if "momentum" in plain:
-        put("optim.momentum_warmup", "", "momentum")  # else the recipe's warm-up would decide where it ends
+        put("muon.momentum_warmup", "", "momentum")  # else the recipe's warm-up would decide where it ends
     if "max_grad_norm" in plain:
         put("optim.clip_mode", "clip" if plain["max_grad_norm"] else "off", "max_grad_norm")
         if not plain["max_grad_norm"]:
@@ -118,9 +118,13 @@ def _layer(table: dict, where: str, recipe: str) -> dict:
 
     # A recipe's [baseline] has the last word under AdamW: what this preset says of the optimizer is said there as well.
     # An optim.lr beside Muon is Muon's rate and stays out of it; learning_rate is that of whichever optimizer trains.
-    baseline = {key: value for key, value in layer.items() if key.startswith("optim.") and said.get(key) in PUBLISHED}
+    baseline = {
+        key: value for key, value in layer.items() if key.startswith(("optim.", "muon.")) and said.get(key) in PUBLISHED
+    }
     if given.get("optim.name") == "adamw":
-        baseline = {key: value for key, value in layer.items() if key.startswith("optim.") and key != "optim.name"}
+        baseline = {
+            key: value for key, value in layer.items() if key.startswith(("optim.", "muon.")) and key != "optim.name"
+        }
     if betas:
         baseline["optim.betas"] = [betas.get(i, old) for i, old in enumerate(recipe_betas(recipe)[1])]
     baseline |= {key.removeprefix("baseline."): layer.pop(key) for key in list(layer) if key.startswith("baseline.")}
@@ -138,7 +142,7 @@ def in_effect(name: str, layer: dict, cfg: Config, *, mine: bool) -> list[str]:
     """Lines for the start of a run: what each setting of a preset came to, and a warning where one acts less than it
     seems to. mine: the preset is of muonlm.toml."""
     layer, tree, muon = flatten(layer), flatten(asdict(cfg)), cfg.optim.name == "muon"
-    if mine and not muon and "optim.momentum" in layer:
+    if mine and not muon and "muon.momentum" in layer:
         raise UserError(
             f"{FILE} [presets.{name}] sets momentum, which AdamW does not have (its own is adam_beta1); leave it out "
             "of the preset, or train with --optim.name muon."
@@ -149,18 +153,18 @@ def in_effect(name: str, layer: dict, cfg: Config, *, mine: bool) -> list[str]:
     )
     shown = []
     for key, value in wanted.items():
-        if key in LENGTHS | SIZES and not value or key.endswith("_per_layer") or not muon and key == "optim.adamw_wd":
+        if key in LENGTHS | SIZES and not value or key.endswith("_per_layer") or not muon and key == "muon.adamw_wd":
             continue
         now, said = _text(tree[key]), _text(value)
         shown.append(f"{key} {now}" + (f" (the preset says {said})" if now != said and key != "model.pattern" else ""))
     origin = f"{FILE}, {cfg.recipe}" if mine else cfg.recipe
     lines = [f"preset {name} ({origin}; {cfg.optim.name}): {', '.join(shown) or 'the recipe as it stands'}"]
     before, beta = recipe_betas(cfg.recipe)[0][0], cfg.optim.betas[0]
-    steady = flatten(read_recipe(cfg.recipe)).get("optim.momentum", OptimConfig().momentum) == cfg.optim.momentum
-    if muon and "optim.betas" in layer and beta != before and "optim.momentum" not in layer and steady:
+    steady = flatten(read_recipe(cfg.recipe)).get("muon.momentum", MuonConfig().momentum) == cfg.muon.momentum
+    if muon and "optim.betas" in layer and beta != before and "muon.momentum" not in layer and steady:
         lines.append(
             f"warning: preset {name} changes adam_beta1 ({before:g} → {beta:g}), which moves only what AdamW "
-            f"takes (embeddings, head, norms); the matrices follow Muon's momentum, still {cfg.optim.momentum:g}: set "
+            f"takes (embeddings, head, norms); the matrices follow Muon's momentum, still {cfg.muon.momentum:g}: set "
             "momentum = …"
         )
     return lines

@@ -453,6 +453,37 @@ class OptimConfig:
     """muon (matrices) with AdamW (everything else), or adamw for everything, with the recipe's [baseline] settings."""
     lr: float = 0.02
     """Peak rate. muon: spectral norm per step of a square matrix (see lr_mode). adamw: of every parameter. ×2 / ÷2 first."""
+    wd: float = 0.0
+    """Decoupled weight decay of the matrices, per unit of rate. Raising it shrinks weights."""
+    decay: str = "2d"
+    """name = adamw: 2d decays matrices only; all decays norms, biases and positions as well."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averaging constants."""
+    eps: float = 1e-8
+    """AdamW's denominator floor."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm (clip_mode clip)."""
+    clip_mode: str = "clip"
+    """clip, normalize_per_param (each tensor's gradient scaled to norm 1) or off."""
+
+    def __post_init__(self):
+        _choice(
+            "optim",
+            name=(self.name, ("muon", "adamw")),
+            decay=(self.decay, ("2d", "all")),
+            clip_mode=(self.clip_mode, ("clip", "normalize_per_param", "off")),
+        )
+        for name in ("lr", "grad_clip", "eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"optim.{name} = {getattr(self, name)} must be a finite number above 0.")
+        _at_least("optim", 0, wd=self.wd)
+        for value in self.betas:
+            if not 0 <= value < 1:
+                raise UserError(f"optim.betas = {value} must be in [0, 1).")
+
+
+@dataclass(kw_only=True)
+class MuonConfig:
     adamw_lr: float = 3e-3
     """Peak AdamW rate of what Muon does not take, unless one of the next three says otherwise."""
     embed_lr: float = 0.0
@@ -473,20 +504,12 @@ class OptimConfig:
     """muon, normuon (rows evened out by a second moment), adamuon (all entries) or hyperball (weights keep their norm; wd 0)."""
     beta2: float = 0.95
     """Averaging constant of the second moment of normuon and adamuon."""
-    wd: float = 0.0
-    """Decoupled weight decay of the matrices, per unit of rate. Raising it shrinks weights."""
     adamw_wd: float = 0.0
     """Decoupled weight decay of AdamW's embedding and head beside Muon."""
-    decay: str = "2d"
-    """name = adamw: 2d decays matrices only; all decays norms, biases and positions as well."""
     cautious: bool = False
     """Decay only coordinates whose update also shrinks them (Muon)."""
     wd_follows_lr: bool = False
     """Scale Muon's wd with the schedule of its rate as well."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averaging constants."""
-    eps: float = 1e-8
-    """AdamW's denominator floor."""
     ns_steps: int = 5
     """Newton–Schulz iterations, 1–99. More is closer to orthogonal and costs time."""
     coefficients: str = "polar_express"
@@ -507,10 +530,6 @@ class OptimConfig:
     """Orthogonalise each attention head apart: cheaper, often steadier."""
     route: list[str] = field(default_factory=list)
     """Overrides "regex=muon", "regex=adamw" or "regex=exclude", first match wins."""
-    grad_clip: float = 1.0
-    """Largest global gradient norm (clip_mode clip)."""
-    clip_mode: str = "clip"
-    """clip, normalize_per_param (each tensor's gradient scaled to norm 1) or off."""
     clip_scope: str = "aux"
     """Whom clip_mode clip scales: aux (AdamW's tensors; Newton-Schulz forgets the scale anyway) or all. The norm is that of all."""
     qk_clip: float = 0.0
@@ -518,40 +537,34 @@ class OptimConfig:
 
     def __post_init__(self):
         _choice(
-            "optim",
-            name=(self.name, ("muon", "adamw")),
-            decay=(self.decay, ("2d", "all")),
+            "muon",
             momentum_form=(self.momentum_form, ("ema", "classical")),
             variant=(self.variant, ("muon", "normuon", "adamuon", "hyperball")),
             ns_method=(self.ns_method, ("auto", "direct", "hybrid", "gram", "aol", "cayley")),
             ns_dtype=(self.ns_dtype, ("auto", "float32", "bfloat16")),
             state_dtype=(self.state_dtype, ("float32", "bfloat16")),
             clip_scope=(self.clip_scope, ("aux", "all")),
-            clip_mode=(self.clip_mode, ("clip", "normalize_per_param", "off")),
             lr_mode=(self.lr_mode, ("original", "match_rms_adamw", "spectral", "none")),
         )
-        for name in ("lr", "adamw_lr", "grad_clip", "eps"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"optim.{name} = {getattr(self, name)} must be a finite number above 0.")
+        if not 0 < self.adamw_lr < float("inf"):
+            raise UserError(f"muon.adamw_lr = {self.adamw_lr} must be a finite number above 0.")
         _at_least(
-            "optim",
+            "muon",
             0,
             embed_lr=self.embed_lr,
             head_lr=self.head_lr,
             scalar_lr=self.scalar_lr,
-            wd=self.wd,
             adamw_wd=self.adamw_wd,
             qk_clip=self.qk_clip,
         )
-        for name, value in [("momentum", self.momentum), *(("betas", b) for b in self.betas)]:
-            if not 0 <= value < 1:
-                raise UserError(f"optim.{name} = {value} must be in [0, 1).")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"muon.momentum = {self.momentum} must be in [0, 1).")
         if not 1 <= self.ns_steps <= 99:
-            raise UserError(f"optim.ns_steps = {self.ns_steps} must be between 1 and 99; 5 is usual.")
+            raise UserError(f"muon.ns_steps = {self.ns_steps} must be between 1 and 99; 5 is usual.")
         for rule in self.route:
             if rule.rpartition("=")[2] not in ("muon", "adamw", "exclude"):
                 raise UserError(
-                    f'optim.route entry {rule!r} must end in =muon, =adamw or =exclude, as in "blocks.0=adamw".'
+                    f'muon.route entry {rule!r} must end in =muon, =adamw or =exclude, as in "blocks.0=adamw".'
                 )
 
 
@@ -723,6 +736,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    muon: MuonConfig = field(default_factory=MuonConfig)
     sched: SchedConfig = field(default_factory=SchedConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
@@ -765,6 +779,14 @@ class Config:
             if isinstance(table, dict):
                 lines += ["", f"[{section}]"] + [f"{key} = {_toml_value(value)}" for key, value in table.items()]
         return "\n".join(lines) + "\n"
+
+
+def upgrade(tree: dict) -> dict:
+    """The config.json of an older run in today's keys: until 2026-11-26 Muon's own settings stood in [optim]."""
+    own = typing.get_type_hints(MuonConfig).keys()
+    optim, muon = dict(tree.get("optim", {})), dict(tree.get("muon", {}))
+    muon |= {key: optim.pop(key) for key in list(optim) if key in own}
+    return tree | {"optim": optim, "muon": muon}
 
 
 def _toml_value(value) -> str:
@@ -900,7 +922,7 @@ SMOKE = {  # every recipe with --smoke: tiny, on a CPU, under a minute, all arte
     "log.every": 5,
     "data.tokenizer": "byte",
     "sched.warmup": 1,
-    "optim.momentum_warmup": "0.85:0.95:10",
+    "muon.momentum_warmup": "0.85:0.95:10",
     "eval.target": 0,
 }
 

@@ -103,9 +103,7 @@ def _adamw_groups(plan: RoutingPlan, lr: float, wd: float, decay: str) -> list[d
             decayed = decay == "all" or (d.role != "scalar" and d.param.ndim >= 2)
             groups["decay" if decayed else "no_decay"].append((d.name, d.param))
     if not any(groups.values()):
-        raise UserError(
-            "no parameter is left to train: all are frozen or excluded; remove an --optim.route ...=exclude"
-        )
+        raise UserError("no parameter is left to train: all are frozen or excluded; remove an --muon.route ...=exclude")
     return [
         {"params": params, "name": name, "lr": lr, "base_lr": lr, "weight_decay": wd if name == "decay" else 0.0}
         for name, params in groups.items()

@@ -64,14 +64,14 @@ def parse_momentum_warmup(text: str) -> list[tuple[int, float]]:
         schedule = [(0, float(first)), (int(steps), float(last))]
     except (ValueError, AttributeError):
         raise UserError(
-            f'--optim.momentum_warmup {text!r} is not FROM:TO:STEPS; write for example "0.85:0.95:300"'
+            f'--muon.momentum_warmup {text!r} is not FROM:TO:STEPS; write for example "0.85:0.95:300"'
         ) from None
     if schedule[1][0] < 1:
-        raise UserError(f"--optim.momentum_warmup {text!r} takes {steps} steps; use at least 1, or leave it out")
+        raise UserError(f"--muon.momentum_warmup {text!r} takes {steps} steps; use at least 1, or leave it out")
     try:
         check_momentum_schedule(schedule)
     except ValueError as error:
-        raise UserError(f"--optim.momentum_warmup {text!r}: {error}") from None
+        raise UserError(f"--muon.momentum_warmup {text!r}: {error}") from None
     return schedule
 
 

@@ -82,7 +82,7 @@ def load_named_state(
         if key not in layout:
             raise UserError(f"the checkpoint's {full} does not fit: {name} is now trained by "
                             f"{'Muon' if 'momentum_buffer' in layout else 'AdamW'} and keeps {', '.join(layout)}; resume with "
-                            f"the same --optim.route and --optim.variant")  # fmt: skip
+                            f"the same --muon.route and --muon.variant")  # fmt: skip
         if value.shape != layout[key]:
             raise UserError(f"the checkpoint's {full} has shape {tuple(value.shape)}, this run needs {tuple(layout[key])}; "
                             f"resume with the same model and routing")  # fmt: skip

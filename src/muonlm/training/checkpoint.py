@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from muonlm.config.schema import Config, nearest
+from muonlm.config.schema import Config, nearest, upgrade
 from muonlm.errors import UserError
 from muonlm.storage import sync
 
@@ -169,7 +169,8 @@ def load(source: str | Path, device="cpu", which: str = "best"):
 def read_config(run: Path) -> Config:
     """The run's config. Tokenizer and template files are those that lie in the run, wherever it went and they came from."""
     try:
-        cfg = Config.from_dict(json.loads((Path(run) / "config.json").read_text()), where=f"{run}/config.json")
+        tree = json.loads((Path(run) / "config.json").read_text())
+        cfg = Config.from_dict(upgrade(tree), where=f"{run}/config.json")
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{run}/config.json cannot be read: {error}.") from None
     own = {"tokenizer": Path(run, "tokenizer.json"), "template": Path(run, Path(cfg.data.template).name)}

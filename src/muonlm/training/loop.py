@@ -43,7 +43,7 @@ from .run import Run, default_directory, duration
 from .stages import check_tokenizer
 from .stages import describe as describe_start
 
-# arguments of Muon that are keys of [optim] by the same name
+# arguments of Muon that are keys of [muon] by the same name
 MUON_KEYS = ("momentum", "momentum_form", "nesterov", "variant", "beta2", "cautious", "wd_follows_lr", "ns_steps", "coefficients",
              "ns_method", "ns_dtype", "state_dtype", "lr_mode")  # fmt: skip
 
@@ -181,7 +181,7 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
                     for name, value in {"loss": loss_sum, **metrics}.items():
                         sums[name] = sums.get(name, 0) + value.detach()
                 norm = parallel.clip(
-                    parameters, cfg.optim.clip_mode, cfg.optim.grad_clip, cfg.optim.clip_scope, optimizer.param_groups
+                    parameters, cfg.optim.clip_mode, cfg.optim.grad_clip, cfg.muon.clip_scope, optimizer.param_groups
                 )
                 # one small all-reduce carries the loss, the metrics and whether any rank was told to stop
                 told = torch.tensor(float(signals.pending), device=dist.device)
@@ -197,7 +197,7 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
                     optimizer.step()
                 optimizer.zero_grad()
                 if clipped:
-                    means |= qk_clip([layer.qk_heads() for layer in clipped], tau=cfg.optim.qk_clip)
+                    means |= qk_clip([layer.qk_heads() for layer in clipped], tau=cfg.muon.qk_clip)
 
                 step += 1
                 counters["tokens"] += tokens
@@ -297,15 +297,15 @@ def resolve(cfg: Config, data: Splits, world: int, started: bool = False) -> Con
     # a schedule that does not fit is refused here, not in the loop
     lr_scale(0, steps=steps, **dataclasses.asdict(cfg.sched))
     # train.dtype = float32 means all of it, and nothing that a timing decides: such a run can be repeated
-    exact = {"ns_dtype": "float32", "ns_method": "aol" if cfg.optim.coefficients.startswith("aol") else "direct"}
+    exact = {"ns_dtype": "float32", "ns_method": "aol" if cfg.muon.coefficients.startswith("aol") else "direct"}
     exact = {
         key: value
         for key, value in exact.items()
-        if t.dtype == "float32" and not started and getattr(cfg.optim, key) == "auto"
+        if t.dtype == "float32" and not started and getattr(cfg.muon, key) == "auto"
     }
     return dataclasses.replace(
         cfg,
-        optim=dataclasses.replace(cfg.optim, **exact),
+        muon=dataclasses.replace(cfg.muon, **exact),
         model=dataclasses.replace(cfg.model, vocab_size=max(vocab_size, cfg.model.vocab_size)),
         data=dataclasses.replace(cfg.data, template=data.template or cfg.data.template),
         train=dataclasses.replace(
@@ -335,16 +335,17 @@ def scan_choice(cfg: Config, dist: Dist) -> str:
 
 
 def plan_routes(cfg: Config, model: torch.nn.Module) -> RoutingPlan:
-    overrides = [tuple(rule.rsplit("=", 1)) for rule in cfg.optim.route]
-    return route(model, overrides=overrides, split_fused=cfg.optim.split_fused, per_head=cfg.optim.per_head)
+    overrides = [tuple(rule.rsplit("=", 1)) for rule in cfg.muon.route]
+    return route(model, overrides=overrides, split_fused=cfg.muon.split_fused, per_head=cfg.muon.per_head)
 
 
 def make_optimizer(cfg: Config, plan: RoutingPlan, process_group=None) -> torch.optim.Optimizer:
-    o = cfg.optim
-    roles = {f"{role}_lr": getattr(o, f"{role}_lr") or None for role in ("embed", "head", "scalar")}
-    same = ("name", "lr", "adamw_lr", "wd", "adamw_wd", "decay", "betas", "eps", *MUON_KEYS)
-    return build_optimizer(plan, momentum_warmup=o.momentum_warmup or None, process_group=process_group, **roles,
-                           **{key: getattr(o, key) for key in same})  # fmt: skip
+    o, m = cfg.optim, cfg.muon
+    roles = {f"{role}_lr": getattr(m, f"{role}_lr") or None for role in ("embed", "head", "scalar")}
+    shared = {key: getattr(o, key) for key in ("name", "lr", "wd", "decay", "betas", "eps")}
+    own = {key: getattr(m, key) for key in ("adamw_lr", "adamw_wd", *MUON_KEYS)}
+    warmup = m.momentum_warmup or None
+    return build_optimizer(plan, momentum_warmup=warmup, process_group=process_group, **shared, **roles, **own)
 
 
 @contextlib.contextmanager
@@ -363,22 +364,20 @@ def watch(cfg: Config, optimizer: torch.optim.Optimizer):
     if cfg.optim.name != "muon":
         return None, lambda step: contextlib.nullcontext()
     diagnostics, every = None, cfg.log.diagnostics
-    if every or cfg.optim.adaptive_ns:  # which Diagnostics refuses without measurements
+    if every or cfg.muon.adaptive_ns:  # which Diagnostics refuses without measurements
         spectra = -(-cfg.log.spectra // every) * every if every else 0  # the next multiple
-        diagnostics = Diagnostics(every, spectra, cfg.log.advice, cfg.optim.adaptive_ns, cfg.seed)
+        diagnostics = Diagnostics(every, spectra, cfg.log.advice, cfg.muon.adaptive_ns, cfg.seed)
         diagnostics.attach(optimizer)
     return diagnostics, ActivityCheck(optimizer)
 
 
 def layers_to_clip(cfg: Config, model: torch.nn.Module) -> list[torch.nn.Module]:
     """Attention layers that QK-clip watches; none if it is off."""
-    if not cfg.optim.qk_clip:
+    if not cfg.muon.qk_clip:
         return []
     layers = [module for module in model.modules() if hasattr(module, "qk_heads")]
     if not layers:
-        raise UserError(
-            f"optim.qk_clip = {cfg.optim.qk_clip:g}, but this model has no attention to clip; leave it out."
-        )
+        raise UserError(f"muon.qk_clip = {cfg.muon.qk_clip:g}, but this model has no attention to clip; leave it out.")
     for layer in layers:
         layer.qk_heads()  # refuses QK-norm
         layer.track_logits = True
@@ -494,10 +493,9 @@ def current_rates(optimizer) -> dict[str, float]:
 
 
 def diverged(step: int, loss: float, norm: float, cfg: Config, path: Path) -> RunFailed:
-    o = cfg.optim
-    rates = [f"--optim.lr {o.lr / 2:g} (now {o.lr:g})"] + [
-        f"--optim.adamw_lr {o.adamw_lr / 2:g} (now {o.adamw_lr:g})"
-    ] * (o.name == "muon")
+    o, aux = cfg.optim, cfg.muon.adamw_lr
+    rates = [f"--optim.lr {o.lr / 2:g} (now {o.lr:g})"]
+    rates += [f"--muon.adamw_lr {aux / 2:g} (now {aux:g})"] * (o.name == "muon")
     good = checkpoint.checkpoints(path)
     kept = f"The last good checkpoint is {good[-1]}." if good else "No checkpoint was written yet."
     return RunFailed(

@@ -144,7 +144,7 @@ def clip(
     """
     if scope not in ("all", "aux"):
         raise UserError(
-            f'optim.clip_scope = {scope!r} is unknown; use "all", or "aux" to leave Muon\'s matrices as they are'
+            f'muon.clip_scope = {scope!r} is unknown; use "all", or "aux" to leave Muon\'s matrices as they are'
         )
     parameters = [p for p in dict.fromkeys(parameters) if p.grad is not None]
     grads = [local(p.grad) for p in parameters]

@@ -110,11 +110,11 @@ class Attention(nn.Module):
         return [self.out]
 
     def qk_heads(self) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-        """What optim.qk_clip takes: views of q's weight (H, K, D) and bias (H, K), those of k, and max_logit."""
+        """What muon.qk_clip takes: views of q's weight (H, K, D) and bias (H, K), those of k, and max_logit."""
         if self.q_norm is not None:
             raise UserError(
-                "optim.qk_clip scales the query and key weights, but model.qk_norm = true divides any scale out "
-                "again: no logit would change, and QK-norm bounds them already. Use --optim.qk_clip 0, or "
+                "muon.qk_clip scales the query and key weights, but model.qk_norm = true divides any scale out "
+                "again: no logit would change, and QK-norm bounds them already. Use --muon.qk_clip 0, or "
                 "--model.qk_norm false"
             )
         heads = [p.detach().unflatten(0, (-1, self.width)) for p in (self.qkv.weight, self.qkv.bias) if p is not None]

@@ -120,7 +120,7 @@ class RoutingPlan:
         if not trained:
             raise UserError(
                 "no parameter is left to train: all are frozen or excluded; set requires_grad=True on some, "
-                "or remove an --optim.route ...=exclude"
+                "or remove an --muon.route ...=exclude"
             )
         if not allow_empty_muon and all(d.route != "muon" for d in trained):
             raise UserError(
@@ -137,7 +137,7 @@ class RoutingPlan:
             if rates[role] is None or (sliced and rates["scalar"] is None):
                 role = role if rates[role] is None else "scalar"
                 raise UserError(f"the {role} parameters are trained by AdamW and need a rate of their own, found none; "
-                                f"pass adamw_lr=3e-4 or {role}_lr (--optim.adamw_lr, --optim.{role}_lr)")  # fmt: skip
+                                f"pass adamw_lr=3e-4 or {role}_lr (--muon.adamw_lr, --optim.{role}_lr)")  # fmt: skip
             usual = adamw_wd if role == "scalar" and d.role == "matrix" else decays[role]
             members.setdefault((role, d.lr_mult, usual if d.wd is None else d.wd), []).append(d)
 

@@ -99,7 +99,7 @@ class Diagnostics:
             )
         if adaptive and not every:
             raise UserError(
-                "optim.adaptive_ns needs measurements; use --log.diagnostics 100, or --optim.adaptive_ns false"
+                "muon.adaptive_ns needs measurements; use --log.diagnostics 100, or --muon.adaptive_ns false"
             )
         self.every, self.spectra_every, self.adaptive, self.seed = every, spectra_every, adaptive, seed
         self.advice = Advice() if advice else None
@@ -119,8 +119,8 @@ class Diagnostics:
                 continue
             if self.adaptive and group["coefficients"] != "polar_express":
                 raise UserError(
-                    "optim.adaptive_ns cuts and repeats polar_express, found optim.coefficients = "
-                    f"{group['coefficients']!r}; use --optim.coefficients polar_express"
+                    "muon.adaptive_ns cuts and repeats polar_express, found muon.coefficients = "
+                    f"{group['coefficients']!r}; use --muon.coefficients polar_express"
                 )
             for name, p, *_, factor in block_list(group):
                 if not is_sharded(p):
