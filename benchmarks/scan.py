@@ -50,7 +50,7 @@ from torch import Tensor, nn
 
 from muonlm.config.schema import ModelConfig
 from muonlm.model import build_model, count_parameters
-from muonlm.model.block import CONSTRUCTORS
+from muonlm.model.mixers import MIXERS
 from muonlm.scan import choose_backend, diag_scan, reference
 from muonlm.scan.heads import delta_scan
 
@@ -578,5 +578,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert set(RATIOS) == set(FAMILIES) == set(PEERS) and set(CONSTRUCTORS) >= set("MmLlDdGgV")
+    assert set(RATIOS) == set(FAMILIES) == set(PEERS) and set(MIXERS) >= set("MmLlDdGgV")
     main()

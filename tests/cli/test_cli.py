@@ -53,7 +53,7 @@ MISTAKES = [
     ("train --train.steps", "--train.steps needs a value", "--train.steps 100"),
     ("train --optim.lr -0.1", "optim.lr = -0.1", "above 0"),
     ("train --model.mlp swiglue", "model.mlp = 'swiglue'", "'swiglu'"),
-    ("train --model.d_model 250 --model.n_head 4", "not a multiple of model.n_head = 4", "--model.d_model 2"),
+    ("train --model.d_model 250 --model.n_head 4", "not a multiple of --model.n_head 4", "--model.d_model 2"),
     ("train --optim.name adam", "optim.name = 'adam'", "'adamw'"),
     ("train --train.budget 512x4k", "not a budget", "tsz512x4k_10B"),
     ("train --train.steps 10 --train.epochs 2", "both set the length of the run", "keep one"),

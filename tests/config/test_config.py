@@ -63,8 +63,6 @@ def test_a_flag_for_the_length_of_a_run_replaces_the_recipe_s():
         ({"train.steps": "-1"}, ["train.steps = -1", "at least 0"]),
         ({"train.steps": "10", "train.epochs": "1"}, ["train.steps and train.epochs", "keep one"]),
         ({"train.budget": "big"}, ["train.budget = 'big'", "tsz512x4k_10B"]),
-        ({"model.n_head": "3"}, ["d_model = 256", "--model.d_model 255"]),
-        ({"model.n_kv_head": "3"}, ["n_kv_head = 3", "--model.n_kv_head 2"]),
         ({"model.pattern": "AXM"}, ["'X'", "A attention"]),
         ({"model.tie": "maybe"}, ["model.tie", "true or false"]),
         ({"model.dropout": "1"}, ["model.dropout", "[0, 1)"]),

@@ -179,13 +179,13 @@ def test_another_family_is_refused():
     [
         ({"pattern": "MA"}, "'MA' is no model"),
         ({"pattern": "m"}, "'m' is no model"),
-        ({"mlp": "swiglu"}, "model.mlp = 'none'"),
-        ({"norm": "layernorm"}, "model.norm = 'rmsnorm'"),
-        ({"embed_conv": 2}, "model.embed_conv = 0"),
-        ({"loops": 2}, "model.loops = 1"),
-        ({"logit_softcap": 30.0}, "model.logit_softcap = 0"),
-        ({"res_scale": "both"}, "model.res_scale = 'none'"),
-        ({"pattern": "D", "ssm_head": 16, "norm_eps": 1e-6}, "model.norm_eps = 1e-05"),
+        ({"mlp": "swiglu"}, "`mlp` = 'none'"),
+        ({"norm": "layernorm"}, "`norm` = 'rmsnorm'"),
+        ({"embed_conv": 2}, "`embed_conv` = 0"),
+        ({"loops": 2}, "`loops` = 1"),
+        ({"logit_softcap": 30.0}, "`logit_softcap` = 0"),
+        ({"res_scale": "both"}, "`res_scale` = 'none'"),
+        ({"pattern": "D", "ssm_head": 16, "norm_eps": 1e-6}, "`norm_eps` = 1e-05"),
     ],
 )
 def test_what_theirs_cannot_express_is_refused_by_name(change, word):

@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from muonlm.cli.info import as_text, describe
-from muonlm.config.schema import MIXERS, ModelConfig, load_recipe
+from muonlm.config.schema import ModelConfig, load_recipe
 from muonlm.engine import map_state, stream
 from muonlm.errors import UserError
-from muonlm.model import build_model, count_parameters, layer_parameters, lm, train_flops_per_token
-from muonlm.model.block import CONSTRUCTORS
+from muonlm.model import build_model, check_model, count_parameters, layer_parameters, lm, train_flops_per_token
+from muonlm.model.mixers import MIXERS
 from muonlm.optim import Muon, route
 
 SMALL = {"n_layer": 2, "d_model": 32, "n_head": 4, "vocab_size": 50, "block_size": 64, "delta_heads": 2, "ssm_head": 16}
 SMALL |= {"d_state": 4, "scan_chunk": 8, "window": 5, "init": "lm"}
-VARIANTS = {name: {"pattern": letter} for letter, name in MIXERS.items() if letter not in "AW"}
+VARIANTS = {entry.name: {"pattern": entry.letter} for entry in MIXERS.values() if entry.letter not in "AW"}
 VARIANTS |= {
     "lW": {"pattern": "lW"},
     "GA, no MLP": {"pattern": "GA", "mlp": "none", "embed_conv": 4},
@@ -34,10 +34,6 @@ def small(**overrides) -> lm.LM:
 
 def tokens(rows=3, length=20, seed=0):
     return torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def test_every_letter_of_the_config_is_built():
-    assert CONSTRUCTORS.keys() == MIXERS.keys()
 
 
 @every_variant
@@ -244,15 +240,19 @@ def test_names_and_letters_of_a_pattern_are_the_same():
     [
         ({"pattern": "mambo"}, "mamba"),
         ({"pattern": ""}, "unknown letters"),
-        ({"pattern": "D", "ssm_head": 48}, "--model.ssm_head 16"),
-        ({"pattern": "D", "ssm_groups": 3}, "--model.ssm_groups 1"),
-        ({"pattern": "G", "delta_heads": 32}, "--model.delta_heads 1"),
+        ({"pattern": "D", "ssm_head": 48}, "use `ssm_head` 16"),
+        ({"pattern": "D", "ssm_groups": 3}, "use `ssm_groups` 1"),
+        ({"pattern": "G", "delta_heads": 32}, "use `delta_heads` 1"),
+        ({"n_head": 3}, "`d_model` = 32 is not a multiple of `n_head` = 3; use `d_model` 33"),
+        ({"n_kv_head": 3}, "use `n_kv_head` 2"),
+        ({"n_head": 32}, "`positions` learned"),
+        ({"kind": "modular", "n_head": 3}, "use `d_model` 33"),
         ({"beta": 1.0}, "beta"),
         ({"write_eps": 1e-25}, "1e-18"),
         ({"alpha": math.inf}, "finite"),
         ({"gated_delta_per_layer": 0}, "-1"),
         ({"pattern": "mmma"}, "Write A for a"),
-        ({"pattern": "S", "attention_scales": [1, 128]}, "from 1 to block_size = 64"),
+        ({"pattern": "S", "attention_scales": [1, 128]}, "from 1 to `block_size` = 64"),
         ({"loop_blocks": "1:9"}, "n_layer = 2"),
         ({"loop_blocks": "all"}, "FIRST:END"),
         ({"scan": "cuda"}, "triton"),
@@ -260,7 +260,7 @@ def test_names_and_letters_of_a_pattern_are_the_same():
 )
 def test_impossible_models_are_refused_with_the_way_out(keys, says):
     with pytest.raises(UserError, match=says.replace(".", r"\.")):
-        ModelConfig(**SMALL | keys)
+        check_model(ModelConfig(**SMALL | keys))
 
 
 def test_a_recurrent_model_writes_beyond_its_block_size_with_a_state_of_constant_size():

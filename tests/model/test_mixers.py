@@ -16,11 +16,10 @@ from torch import nn
 from muonlm.config.schema import ModelConfig
 from muonlm.model import build_model
 from muonlm.model.conv import ShortConv
-from muonlm.model.mixers import mamba
-from muonlm.model.mixers.gated_deltanet import GatedDeltaNet
-from muonlm.model.mixers.longhorn import Longhorn
-from muonlm.model.mixers.mamba import Mamba, Writes
-from muonlm.model.mixers.mamba2 import Mamba2
+from muonlm.model.mixers import MIXERS, diagonal
+from muonlm.model.mixers.base import Writes, inner_width
+from muonlm.model.mixers.diagonal import Diagonal
+from muonlm.model.mixers.gated_deltanet import head_widths
 from muonlm.model.packing import compact
 from muonlm.optim import route
 from muonlm.scan.writes import newton_schulz
@@ -34,17 +33,11 @@ TAPS, CHUNK = 4, 8
 FP64 = 1e-11, 1e-10  # outputs and states, gradients: mixers.md section 8, any two ways in fp64; seen 2e-14, 3e-13
 
 
-def construct(letter: str, cfg: ModelConfig) -> nn.Module:
-    if letter in "GgV":
-        return GatedDeltaNet(cfg, {"G": "plain", "g": "muon", "V": "velocity"}[letter])
-    return {"M": Mamba, "L": Longhorn, "D": Mamba2}[letter.upper()](cfg, letter.islower())
-
-
 def make(letter: str, *, dtype=torch.float64, seed=0, **options) -> nn.Module:
     """A mixer of random weights in which no parameter is at a special value."""
     torch.manual_seed(seed)
     cfg = ModelConfig(**SMALL | options)
-    mixer = construct(letter, cfg)
+    mixer = MIXERS[letter].build(cfg)
     for module in mixer.modules():
         if isinstance(module, ShortConv):
             module.init_weights("default")
@@ -327,7 +320,7 @@ def by_hand(letter, mixer, cfg, x):
     S = M = 0.0
     out = []
     if letter in "MmLl":
-        D, N, R = cfg.inner_width, cfg.d_state, cfg.step_rank
+        D, N, R = inner_width(cfg), cfg.d_state, Diagonal.step_rank(cfg)
         h = x @ mixer.in_proj.weight.T
         u, z = convolved(mixer.conv1d, h[:, :D]), h[:, D:]
         p = u @ mixer.x_proj.weight.T
@@ -345,7 +338,7 @@ def by_hand(letter, mixer, cfg, x):
             out.append((S.T @ q + mixer.D * u[t]) * F.silu(z[t]))
         return torch.stack(out) @ mixer.out_proj.weight.T, S
     if letter in "Dd":
-        D, P, G, N = cfg.inner_width, cfg.ssm_head, cfg.ssm_groups, cfg.d_state
+        D, P, G, N = inner_width(cfg), cfg.ssm_head, cfg.ssm_groups, cfg.d_state
         H = D // P
         h = x @ mixer.in_proj.weight.T
         z, ukq, dt = h[:, :D], convolved(mixer.conv1d, h[:, D:-H]), h[:, -H:]
@@ -363,7 +356,7 @@ def by_hand(letter, mixer, cfg, x):
             y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
             out.append(y.flatten() * mixer.norm.weight)
         return torch.stack(out) @ mixer.out_proj.weight.T, torch.stack(S)
-    H, (N, P) = cfg.delta_heads, cfg.delta_widths
+    H, (N, P) = cfg.delta_heads, head_widths(cfg)
     qku = convolved(mixer.conv1d, torch.cat([x @ p.weight.T for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)], 1))
     g, rate = x @ mixer.g_proj.weight.T, torch.sigmoid(x @ mixer.b_proj.weight.T) * (2 if cfg.neg_eigval else 1)
     a = torch.exp(-torch.exp(mixer.A_log) * F.softplus(x @ mixer.a_proj.weight.T + mixer.dt_bias))
@@ -426,7 +419,7 @@ def test_a_muon_form_without_velocity_scale_and_norm_is_the_plain_mixer(letter):
 def test_a_plain_mixer_ignores_the_options_of_the_muon_form(letter):
     x = tokens(2, 9)
     one, other = make(letter), make(letter, beta=0.5, alpha=3.0, write_norm="frobenius", write_eps=1.0)
-    assert torch.equal(one(x)[0], other(x)[0]) and other.write_gain == 1.0
+    assert torch.equal(one(x)[0], other(x)[0]) and other.write_gain is None
 
 
 @pytest.mark.parametrize("letter", "mldg")
@@ -456,7 +449,7 @@ def test_a_normalised_write_does_not_depend_on_the_sizes_of_value_and_key(norm):
 
 def count(letter, **options) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in construct(letter, ModelConfig(**options)).parameters())
+        return sum(p.numel() for p in MIXERS[letter].build(ModelConfig(**options)).parameters())
 
 
 @pytest.mark.parametrize(
@@ -504,7 +497,7 @@ def test_a_built_model_begins_with_the_step_sizes_and_gates_of_the_papers(init):
             assert steps.log().mean().item() == pytest.approx(math.log(1e-2), abs=error)
     # the largest of 512; were the bias log(v) instead of the inverse of softplus, steps would end at 0.0953
     assert F.softplus(M.dt_proj.bias).max() > 0.0955
-    bound = cfg.step_rank**-0.5
+    bound = Diagonal.step_rank(cfg) ** -0.5
     assert 0.98 * bound < M.dt_proj.weight.abs().max() <= bound
     assert torch.equal(M.A_log[3], torch.arange(1.0, 17).log()) and torch.equal(M.A_log[0], M.A_log[-1])
     assert 1 <= D.A_log.exp().min() and D.A_log.exp().max() <= 16.001 and D.A_log.exp().std() > 3
@@ -561,13 +554,13 @@ def test_outputs_and_gradients_are_as_precise_as_promised(letter, kind):
 
 @pytest.mark.parametrize("letter", "MmLl")
 def test_under_autocast_gates_and_writes_are_computed_in_fp32_from_the_bias_on(letter, monkeypatch):
-    seen, scan = [], mamba.diag_scan
+    seen, scan = [], diagonal.diag_scan
 
     def spy(gate, w, k, q, *rest, **options):
         seen.extend([*gate[1:], w, k, q])
         return scan(gate, w, k, q, *rest, **options)
 
-    monkeypatch.setattr(mamba, "diag_scan", spy)
+    monkeypatch.setattr(diagonal, "diag_scan", spy)
     mixer = make(letter, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         y, state = mixer(tokens(2, 9, dtype=torch.float32))

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muonlm.config.schema import MIXERS, ModelConfig
+from muonlm.config.schema import ModelConfig
 from muonlm.data.batch import IGNORE
 from muonlm.model import build_model
+from muonlm.model.mixers import MIXERS
 from muonlm.model.packing import Segments, _groups
 
 V, T = 50, 36

@@ -9,7 +9,8 @@ import torch
 from muonlm.config.schema import ModelConfig
 from muonlm.engine import map_state
 from muonlm.model.mixers import attention
-from muonlm.model.mixers.recursion import MultiScaleAttention, StackedRecursion
+from muonlm.model.mixers.multiscale import MultiScaleAttention
+from muonlm.model.mixers.recursion import StackedRecursion
 
 EXACT = {"rtol": 0, "atol": 1e-11}
 VARIANTS = {
@@ -278,5 +279,7 @@ def test_tags_name_every_slice_and_writers_write_to_the_stream():
     assert sum(tag["split"][1]) == len(attend.qkv.weight)
     assert recurse.tags() == {recurse.gate.weight: {"role": "scalar"}}
     for mixer, names in ((attend, {"out"}), (recurse, {"downs.0", "downs.1", "downs.2", "memory"})):
-        found = {name for name, module in mixer.named_modules() if any(module is w for w in mixer.writers())}
-        assert found == names and all(w.out_features == D for w in mixer.writers())
+        found = {
+            name for name, module in mixer.named_modules() if any(module is w for w in mixer.residual_projections())
+        }
+        assert found == names and all(w.out_features == D for w in mixer.residual_projections())

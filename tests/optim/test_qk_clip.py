@@ -70,7 +70,7 @@ def max_of(layer: Attention, x) -> torch.Tensor:
 def logits_by_hand(layer: Attention, x, mask=None) -> torch.Tensor:
     """Per head the largest logit, pair by pair from the equations, in fp64; masked tokens are deleted beforehand."""
     layer, top = copy.deepcopy(layer).double(), torch.full((layer.heads,), -math.inf, dtype=torch.float64)
-    r = layer.cfg.rotary_width // 2 if layer.cfg.positions == "rope" else 0
+    r = layer.rotary_width // 2 if layer.cfg.positions == "rope" else 0
     for b, row in enumerate(x.double()):
         row = row if mask is None else row[mask[b]]
         heads = layer.qkv(row).detach().unflatten(-1, (-1, layer.width))  # (T, H + 2G, K)
@@ -258,7 +258,7 @@ def test_qk_norm_is_refused_and_the_text_says_what_to_type():
     layer = layer_with_hot_heads(qk_norm=True)
     layer(batch())
     assert layer.max_logit is not None, "measuring is fine, it is clipping that has no effect"
-    with pytest.raises(UserError, match=r"--muon.qk_clip 0, or --model.qk_norm false"):
+    with pytest.raises(UserError, match=r"Use `qk_clip` 0, or `qk_norm` false"):
         layer.qk_heads()
 
 

@@ -105,7 +105,7 @@ def vocabulary(cfg: Config) -> tuple[int, str]:
 
 def describe(cfg: Config) -> dict:
     """Facts of a config as one JSON-able dict."""
-    from muonlm.model import build_model, count_parameters, layer_parameters, train_flops_per_token
+    from muonlm.model import build_model, count_parameters, describe_layers, train_flops_per_token
     from muonlm.training.loop import global_rows, make_optimizer, plan_routes
 
     size, source = vocabulary(cfg)
@@ -116,7 +116,7 @@ def describe(cfg: Config) -> dict:
         "vocab_size": size,
         "vocab_source": source,
         "parameters": counts,
-        "layers": [describe_layer(*each, cfg.model) for each in zip(cfg.model.layers, layer_parameters(cfg.model))],
+        "layers": describe_layers(cfg.model),
         "train_flops_per_token": train_flops_per_token(cfg.model),
         "rows_per_step": global_rows(cfg, 1),
     }
@@ -141,15 +141,6 @@ def describe(cfg: Config) -> dict:
         "gradients": 4 * counts["total"],
         "optimizer_state": state,
     }
-    return facts
-
-
-def describe_layer(letter: str, parameters: int, model: config.ModelConfig) -> dict:
-    from muonlm.scan import gain
-
-    facts = {"mixer": config.MIXERS[letter], "parameters": parameters}
-    if letter in "mdlg":
-        facts["write_gain"] = model.alpha * gain(model.write_norm, model.ns_poly, model.ns_steps)
     return facts
 
 

@@ -18,12 +18,15 @@ import re
 import tomllib
 import typing
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 from muonlm.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
+
+MIXERS = "muonlm.model.mixers"  # the table of an upper room, read without torch and not before it is asked
 
 ELSEWHERE = {  # what other trainers call it -> our name
     "learning_rate": "lr",
@@ -90,43 +93,6 @@ def _at_least(section: str, low, **fields) -> None:
     for name, value in fields.items():
         if not value >= low:  # written so that NaN is refused too
             raise UserError(f"{section}.{name} = {value} must be at least {low}.")
-
-
-MIXERS = {  # letter of a pattern -> name; lower case is the Muon form (velocity and normalised writes) of the same mixer
-    "A": "attention",
-    "W": "window_attention",
-    "M": "mamba",
-    "D": "mamba2",
-    "L": "longhorn",
-    "G": "gated_deltanet",
-    "m": "muon_mamba",
-    "d": "muon_mamba2",
-    "l": "muon_longhorn",
-    "g": "muon_gated_deltanet",
-    "V": "gdn_velocity_ns",
-    "S": "multiscale_attention",
-    "R": "stacked_recursion",
-}
-
-
-def _letters(pattern: str) -> str:
-    """A pattern as letters: 'MMA', or names (and letters) separated by commas."""
-    by_name = {name: letter for letter, name in MIXERS.items()}
-    known = "known: " + ", ".join(f"{letter} {name}" for letter, name in MIXERS.items()) + "."
-    if "," in pattern or pattern.strip().lower() in by_name:
-        words = [word.strip() for word in pattern.split(",")]
-        for word in words:
-            if word not in MIXERS and word.lower() not in by_name:
-                raise UserError(f"model.pattern: {word!r} is no mixer.{nearest(word, by_name)} {known}")
-        return "".join(word if word in MIXERS else by_name[word.lower()] for word in words)
-    letters = pattern.replace(" ", "")
-    unknown = sorted(set(letters) - MIXERS.keys())
-    if not letters or unknown:
-        hint = nearest(letters, by_name)
-        if unknown and all(x.swapcase() in MIXERS for x in unknown):
-            hint = f" Write {', '.join(x.swapcase() for x in unknown)} for {', '.join(unknown)}."
-        raise UserError(f"model.pattern = {pattern!r} has unknown letters {''.join(unknown)!r}.{hint} {known}")
-    return letters
 
 
 @dataclass(kw_only=True)
@@ -249,7 +215,7 @@ class ModelConfig:
             positions=(self.positions, ("rope", "learned")),
             res_scale=(self.res_scale, ("none", "attn", "both")),
         )
-        self.pattern = self._selected() or _letters(self.pattern)
+        self.pattern = self._selected() or import_module(MIXERS).letters(self.pattern)
         positive = "n_layer d_model n_head d_conv expand ssm_head ssm_groups delta_heads ns_steps loops recursion_depth"
         _at_least("model", 1, **{name: getattr(self, name) for name in positive.split()})
         _at_least("model", 2, block_size=self.block_size)
@@ -271,22 +237,6 @@ class ModelConfig:
             alpha=self.alpha,
         )
         self._check_recurrent()
-        attends = set(self.layers) & set("AWS") or self.kind != "lm"
-        if attends and self.d_model % self.n_head:
-            near = max(1, round(self.d_model / self.n_head)) * self.n_head
-            raise UserError(
-                f"model.d_model = {self.d_model} is not a multiple of model.n_head = {self.n_head}; use --model.d_model {near}"
-            )
-        if self.n_head % self.kv_heads:
-            raise UserError(
-                f"model.n_kv_head = {self.n_kv_head} does not divide model.n_head = {self.n_head}; "
-                f"use --model.n_kv_head {max(k for k in range(1, self.kv_heads + 1) if self.n_head % k == 0)}"
-            )
-        if attends and self.positions == "rope" and self.rotary_width % 2:
-            raise UserError(
-                f"RoPE turns pairs, but {self.rotary_width} dimensions of a head would turn (d_model {self.d_model} / n_head "
-                f"{self.n_head}); choose an even head width, or --model.positions learned"
-            )
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout = {self.dropout} must be in [0, 1).")
         if not 0 < self.rotary_fraction <= 1:
@@ -311,7 +261,6 @@ class ModelConfig:
         return pattern
 
     def _check_recurrent(self) -> None:
-        used = set(self.pattern)
         if not 0 <= self.beta < 1:
             raise UserError(f"model.beta = {self.beta} must be in [0, 1).")
         if (
@@ -320,26 +269,6 @@ class ModelConfig:
             raise UserError(f"model.write_eps = {self.write_eps} must be at least 1e-18; 1e-6 is usual.")
         if not self.alpha < float("inf"):
             raise UserError(f"model.alpha = {self.alpha} must be finite.")
-        if used & set("Dd") and self.inner_width % self.ssm_head:
-            raise UserError(
-                f"model.ssm_head = {self.ssm_head} does not divide expand × d_model = {self.inner_width}; "
-                f"use --model.ssm_head {math.gcd(self.ssm_head, self.inner_width)}"
-            )
-        if used & set("Dd") and (self.inner_width // self.ssm_head) % self.ssm_groups:
-            raise UserError(
-                f"model.ssm_groups = {self.ssm_groups} does not divide the {self.inner_width // self.ssm_head} heads of mamba2; "
-                f"use --model.ssm_groups 1"
-            )
-        if used & set("GgV") and not self.delta_key and 3 * self.d_model < 4 * self.delta_heads:
-            raise UserError(
-                f"model.d_model = {self.d_model} is too narrow for model.delta_heads = {self.delta_heads}; "
-                f"use --model.delta_heads {max(1, self.d_model // 32)}, or set --model.delta_key"
-            )
-        scales = self.attention_scales
-        if "S" in used and not (scales and 1 <= min(scales) and max(scales) <= self.block_size):
-            raise UserError(
-                f"model.attention_scales = {scales} must be from 1 to block_size = {self.block_size}, such as 1,2,4."
-            )
         if self.loop_blocks:
             match = re.fullmatch(r"(\d+):(\d+)", self.loop_blocks)
             if not match or not int(match[1]) < int(match[2]) <= self.n_layer:
@@ -363,32 +292,6 @@ class ModelConfig:
         """Which block is applied, one after another: 0, 1, …, with the looped range repeated."""
         loop = self.looped
         return [*range(loop.start), *(list(loop) * self.loops), *range(loop.stop, self.n_layer)]
-
-    @property
-    def inner_width(self) -> int:
-        return self.expand * self.d_model
-
-    @property
-    def step_rank(self) -> int:
-        return self.dt_rank or -(-self.d_model // 16)
-
-    @property
-    def delta_widths(self) -> tuple[int, int]:
-        """(key, value) width of a head of gated_deltanet."""
-        key = self.delta_key or 3 * self.d_model // (4 * self.delta_heads)
-        return key, self.delta_value or 2 * key
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv_head or self.n_head
-
-    @property
-    def head_width(self) -> int:
-        return self.d_model // self.n_head
-
-    @property
-    def rotary_width(self) -> int:
-        return round(self.rotary_fraction * self.head_width)
 
     @property
     def ff_width(self) -> int:

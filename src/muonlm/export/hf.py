@@ -3,6 +3,8 @@
     from_transformers(theirs) -> LM                   MambaForCausalLM, Mamba2ForCausalLM
     to_transformers(ours) -> theirs                   LM of one pattern letter, M or D, without MLP
 
+Which mixers have a twin there, and what it needs, their classes say (model/mixers/base.py: Twin).
+
     theirs                             ours
     backbone.embeddings.weight         embed.weight
     backbone.layers.I.norm.weight      blocks.I.norm1.weight
@@ -23,6 +25,8 @@ from muonlm.config.schema import ModelConfig
 from muonlm.errors import UserError
 from muonlm.model import build_model
 from muonlm.model.lm import LM
+from muonlm.model.mixers import MIXERS
+from muonlm.model.mixers.base import Twin
 
 RENAMED = (  # (theirs, ours); the rest of a name stays
     ("backbone.embeddings.", "embed."),
@@ -31,7 +35,18 @@ RENAMED = (  # (theirs, ours); the rest of a name stays
     ("backbone.norm_f.", "norm."),
     ("lm_head.", "head."),
 )
-LETTERS = {"mamba": "M", "mamba2": "D"}  # transformers' model_type -> ours
+# What a configuration of theirs may say where we have no setting; what ours must say where they have none. A twin adds to both.
+DEMANDS = {"use_conv_bias": [True], "hidden_act": ["silu", "swish"]}
+NEEDS = {
+    "kind": "lm",
+    "mlp": "none",
+    "norm": "rmsnorm",
+    "positions": "rope",  # unused without attention
+    "embed_conv": 0,
+    "loops": 1,
+    "logit_softcap": 0.0,
+    "res_scale": "none",
+}
 
 
 def from_transformers(theirs, *, block_size: int = 2048) -> LM:
@@ -44,7 +59,7 @@ def from_transformers(theirs, *, block_size: int = 2048) -> LM:
 
 
 def to_transformers(ours: LM):
-    """transformers' MambaForCausalLM or Mamba2ForCausalLM with the weights of our LM, on the CPU in fp32, in evaluation mode."""
+    """transformers' MambaForCausalLM or Mamba2ForCausalLM with the weights of our LM: on the CPU, fp32, evaluation mode."""
     config, cls = write_config(ours.cfg)
     theirs = cls(config)
     weights = {_rename(name, 1): w.detach().to("cpu", torch.float32) for name, w in ours.state_dict().items()}
@@ -63,32 +78,21 @@ def _rename(name: str, side: int) -> str:
 
 
 def read_config(theirs, block_size: int) -> ModelConfig:
-    """Our ModelConfig (with vocab_size) of a transformers MambaConfig or Mamba2Config."""
-    if theirs.model_type not in LETTERS:
-        raise UserError(
-            f"model_type = {theirs.model_type!r} has no counterpart here; a MambaForCausalLM or Mamba2ForCausalLM can be loaded."
-        )
-    second = theirs.model_type == "mamba2"
-    demands = [  # (setting, what we can express)
-        ("use_conv_bias", [True]),
-        ("hidden_act", ["silu", "swish"]),
-        *([("time_step_limit", [(0.0, float("inf"))]), ("layer_norm_epsilon", [1e-5])] if second else []),
-    ]
-    for key, valid in demands:
+    """Our ModelConfig (with vocab_size) of a configuration of transformers."""
+    name = theirs.model_type
+    known = {twin.model_type: (letter, twin) for letter, twin in twins().items()}
+    if name not in known:
+        models = " or ".join(twin.model for _, twin in known.values())
+        raise UserError(f"model_type = {name!r} has no counterpart here; a {models} can be loaded.")
+    letter, twin = known[name]
+    for key, valid in (DEMANDS | twin.demands).items():
         found = getattr(theirs, key)
         if (tuple(found) if isinstance(found, list) else found) not in valid:
-            raise UserError(
-                f"{key} = {found!r} of this {theirs.model_type} cannot be expressed here, only {key} = {valid[0]!r}."
-            )
+            raise UserError(f"{key} = {found!r} of this {name} cannot be expressed here, only {key} = {valid[0]!r}.")
     if theirs.expand != int(theirs.expand):
-        raise UserError(f"expand = {theirs.expand} of this {theirs.model_type} must be a whole number.")
-    only = (
-        {"ssm_head": theirs.head_dim, "ssm_groups": theirs.n_groups}
-        if second
-        else {"dt_rank": int(theirs.time_step_rank)}
-    )
+        raise UserError(f"expand = {theirs.expand} of this {name} must be a whole number.")
     return ModelConfig(
-        pattern=LETTERS[theirs.model_type],
+        pattern=letter,
         n_layer=theirs.num_hidden_layers,
         d_model=theirs.hidden_size,
         n_head=1,
@@ -102,38 +106,29 @@ def read_config(theirs, block_size: int) -> ModelConfig:
         d_conv=theirs.conv_kernel,
         expand=int(theirs.expand),
         init="lm",
-        **only,
+        **twin.ours(theirs),
     )
 
 
 def write_config(cfg: ModelConfig):
     """(transformers' config, its CausalLM class) of our ModelConfig."""
-    letters = set(cfg.layers)
-    if len(letters) > 1 or not letters <= set(LETTERS.values()):
+    letters, known = set(cfg.layers), twins()
+    if len(letters) > 1 or not letters <= known.keys():
+        alone = " or ".join(known)
         raise UserError(
-            f"model.pattern = {cfg.pattern!r} is no model of transformers' Mamba family; only M or D alone is."
+            f"`pattern` = {cfg.pattern!r} is no model of transformers' Mamba family; only {alone} alone is."
         )
-    demands = {
-        "kind": "lm",
-        "mlp": "none",
-        "norm": "rmsnorm",
-        "positions": "rope",  # unused without attention
-        "embed_conv": 0,
-        "loops": 1,
-        "logit_softcap": 0.0,
-        "res_scale": "none",
-        **({"norm_eps": 1e-5} if letters == {"D"} else {}),  # theirs has one epsilon, our gated norm has 1e-5
-    }
-    for key, needed in demands.items():
+    twin = known[letters.pop()]
+    for key, needed in (NEEDS | twin.needs).items():
         if getattr(cfg, key) != needed:
             raise UserError(
-                f"model.{key} = {getattr(cfg, key)!r} cannot be written as transformers' Mamba; it needs model.{key} = {needed!r}."
+                f"`{key}` = {getattr(cfg, key)!r} cannot be written as transformers' Mamba; it needs `{key}` = {needed!r}."
             )
     try:
-        from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+        import transformers
     except ImportError as error:
         raise UserError('transformers is not installed; pip install "muonlm[hf]"') from error
-    common = dict(
+    config = getattr(transformers, twin.config)(
         vocab_size=cfg.vocab_size,
         hidden_size=cfg.d_model,
         num_hidden_layers=cfg.n_layer,
@@ -145,8 +140,12 @@ def write_config(cfg: ModelConfig):
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
+        **twin.theirs(cfg),
     )
-    if letters == {"M"}:
-        return MambaConfig(state_size=cfg.d_state or 16, time_step_rank=cfg.step_rank, **common), MambaForCausalLM
-    heads = {"head_dim": cfg.ssm_head, "num_heads": cfg.inner_width // cfg.ssm_head, "n_groups": cfg.ssm_groups}
-    return Mamba2Config(state_size=cfg.d_state or 128, **heads, **common), Mamba2ForCausalLM
+    return config, getattr(transformers, twin.model)
+
+
+def twins() -> dict[str, Twin]:
+    """Letter -> the model of transformers with such layers, where there is one."""
+    found = {letter: entry.load().twin for letter, entry in MIXERS.items() if not entry.muon}
+    return {letter: twin for letter, twin in found.items() if twin}

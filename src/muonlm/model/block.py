@@ -2,8 +2,7 @@
 
     x ← x + r_a · mixer(norm₁(x));   x ← x + r_m · mlp(norm₂(x))      r = 1/√(2·n_layer) where cfg.res_scale says so, else 1
 
-`CONSTRUCTORS` maps the letters of a pattern to mixers. Every mixer has `forward(x, state, mask) -> (y, state)`, `init_state(batch)`,
-`writers()`, the Linear layers that write to the residual stream, and where needed `tags()` and `init_special()` (LM.init_weights).
+The pattern's letter is looked up in the table of mixers (mixers/__init__.py), and mixers/base.py says what each of them answers for.
 """
 
 import torch.nn.functional as F
@@ -11,45 +10,28 @@ from torch import Tensor, nn
 
 from muonlm.config.schema import ModelConfig
 
-from .mixers.attention import Attention
-from .mixers.gated_deltanet import GatedDeltaNet
-from .mixers.longhorn import Longhorn
-from .mixers.mamba import Mamba
-from .mixers.mamba2 import Mamba2
-from .mixers.recursion import MultiScaleAttention, StackedRecursion
+from .mixers import MIXERS
 from .mlp import MLP
 from .norm import make_norm
 from .packing import Segments
-
-CONSTRUCTORS = {
-    "A": Attention,
-    "W": lambda cfg: Attention(cfg, window=cfg.window),
-    "M": lambda cfg: Mamba(cfg, muon=False),
-    "m": lambda cfg: Mamba(cfg, muon=True),
-    "D": lambda cfg: Mamba2(cfg, muon=False),
-    "d": lambda cfg: Mamba2(cfg, muon=True),
-    "L": lambda cfg: Longhorn(cfg, muon=False),
-    "l": lambda cfg: Longhorn(cfg, muon=True),
-    "G": lambda cfg: GatedDeltaNet(cfg, form="plain"),
-    "g": lambda cfg: GatedDeltaNet(cfg, form="muon"),
-    "V": lambda cfg: GatedDeltaNet(cfg, form="velocity"),
-    "S": MultiScaleAttention,
-    "R": StackedRecursion,
-}
 
 
 class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, letter: str):
         super().__init__()
-        self.norm1, self.mixer = make_norm(cfg), CONSTRUCTORS[letter](cfg)
+        self.norm1, self.mixer = make_norm(cfg), MIXERS[letter].build(cfg)
         self.norm2, self.mlp = (None, None) if cfg.mlp == "none" else (make_norm(cfg), MLP(cfg))
         self.dropout = cfg.dropout
         scale = (2 * cfg.n_layer) ** -0.5
         self.mixer_scale = scale if cfg.res_scale in ("attn", "both") else 1.0
         self.mlp_scale = scale if cfg.res_scale == "both" else 1.0
 
-    def writers(self) -> list[nn.Linear]:
-        return self.mixer.writers() + ([] if self.mlp is None else [self.mlp.down])
+    def residual_projections(self) -> list[nn.Linear]:
+        """The matrices that write to the residual stream."""
+        return self.mixer.residual_projections() + ([] if self.mlp is None else [self.mlp.down])
+
+    def flops_between_tokens(self, length: int) -> float:
+        return self.mixer.flops_between_tokens(length)
 
     def forward(self, x: Tensor, state=None, mask: Tensor | None = None, rows: Segments | None = None):
         if rows is None:

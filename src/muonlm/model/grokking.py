@@ -22,19 +22,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muonlm.config.schema import ModelConfig
+
+from .mixers.attention import check_heads
+
 
 class ModularTransformer(nn.Module):
-    """tokens (B, length) int64 → logits (B, vocab_size) for the answer that follows. 457,578 parameters at 234 tokens."""
+    """tokens (B, block_size) int64 → logits (B, vocab_size) for the answer that follows. Recipe keller/grokking: 457,578 parameters.
 
-    def __init__(self, vocab_size: int, *, length=5, d_model=128, n_layer=2, n_head=4, d_ff=512):
+    Of the config count vocab_size, block_size, d_model, n_layer, n_head and d_ff.
+    """
+
+    can_tie = False
+
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
-        assert d_model % n_head == 0 and n_layer >= 1, (d_model, n_head, n_layer)
-        self.embed = nn.Embedding(vocab_size, d_model)
-        self.positions = nn.Parameter(torch.empty(length, d_model))
-        self.blocks = nn.ModuleList(Block(d_model, n_head, d_ff) for _ in range(n_layer))
-        self.norm = nn.LayerNorm(d_model)
-        self.head = nn.Linear(d_model, vocab_size)
+        self.check(cfg)
+        d = cfg.d_model
+        self.embed = nn.Embedding(cfg.vocab_size, d)
+        self.positions = nn.Parameter(torch.empty(cfg.block_size, d))
+        self.blocks = nn.ModuleList(PostNormLayer(d, cfg.n_head, cfg.ff_width) for _ in range(cfg.n_layer))
+        self.norm = nn.LayerNorm(d)
+        self.head = nn.Linear(d, cfg.vocab_size)
         self.init_weights()
+
+    @staticmethod
+    def check(cfg: ModelConfig) -> None:
+        check_heads(cfg)
+
+    @property
+    def schedule(self) -> list[int]:
+        """Which block is applied, one after another."""
+        return list(range(len(self.blocks)))
 
     def init_weights(self) -> None:
         """Draw all weights from torch's generator, and tag them for the routing of Muon.
@@ -62,7 +81,7 @@ class ModularTransformer(nn.Module):
         return self.head(self.norm(x))
 
 
-class Block(nn.Module):
+class PostNormLayer(nn.Module):
     """One layer of (2)."""
 
     def __init__(self, d_model: int, n_head: int, d_ff: int):
@@ -82,13 +101,17 @@ class Block(nn.Module):
         nn.init.zeros_(self.out.bias)
         self.qkv.weight.muonlm = {"role": "matrix", "split": (0, [d, d, d]), "heads": (0, 3 * self.n_head)}
 
+    def flops_between_tokens(self, length: int) -> float:
+        """Of the plain model: 12·T·d for the two products of attention over T tokens."""
+        return 12 * length * self.out.in_features
+
     def forward(self, x: Tensor, *, query: Tensor, path: Tensor, later: Tensor | None) -> Tensor:
         """x (N, d) gives keys and values; query (M, d) goes on, query m seeing x[path[m, t]] but where later[m, t]. → (M, d)"""
         d = query.shape[1]
         weight_q, weight_kv = self.qkv.weight.split([d, 2 * d])
         bias_q, bias_kv = self.qkv.bias.split([d, 2 * d])
         key, value = F.linear(x, weight_kv, bias_kv).split(d, dim=1)
-        # F.embedding is index_select with a fast, deterministic backward: index_add goes through rows one call at a time on CPUs.
+        # F.embedding is index_select with a fast, deterministic backward; index_add goes row by row on CPUs
         key, value = F.embedding(path, key), F.embedding(path, value)  # (M, T, d)
         seen = attention(F.linear(query, weight_q, bias_q), key, value, self.n_head, later)
         h = self.attention_norm(query + self.out(seen))

@@ -1,21 +1,17 @@
 """Language model: embedding, residual stream through blocks, final norm, output head.
 
-    h₀ = E[tokens] (+ P[position]), or norm(conv(E[tokens])) with a short causal convolution    h_l = block_l(h_{l−1})    logits = c(norm(h_L) Wᵀ),  c(z) = z or s·tanh(z/s)
+    h₀ = E[tokens] (+ P[position]), or norm(conv(E[tokens])) with a short causal convolution
+    h_l = block_l(h_{l−1})        logits = c(norm(h_L) Wᵀ),  c(z) = z or s·tanh(z/s)
 
 Loops    cfg.loops passes over the blocks (or a range of them) share weights, never state: a state per application, since one
          that was shared would make a step after a prefill differ from a longer prefill. cfg.loops may change between runs.
 Shapes   tokens, targets (B,T) int64 · logits (B,T,V) · state: one per applied block, the convolution's, tokens seen (B,)
 Masks    (B,T) bool: a masked token is deleted. Rows are compacted once, real tokens first, and the output is put back.
 Packing  segments (B,T): a token sees the tokens of its own segment only (packing.py); −1 = padding.
-Loss     with `targets`, forward returns Σ −log p(target) over targets ≥ 0, in fp32 nats, instead of logits: one call holds the whole
-         differentiable path, which data-parallel wrappers need. With `per_token`, the terms (B,T) instead of their sum. Logits are made and thrown away in chunks of rows, so memory is
-         O(chunk·V), not O(B·T·V).
-Init     R residual branches in all, loops counted; "writers" are the matrices that write to the stream.
-         gpt2: every matrix N(0, .02), writers / √R (Radford 2019).
-         zero_out: matrices N(0, 1/fan_in), E from N(0, 1), writers and the head 0 (muP-like; 2203.03466 §D).
-         lm: matrices U(±1/√fan_in), writers / √R, E from N(0, .02); dt_small: the same, with Longhorn's steps small (longhorn.py).
-         stack: matrices N(0, .02), writers / √(2·applied blocks), convolutions N(0, 1/(D·W)).
-         Mixers fill what is theirs alone (A_log, D, step biases) afterwards: init_special.
+Loss     with `targets`, forward returns Σ −log p(target) over targets ≥ 0, in fp32 nats, instead of logits: one call holds
+         the whole differentiable path, which data-parallel wrappers need. With `per_token`, the terms (B,T) instead of their
+         sum. Logits are made and thrown away in chunks of rows, so memory is O(chunk·V), not O(B·T·V).
+Init     init.py
 """
 
 import torch
@@ -27,6 +23,8 @@ from muonlm.config.schema import ModelConfig
 
 from .block import Block
 from .conv import ShortConv
+from .init import fill
+from .mixers import MIXERS
 from .norm import RMSNorm, at_least_fp32, make_norm
 from .packing import Segments, compact
 
@@ -34,6 +32,8 @@ LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of fp32 logits at a time
 
 
 class LM(nn.Module):
+    can_tie = True
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         assert cfg.vocab_size > 0, "vocab_size is derived from the tokenizer before the model is built"
@@ -43,9 +43,20 @@ class LM(nn.Module):
         self.conv = ShortConv(cfg.d_model, cfg.embed_conv) if cfg.embed_conv else None
         self.conv_norm = RMSNorm(cfg.d_model, eps=cfg.norm_eps, gain=False) if cfg.embed_conv else None
         self.positions = nn.Parameter(torch.empty(cfg.block_size, cfg.d_model)) if cfg.positions == "learned" else None
-        self.blocks = nn.ModuleList(Block(cfg, cfg.pattern[i % len(cfg.pattern)]) for i in range(cfg.n_layer))
+        self.blocks = nn.ModuleList(Block(cfg, letter) for letter in cfg.layers)
         self.norm = make_norm(cfg)
         self.head = None if cfg.tie else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+
+    @staticmethod
+    def check(cfg: ModelConfig) -> None:
+        """Raise UserError if a mixer of cfg cannot be built; so does building on meta, which needs a vocab_size."""
+        for letter in cfg.layers:
+            MIXERS[letter].load().check(cfg)
+
+    @property
+    def schedule(self) -> list[int]:
+        """Which block is applied, one after another."""
+        return self.cfg.schedule
 
     def forward(
         self,
@@ -60,7 +71,7 @@ class LM(nn.Module):
         assert segments is None or (state is None and mask is None), "packed rows carry no state and mark padding as −1"
         rows = None if segments is None else Segments(segments)
         x = self.embed(tokens)
-        *layers, conv_state, count = [None] * (len(self.cfg.schedule) + 2) if state is None else state
+        *layers, conv_state, count = [None] * (len(self.schedule) + 2) if state is None else state
         undo = None
         if mask is not None:
             x, lengths, undo = compact(x, mask)
@@ -76,7 +87,7 @@ class LM(nn.Module):
         if self.cfg.dropout:
             x = F.dropout(x, self.cfg.dropout, self.training)
         first, entering, states = self.cfg.looped.start, None, []
-        for i, layer in zip(self.cfg.schedule, layers):
+        for i, layer in zip(self.schedule, layers):
             if i == first and self.cfg.inject:
                 x = x if entering is None else x + entering
                 entering = x if entering is None else entering
@@ -98,21 +109,18 @@ class LM(nn.Module):
     @property
     def context(self) -> int | None:
         """Tokens that a continuation may look back on; None where all layers carry a state of constant size."""
-        looks_back = set("AS" if self.cfg.window else "ASW")
-        return self.cfg.block_size if self.positions is not None or looks_back & set(self.cfg.layers) else None
+        spans = [block.mixer.look_back for block in self.blocks]
+        spans.append(None if self.positions is None else len(self.positions))
+        return max((span for span in spans if span is not None), default=None)
 
     def init_state(self, batch: int, device=None, dtype=None) -> list:
-        """One mixer state per applied block, the convolution's (empty without one), and the tokens each row has seen (B,), on the CPU."""
-        conv = (
-            self.conv.init_state(batch, device, dtype)
-            if self.conv is not None
-            else torch.zeros(batch, 0, device=device, dtype=dtype)
-        )
-        return [
-            *(self.blocks[i].mixer.init_state(batch, device, dtype) for i in self.cfg.schedule),
-            conv,
-            torch.zeros(batch, dtype=torch.long),
-        ]
+        """One state per applied block, the convolution's (empty without one), and the tokens seen (B,), on the CPU."""
+        layers = [self.blocks[i].mixer.init_state(batch, device, dtype) for i in self.schedule]
+        if self.conv is None:
+            conv = torch.zeros(batch, 0, device=device, dtype=dtype)
+        else:
+            conv = self.conv.init_state(batch, device, dtype)
+        return [*layers, conv, torch.zeros(batch, dtype=torch.long)]
 
     def _positions(self, x: Tensor, count: Tensor | None, mask: Tensor | None) -> Tensor:
         real = x.new_ones(x.shape[:2], dtype=torch.long) if mask is None else mask.long()
@@ -153,41 +161,8 @@ class LM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Fill every parameter once from torch's generator, and tag those that the optimizer's routing cannot read from their module."""
-        cfg = self.cfg
-        zero_out, uniform = cfg.init == "zero_out", cfg.init in ("lm", "dt_small")
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                if uniform:
-                    bound = module.in_features**-0.5
-                    module.weight.uniform_(-bound, bound)
-                else:
-                    module.weight.normal_(0, module.in_features**-0.5 if zero_out else 0.02)
-                if module.bias is not None:
-                    module.bias.zero_()
-            elif isinstance(module, nn.Embedding):
-                module.weight.normal_(0, 1.0 if zero_out and not cfg.tie else 0.02)
-            elif isinstance(module, ShortConv):
-                module.init_weights(
-                    "identity" if module is self.conv else "stack" if cfg.init == "stack" else "default"
-                )
-            elif getattr(module, "weight", None) is not None:  # norms
-                module.weight.fill_(1.0)
-                if getattr(module, "bias", None) is not None:
-                    module.bias.zero_()
-        branches = len(cfg.schedule) * (1 if cfg.mlp == "none" else 2)
-        scale = 0.0 if zero_out else (2 * len(cfg.schedule) if cfg.init == "stack" else branches) ** -0.5
-        for block in self.blocks:
-            for writer in block.writers():
-                writer.weight.mul_(scale)
-        for module in self.modules():
-            if hasattr(module, "init_special"):
-                module.init_special(cfg)
-            if hasattr(module, "tags"):
-                for parameter, tag in module.tags().items():
-                    parameter.muonlm = tag
-        if self.head is not None and zero_out:
-            self.head.weight.zero_()
+        """Fill every parameter once from torch's generator, and tag those that routing cannot read from their module."""
+        fill(self, self.cfg)
         self.embed.weight.muonlm = {"role": "embed"}
         if self.head is not None:
             self.head.weight.muonlm = {"role": "head"}

@@ -28,12 +28,11 @@ from muonlm.data.open import open_splits
 from muonlm.data.text.templates import template
 from muonlm.engine import complete, generate
 from muonlm.errors import RunFailed, UserError
-from muonlm.model import build_model, count_parameters, train_flops_per_token
+from muonlm.model import build_model, check_model, count_parameters, scan_choice, train_flops_per_token
 from muonlm.optim import RoutingPlan, build_optimizer, load_named_state, lr_scale, named_state, route
 from muonlm.optim.watch.activity import ActivityCheck
 from muonlm.optim.watch.diagnostics import Diagnostics
 from muonlm.optim.watch.qk_clip import qk_clip
-from muonlm.scan import choose_backend
 
 from . import checkpoint, parallel
 from .dpo import dpo_objective
@@ -53,6 +52,7 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
     with parallel.start(cfg.train.device) as dist:
         path = Path(out) if out else default_directory(cfg.recipe or "run")
         started = resume and (path / "config.json").exists()
+        check_model(cfg.model)
         if not started and not resume:
             Run.refuse_used(path)
             refuse_unwritable(path)  # before what may be hours of preparing data
@@ -60,7 +60,7 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
         data = open_data(cfg, dist)
         check_tokenizer(cfg, data.train.tokenizer)
         cfg = resolve(cfg, data, dist.world, started=started)
-        scan = scan_choice(cfg, dist)
+        scan = scan_choice(cfg.model, dist.device)
         run = Run(path, cfg, steps=cfg.train.steps, json_mode=json_mode)
         say = run.say if dist.main else (lambda text: None)
 
@@ -319,19 +319,6 @@ def resolve(cfg: Config, data: Splits, world: int, started: bool = False) -> Con
             budget="",
         ),
     )
-
-
-def scan_choice(cfg: Config, dist: Dist) -> str:
-    """Which backend runs the recurrences, and whether it can; empty if no layer has one that can be chosen."""
-    if not set(cfg.model.layers) & set("MmLl"):
-        if cfg.model.scan in ("cpu", "triton"):
-            raise UserError(
-                f"model.scan = {cfg.model.scan} concerns layers M, m, L and l, of which {cfg.model.pattern!r} has none; leave it out."
-            )
-        return (
-            ("reference" if cfg.model.scan == "reference" else "chunks") if set(cfg.model.layers) & set("DdGgV") else ""
-        )
-    return choose_backend(cfg.model.scan, dist.device, torch.float32)
 
 
 def plan_routes(cfg: Config, model: torch.nn.Module) -> RoutingPlan:

@@ -26,6 +26,7 @@ from muonlm.config.schema import ModelConfig
 from muonlm.errors import UserError
 
 from ..norm import RMSNorm, at_least_fp32
+from .base import Mixer
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -87,11 +88,56 @@ def max_logits(q: Tensor, k: Tensor, visible: Tensor | None = None, *, scale: fl
     return at_least_fp32(torch.stack(tops).amax(0)) * scale
 
 
-class Attention(nn.Module):
-    def __init__(self, cfg: ModelConfig, *, window: int = 0):
-        super().__init__()
-        self.cfg, self.window = cfg, window
-        self.heads, self.kv_heads, self.width = cfg.n_head, cfg.kv_heads, cfg.head_width
+class Heads(Mixer):
+    """What attention at one resolution and at several share: the widths of the heads, and their rotation."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__(cfg)
+        self.heads, self.kv_heads, self.width = cfg.n_head, cfg.n_kv_head or cfg.n_head, cfg.d_model // cfg.n_head
+        self.rotary_width = rotary_width(cfg)
+
+    @classmethod
+    def check(cls, cfg: ModelConfig) -> None:
+        check_heads(cfg)
+        d, H, G = cfg.d_model, cfg.n_head, cfg.n_kv_head or cfg.n_head
+        if H % G:
+            near = max(k for k in range(1, G + 1) if H % k == 0)
+            raise UserError(f"`n_kv_head` = {G} does not divide `n_head` = {H}; use `n_kv_head` {near}")
+        if cfg.positions == "rope" and rotary_width(cfg) % 2:
+            raise UserError(
+                f"RoPE turns pairs, but {rotary_width(cfg)} dimensions of a head would turn (`d_model` {d} / `n_head` {H}); "
+                "choose an even head width, or `positions` learned"
+            )
+
+    def residual_projections(self) -> list[nn.Linear]:
+        return [self.out]
+
+    def _angles(self, x: Tensor, positions, end: int) -> tuple[Tensor, Tensor]:
+        """cos and sin for x at positions below `end`: a slice, or (B,T) indices on the device of x."""
+        size = max(64, 1 << (end - 1).bit_length())  # few distinct tables while decoding grows the sequence
+        cos, sin = rope_table(size, self.rotary_width, self.cfg.rope_theta, x.device, x.dtype)
+        return cos[positions], sin[positions]
+
+
+def check_heads(cfg: ModelConfig) -> None:
+    d, H = cfg.d_model, cfg.n_head
+    if d % H:
+        near = max(1, round(d / H)) * H
+        raise UserError(f"`d_model` = {d} is not a multiple of `n_head` = {H}; use `d_model` {near}")
+
+
+def rotary_width(cfg: ModelConfig) -> int:
+    """Dimensions of a head that RoPE turns."""
+    return round(cfg.rotary_fraction * (cfg.d_model // cfg.n_head))
+
+
+class Attention(Heads):
+    """windowed: only the last cfg.window keys are seen, the own one included (0: all)."""
+
+    def __init__(self, cfg: ModelConfig, windowed: bool = False):
+        super().__init__(cfg)
+        self.window = cfg.window if windowed else 0
+        self.look_back = None if self.window else cfg.block_size
         self.qkv = nn.Linear(cfg.d_model, (self.heads + 2 * self.kv_heads) * self.width, bias=cfg.bias)
         self.out = nn.Linear(self.heads * self.width, cfg.d_model, bias=cfg.bias)
         self.q_norm = RMSNorm(self.width, eps=cfg.qk_norm_eps) if cfg.qk_norm else None
@@ -106,16 +152,16 @@ class Attention(nn.Module):
             self.qkv.weight: {"role": "matrix", "split": (0, [q, kv, kv]), "heads": (0, self.heads + 2 * self.kv_heads)}
         }
 
-    def writers(self) -> list[nn.Linear]:
-        return [self.out]
+    def flops_between_tokens(self, length: int) -> float:
+        keys = min(length, self.window or length)
+        return 12 * keys * self.cfg.d_model  # two products (Kaplan 2020; PaLM appendix B)
 
     def qk_heads(self) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """What muon.qk_clip takes: views of q's weight (H, K, D) and bias (H, K), those of k, and max_logit."""
         if self.q_norm is not None:
             raise UserError(
-                "muon.qk_clip scales the query and key weights, but model.qk_norm = true divides any scale out "
-                "again: no logit would change, and QK-norm bounds them already. Use --muon.qk_clip 0, or "
-                "--model.qk_norm false"
+                "`qk_clip` scales the query and key weights, but `qk_norm` = true divides any scale out again: no "
+                "logit would change, and QK-norm bounds them already. Use `qk_clip` 0, or `qk_norm` false"
             )
         heads = [p.detach().unflatten(0, (-1, self.width)) for p in (self.qkv.weight, self.qkv.bias) if p is not None]
         H, G = self.heads, self.kv_heads
@@ -147,9 +193,7 @@ class Attention(nn.Module):
         """Rotate q and k by their positions: a slice, or (B, T) indices, below `end`."""
         if self.cfg.positions != "rope":
             return q, k
-        size = max(64, 1 << (end - 1).bit_length())  # few distinct tables while decoding grows the sequence
-        cos, sin = rope_table(size, self.cfg.rotary_width, self.cfg.rope_theta, q.device, q.dtype)
-        cos, sin = cos[positions], sin[positions]
+        cos, sin = self._angles(q, positions, end)
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def _causal(self, T: int, device) -> Tensor | None:
@@ -195,9 +239,8 @@ class Attention(nn.Module):
         B, T = q.shape[:2]
         past_k, past_v, length = state
         real = torch.ones(B, T, dtype=torch.bool) if mask is None else mask.cpu()
-        positions = (
-            length[:, None] + real.long().cumsum(1) - 1
-        )  # of real tokens; a masked one repeats its predecessor's
+        # of real tokens; a masked one repeats its predecessor's
+        positions = length[:, None] + real.long().cumsum(1) - 1
         new_length = length + real.sum(1)
         end = int(new_length.max())
         q, k = self._rope(q, k, positions.clamp(min=0).to(q.device), max(end, 1))
@@ -215,9 +258,8 @@ class Attention(nn.Module):
                 seen &= key_position[:, None, :] > positions[:, :, None] - self.window
             # the makeshift pair of the next line is no logit of the model
             measured = seen[:, None].to(q.device, copy=True) if self.track_logits else None
-            seen[..., 0] |= ~seen.any(
-                -1
-            )  # a masked query must see something or softmax gives NaN; its output is zeroed
+            # a masked query must see something or softmax gives NaN; its output is zeroed
+            seen[..., 0] |= ~seen.any(-1)
             y = self._attend(q, keys.to(q.dtype), values.to(q.dtype), seen[:, None].to(q.device), measured)
             order = torch.argsort((~key_real).long(), dim=1, stable=True).to(q.device)  # real keys first, in order
             index = order[:, None, :, None].expand_as(keys)

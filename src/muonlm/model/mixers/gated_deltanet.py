@@ -24,26 +24,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muonlm.config.schema import ModelConfig
+from muonlm.errors import UserError
 from muonlm.scan.heads import delta_momentum_scan, delta_scan, velocity_scan
 
 from ..conv import ShortConv
 from ..norm import RMSNorm, at_least_fp32
 from ..packing import compact
-from .mamba import State, Writes, draw_steps, recurrent_dtype
+from .base import Recurrent, State, draw_steps, head_scan_flops
 
 NORM_EPS, KEY_EPS = 1e-5, 1e-6
 
 
-class GatedDeltaNet(nn.Module):
-    def __init__(self, cfg: ModelConfig, form: str):
-        super().__init__()
-        assert form in ("plain", "muon", "velocity"), form
-        d, H, (N, P) = cfg.d_model, cfg.delta_heads, cfg.delta_widths
-        self.form, self.heads, self.key_width, self.value_width = form, H, N, P
+def head_widths(cfg: ModelConfig) -> tuple[int, int]:
+    """(N, P): key and value width of a head."""
+    key = cfg.delta_key or 3 * cfg.d_model // (4 * cfg.delta_heads)
+    return key, cfg.delta_value or 2 * key
+
+
+class GatedDeltaNet(Recurrent):
+    """muon: the second form of the equations above; with norm_velocity, too: the third."""
+
+    def __init__(self, cfg: ModelConfig, muon: bool = False, norm_velocity: bool = False):
+        super().__init__(cfg, muon)
+        d, H, (N, P) = cfg.d_model, cfg.delta_heads, head_widths(cfg)
+        self.muon, self.norm_velocity = muon, norm_velocity
+        self.state_shape = (H, N, P)
         self.neg_eigval = cfg.neg_eigval
-        self.writes = Writes(cfg, form != "plain")
-        # the velocity form writes as it is and normalises a sum of writes, whose size no constant gives
-        self.write_gain = self.writes.alpha * (self.writes.kappa if form == "muon" else 1.0)
+        if norm_velocity:
+            self.write_gain = None  # it writes as it is and normalises a sum of writes, whose size no constant gives
+        self.scan = "velocity_scan" if norm_velocity else "delta_momentum_scan" if muon else "delta_scan"
         self.velocity_norm = {"norm": cfg.write_norm, "steps": cfg.ns_steps, "poly": cfg.ns_poly, "eps": cfg.write_eps}
         self.backend, self.chunk = "reference" if cfg.scan == "reference" else "auto", cfg.scan_chunk
         self.q_proj, self.k_proj = (nn.Linear(d, H * N, bias=cfg.bias) for _ in range(2))
@@ -55,6 +64,14 @@ class GatedDeltaNet(nn.Module):
         self.norm = RMSNorm(P, eps=NORM_EPS)
         self.out_proj = nn.Linear(H * P, d, bias=cfg.bias)
 
+    @classmethod
+    def check(cls, cfg: ModelConfig) -> None:
+        if not head_widths(cfg)[0]:
+            raise UserError(
+                f"`d_model` = {cfg.d_model} is too narrow for `delta_heads` = {cfg.delta_heads}; "
+                f"use `delta_heads` {max(1, cfg.d_model // 32)}, or set `delta_key`"
+            )
+
     @torch.no_grad()
     def init_special(self, cfg: ModelConfig) -> None:
         self.A_log.uniform_(0, 16).clamp_(min=1e-4).log_()
@@ -62,21 +79,16 @@ class GatedDeltaNet(nn.Module):
 
     def tags(self) -> dict[nn.Parameter, dict]:
         wide = (self.q_proj, self.k_proj, self.v_proj, self.g_proj)
-        return {part.weight: {"role": "matrix", "heads": (0, self.heads)} for part in wide}
+        return {part.weight: {"role": "matrix", "heads": (0, self.state_shape[0])} for part in wide}
 
-    def writers(self) -> list[nn.Linear]:
-        return [self.out_proj]
-
-    def init_state(self, batch: int, device=None, dtype=None) -> State:
-        shape = (batch, self.heads, self.key_width, self.value_width)
-        S = torch.zeros(shape, device=device, dtype=recurrent_dtype(dtype))
-        conv = self.conv1d.init_state(batch, device, dtype)
-        return (conv, S, S.clone()) if self.writes.gamma else (conv, S)
+    def flops_between_tokens(self, length: int) -> float:
+        (H, N, P), C = self.state_shape, self.chunk or 64
+        return head_scan_flops(H, N, P, C) + 3 * H * C * (3 * N + P)  # and a triangular system in each chunk
 
     def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
         x, lengths, undo = compact(x, mask)
         conv, S, M = (*(state or (None, None)), None)[:3]
-        H, N, P = self.heads, self.key_width, self.value_width
+        H, N, P = self.state_shape
         qku, conv = self.conv1d(torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1), conv, lengths=lengths)
         a, b, g = self.a_proj(x), self.b_proj(x), self.g_proj(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -92,11 +104,11 @@ class GatedDeltaNet(nn.Module):
 
     def _scan(self, lg, b, u, k, q, S, M, lengths) -> tuple[Tensor, Tensor, Tensor | None]:
         how = {"lengths": lengths, "chunk": self.chunk}
-        if self.form == "velocity":
+        if self.norm_velocity:
             how |= self.velocity_norm | {"gamma": self.writes.gamma, "alpha": self.writes.alpha}
             return velocity_scan(lg, b, u, k, q, S, M, **how)
         how["backend"] = self.backend
-        if self.form == "plain":
+        if not self.muon:
             return *delta_scan(lg, b, u, k, q, S, **how), None
         w = self.writes(b.unsqueeze(-1) * u, k)
         return delta_momentum_scan(lg, b, w, k, q, S, M, gamma=self.writes.gamma, alpha=self.writes.alpha, **how)

@@ -1,12 +1,11 @@
-"""Longhorn mixer (letter L) and MuonLonghorn (l): a step is the closed-form solution of an online regression.
+"""Longhorn mixer (letter L) and MuonLonghorn (l): `Diagonal` whose step is the closed-form solution of an online regression.
 
-    as mamba.py, but for the step size and the gate, which has no A:
     s = σ(W_dt t + b_dt)      Δ = s / (1 + s ‖k‖²)      f[n,c] = 1 − Δ[c] k[n]²                                     (1)
 
 Δ ≤ min(1, 1/‖k‖²), so f lies in [0, 1] up to rounding. It may be as small as 0: nowhere is its logarithm taken
 or divided by it. k and q are neither normalised nor activated.
 
-Letters, shapes, state, dtypes as in mamba.py; plain Longhorn is MuonLonghorn with γ = 0, α = 1 and no norm, bit for bit
+Letters, shapes, state, dtypes as in diagonal.py; plain Longhorn is MuonLonghorn with γ = 0, α = 1 and no norm, bit for bit
 Cost     2dD + DW + D + D(R+2N) + RD + D + D + Dd parameters
 Init     D = 1, b_dt = 0 (s near ½); with init = dt_small b_dt as in mamba.py, so s begins in about [0.001, 0.1]
 Source   Liu 2024 (2407.14207); MuonSSM, 2606.30461
@@ -19,14 +18,14 @@ from muonlm.config.schema import ModelConfig
 from muonlm.scan import implicit_step
 
 from ..norm import at_least_fp32
-from .mamba import State, add_diagonal_parts, diagonal_forward, diagonal_state, diagonal_tags, draw_steps
+from .base import draw_steps
+from .diagonal import Diagonal
 
 
-class Longhorn(nn.Module):
-    def __init__(self, cfg: ModelConfig, muon: bool):
-        super().__init__()
-        add_diagonal_parts(self, cfg, muon)
-        self.dt_head = nn.Linear(cfg.step_rank, cfg.inner_width)
+class Longhorn(Diagonal):
+    def __init__(self, cfg: ModelConfig, muon: bool = False):
+        super().__init__(cfg, muon)
+        self.dt_head = nn.Linear(self.sizes[0], self.state_shape[1])
 
     @torch.no_grad()
     def init_special(self, cfg: ModelConfig) -> None:
@@ -36,18 +35,13 @@ class Longhorn(nn.Module):
         else:
             self.dt_head.bias.zero_()
 
-    def tags(self) -> dict[nn.Parameter, dict]:
-        return diagonal_tags(self)
-
-    def writers(self) -> list[nn.Linear]:
-        return [self.out_proj]
-
-    def init_state(self, batch: int, device=None, dtype=None) -> State:
-        return diagonal_state(self, batch, device, dtype)
-
-    def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        return diagonal_forward(self, self.dt_head, x, state, mask)
+    @property
+    def step_proj(self) -> nn.Linear:
+        return self.dt_head
 
     def gate(self, T: Tensor, k: Tensor) -> tuple[str, Tensor]:
-        """(1) of T (B,L,D), which has no bias yet, and k (B,L,N)."""
+        """(1)."""
         return "longhorn", implicit_step(T + at_least_fp32(self.dt_head.bias), k)
+
+    def next_state(self, gate: tuple, k: Tensor, S: Tensor, new: Tensor) -> Tensor:
+        return torch.addcmul(new + S, k.square() * gate[1], S, value=-1)

@@ -15,29 +15,52 @@ Init     A_log = log of uniform(1, 16), D = 1, dt_bias = softplus⁻¹ of steps 
 Source   Dao & Gu 2024 (2405.21060). The Muon form is ours: MuonSSM (2606.30461) has no Mamba-2
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muonlm.config.schema import ModelConfig
+from muonlm.errors import UserError
 from muonlm.scan.heads import scalar_scan
 
 from ..conv import ShortConv
 from ..norm import RMSNorm, at_least_fp32
 from ..packing import compact
-from .mamba import State, Writes, draw_steps, recurrent_dtype
+from .base import Recurrent, State, Twin, draw_steps, head_scan_flops, inner_width
 
 NORM_EPS = 1e-5  # as in the released models
 
 
-class Mamba2(nn.Module):
-    def __init__(self, cfg: ModelConfig, muon: bool):
-        super().__init__()
-        D, P, G, N = cfg.inner_width, cfg.ssm_head, cfg.ssm_groups, cfg.d_state or 128
+def widths(cfg: ModelConfig) -> tuple[int, int, int, int]:
+    """(D, P, G, N)."""
+    return inner_width(cfg), cfg.ssm_head, cfg.ssm_groups, cfg.d_state or 128
+
+
+class Mamba2(Recurrent):
+    scan = "scalar_scan"
+    twin = Twin(
+        "mamba2",
+        config="Mamba2Config",
+        model="Mamba2ForCausalLM",
+        theirs=lambda cfg: {
+            "state_size": widths(cfg)[3],
+            "head_dim": cfg.ssm_head,
+            "num_heads": widths(cfg)[0] // cfg.ssm_head,
+            "n_groups": cfg.ssm_groups,
+        },
+        ours=lambda theirs: {"ssm_head": theirs.head_dim, "ssm_groups": theirs.n_groups},
+        demands={"time_step_limit": [(0.0, float("inf"))], "layer_norm_epsilon": [NORM_EPS]},
+        needs={"norm_eps": NORM_EPS},  # theirs has one epsilon for all norms
+    )
+
+    def __init__(self, cfg: ModelConfig, muon: bool = False):
+        super().__init__(cfg, muon)
+        D, P, G, N = widths(cfg)
         self.head_shape, self.key_shape = (D // P, P), (G, N)
+        self.state_shape = (D // P, N, P)
         self.sizes = [D, D, G * N, G * N, D // P]  # rows of in_proj: z, x, k, q, dt
-        self.writes = Writes(cfg, muon)
-        self.write_gain = self.writes.kappa * self.writes.alpha
         self.backend, self.chunk = "reference" if cfg.scan == "reference" else "auto", cfg.scan_chunk
         self.in_proj = nn.Linear(cfg.d_model, sum(self.sizes), bias=cfg.bias)
         self.conv1d = ShortConv(D + 2 * G * N, cfg.d_conv, bias=True)
@@ -46,6 +69,16 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.empty(D // P))
         self.norm = RMSNorm(D, eps=NORM_EPS)
         self.out_proj = nn.Linear(D, cfg.d_model, bias=cfg.bias)
+
+    @classmethod
+    def check(cls, cfg: ModelConfig) -> None:
+        D, P, G, _ = widths(cfg)
+        if D % P:
+            raise UserError(
+                f"`ssm_head` = {P} does not divide the inner width {D} (`expand` × `d_model`); use `ssm_head` {math.gcd(P, D)}"
+            )
+        if D // P % G:
+            raise UserError(f"`ssm_groups` = {G} does not divide the {D // P} heads of mamba2; use `ssm_groups` 1")
 
     @torch.no_grad()
     def init_special(self, cfg: ModelConfig) -> None:
@@ -56,14 +89,8 @@ class Mamba2(nn.Module):
     def tags(self) -> dict[nn.Parameter, dict]:
         return {self.in_proj.weight: {"role": "matrix", "split": (0, self.sizes)}}
 
-    def writers(self) -> list[nn.Linear]:
-        return [self.out_proj]
-
-    def init_state(self, batch: int, device=None, dtype=None) -> State:
-        (H, P), (_, N) = self.head_shape, self.key_shape
-        S = torch.zeros(batch, H, N, P, device=device, dtype=recurrent_dtype(dtype))
-        conv = self.conv1d.init_state(batch, device, dtype)
-        return (conv, S, S.clone()) if self.writes.gamma else (conv, S)
+    def flops_between_tokens(self, length: int) -> float:
+        return head_scan_flops(*self.state_shape, self.chunk or 64)
 
     def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
         x, lengths, undo = compact(x, mask)
@@ -77,10 +104,8 @@ class Mamba2(nn.Module):
             s = F.softplus(at_least_fp32(dt) + at_least_fp32(self.dt_bias))
             lg = -s * torch.exp(at_least_fp32(self.A_log))
             w = self._normed(s.unsqueeze(-1) * u, k)
-            y, S, M = scalar_scan(
-                lg, w, k, q, S, M, gamma=self.writes.gamma, alpha=self.writes.alpha, lengths=lengths,
-                backend=self.backend, chunk=self.chunk,
-            )  # fmt: skip
+            how = {"lengths": lengths, "backend": self.backend, "chunk": self.chunk}
+            y, S, M = scalar_scan(lg, w, k, q, S, M, gamma=self.writes.gamma, alpha=self.writes.alpha, **how)
             y = torch.addcmul(y, u, at_least_fp32(self.D)[:, None]).flatten(-2) * F.silu(z)
             y = self._norm(y)
         y = undo(self.out_proj(y.to(z.dtype)))

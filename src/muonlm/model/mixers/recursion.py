@@ -1,26 +1,17 @@
-"""Two mixers of the hybrid recursive family: gated depth (letter R), and attention at several resolutions (letter S).
+"""Stacked recursion (letter R): a gate mixes the outputs of N sub-blocks, weighed by what the row was so far about.
 
-Stacked recursion: N sub-blocks with weights of their own, whose outputs are weighed by what the row was so far about
     r_0 = m_0 = x;   r_j = r_{j−1} + F_j(r_{j−1});   m_j = W_m [m_{j−1}; r_j];   F(r) = W_down GELU(W_up LayerNorm(r))
     x̄_t = (1/t) Σ_{i≤t} x_i;   π_t = softmax(W_g x̄_t) over N;   y_t = Σ_j π_t[j] (r_j,t + m_j,t)
-    The gate sees the mean of the prefix; the mean of the whole row would tell it what is still to come.
 
-Multi-scale attention: at each scale s, heads of their own; block j is the tokens js … js+s−1, and has one key and value
-    k_j = R(js+s−1) RMSNorm((1/s) Σ_i k_i),  v_j = (1/s) Σ_i v_i        the mean comes before QK-norm and RoPE:
-                                                                        keys of all scales have one size
-    y_t = W_o [y_t⁽ˢ⁾ for s in scales],  y_t⁽ˢ⁾ = Σ_j softmax_j(c(R(t) q_t · k_j / √K)) v_j over j with js+s−1 ≤ t
-    Queries keep full resolution; a query before the first complete block of a scale gets 0 there. Scale 1 is attention.
+Each sub-block has weights of its own; W_m and W_g are shared. The gate sees the mean of the prefix; the mean of the whole row would
+tell it what is still to come.
 
-Letters  B batch, T time, D model width, N sub-blocks, H query heads, G key/value heads, K head width, s scale, S blocks
+Letters  B batch, T time, D model width, N sub-blocks
 Shapes   x, y (B,T,D) · mask (B,T) bool, True = real token; masked tokens are deleted and their outputs are 0
-State    recursion: (Σ x (B,D) in fp32, tokens seen (B,) int64). Attention: per scale keys (B,G,S,K) after RoPE, values,
-         and (B,2,G,K) sums over the unfinished block; then length (B,) int64 on the CPU. Slot j holds block j; slots of
-         row b from ⌊length_b/s⌋ on are unspecified. After forward(x, state) only the returned state is valid.
-Cost     recursion: N·8D² + N·4D² FLOP a token; attention: Σ_s T·T/s pairs of query and key
+State    (Σ x (B,D) in fp32, tokens seen (B,) int64)
+Cost     N·8D² + N·4D² FLOP a token
 Source   the hybrid of infrabrew/mamba-recursive-model, rebuilt causally (its own pools, gate and labels see the future)
 """
-
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +19,13 @@ from torch import Tensor, nn
 
 from muonlm.config.schema import ModelConfig
 
-from ..norm import RMSNorm, at_least_fp32
-from . import attention
+from ..norm import at_least_fp32
+from .base import Mixer
 
 
-class StackedRecursion(nn.Module):
+class StackedRecursion(Mixer):
     def __init__(self, cfg: ModelConfig):
-        super().__init__()
+        super().__init__(cfg)
         d, steps = cfg.d_model, range(cfg.recursion_depth)
         self.norms = nn.ModuleList(nn.LayerNorm(d, eps=cfg.norm_eps, bias=cfg.bias) for _ in steps)
         self.ups = nn.ModuleList(nn.Linear(d, 2 * d, bias=cfg.bias) for _ in steps)
@@ -45,8 +36,12 @@ class StackedRecursion(nn.Module):
     def tags(self) -> dict[nn.Parameter, dict]:
         return {self.gate.weight: {"role": "scalar"}}  # a router: a few rows, one per depth
 
-    def writers(self) -> list[nn.Linear]:
+    def residual_projections(self) -> list[nn.Linear]:
         return [*self.downs, self.memory]
+
+    def flops_between_tokens(self, length: int) -> float:
+        d = self.gate.in_features
+        return 12 * (len(self.downs) - 1) * d * d  # its memory matrix is applied once a sub-block
 
     def init_state(self, batch: int, device=None, dtype=None) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
@@ -71,152 +66,3 @@ class StackedRecursion(nn.Module):
         sums = total[:, None] + (at_least_fp32(x) * real[..., None]).cumsum(1)
         counts = count[:, None] + real.long().cumsum(1)
         return sums / counts.clamp(min=1)[..., None], (sums[:, -1], counts[:, -1])
-
-
-@lru_cache(maxsize=8)
-def visible_blocks(T: int, scale: int, device: torch.device) -> Tensor:
-    """(T−s+1, ⌊T/s⌋) bool: the blocks that queries s−1 … T−1 see; each sees at least the first. Layers share it."""
-    last = torch.arange(T // scale, device=device) * scale + scale - 1
-    return last <= torch.arange(scale - 1, T, device=device)[:, None]
-
-
-class MultiScaleAttention(nn.Module):
-    def __init__(self, cfg: ModelConfig):
-        super().__init__()
-        self.cfg, self.scales = cfg, cfg.attention_scales
-        self.heads, self.kv_heads, self.width = cfg.n_head, cfg.kv_heads, cfg.head_width
-        self.per_scale = self.heads + 2 * self.kv_heads
-        self.qkv = nn.Linear(cfg.d_model, len(self.scales) * self.per_scale * self.width, bias=cfg.bias)
-        self.out = nn.Linear(len(self.scales) * self.heads * self.width, cfg.d_model, bias=cfg.bias)
-        norms = range(len(self.scales) if cfg.qk_norm else 0)
-        self.q_norms = nn.ModuleList(RMSNorm(self.width, eps=cfg.qk_norm_eps) for _ in norms)
-        self.k_norms = nn.ModuleList(RMSNorm(self.width, eps=cfg.qk_norm_eps) for _ in norms)
-
-    def tags(self) -> dict[nn.Parameter, dict]:
-        """Where q, k and v of each scale, and where single heads, begin."""
-        sizes = [n * self.width for n in (self.heads, self.kv_heads, self.kv_heads)] * len(self.scales)
-        return {
-            self.qkv.weight: {"role": "matrix", "split": (0, sizes), "heads": (0, len(self.scales) * self.per_scale)}
-        }
-
-    def writers(self) -> list[nn.Linear]:
-        return [self.out]
-
-    def init_state(self, batch: int, device=None, dtype=None) -> tuple[Tensor, ...]:
-        dtype = dtype or torch.get_default_dtype()
-        wide = torch.promote_types(dtype, torch.float32)
-        state = []
-        for _ in self.scales:
-            state += [torch.zeros(batch, self.kv_heads, 0, self.width, device=device, dtype=dtype) for _ in "kv"]
-            state.append(torch.zeros(batch, 2, self.kv_heads, self.width, device=device, dtype=wide))
-        return *state, torch.zeros(batch, dtype=torch.long)
-
-    def forward(self, x: Tensor, state=None, mask: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, len(self.scales), self.per_scale, self.width)
-        fresh = state is None and mask is None  # training and plain prefill: all rows alike, from position 0
-        state = self.init_state(B, x.device, qkv.dtype) if state is None else state
-        length = state[-1]
-        real = torch.ones(B, T, dtype=torch.bool) if mask is None else mask.cpu()
-        outputs, new_state = [], []
-        for i in range(len(self.scales)):
-            q, kv = qkv[:, :, i].split([self.heads, 2 * self.kv_heads], 2)
-            kv = kv.unflatten(2, (2, self.kv_heads))  # (B,T,2,G,K)
-            before = state[3 * i : 3 * i + 3]
-            y, cache = self._whole(i, q, kv) if fresh else self._continue(i, q, kv, before, length, real)
-            outputs.append(y.transpose(1, 2))
-            new_state += cache
-        y = self.out(torch.cat(outputs, 2).flatten(2))
-        return (y if mask is None else y * mask[..., None]), (*new_state, length + real.sum(1))
-
-    def _whole(self, i: int, q: Tensor, kv: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """A row from its start: y (B,H,T,K) and (keys, values, unfinished block)."""
-        s, (B, T) = self.scales[i], q.shape[:2]
-        end = T - T % s  # of the last complete block
-        unfinished = at_least_fp32(kv[:, end:]).sum(1)
-        k, v = self._pool(
-            i, at_least_fp32(kv[:, :end]).unflatten(1, (end // s, s)).mean(2), q.dtype, slice(s - 1, end, s), T
-        )
-        if not end:
-            return q.new_zeros(B, self.heads, T, self.width), [k, v, unfinished]
-        q = self._query(i, q[:, s - 1 :], slice(s - 1, T), T)  # the first s − 1 see nothing
-        y = self._attend(q, k, v, None if s == 1 else visible_blocks(T, s, q.device))
-        return F.pad(y, (0, 0, s - 1, 0)), [k, v, unfinished]
-
-    def _continue(
-        self, i: int, q: Tensor, kv: Tensor, state, length: Tensor, real: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        """New tokens after those of the state, row by row at their own positions."""
-        s, (B, T), device = self.scales[i], q.shape[:2], q.device
-        keys, values, unfinished = state
-        rank = (real.long().cumsum(1) - 1).clamp(min=0)  # among real tokens; a masked one repeats its predecessor's
-        filled, done = length % s, length // s  # tokens in the unfinished block, blocks in the cache
-        finished = (filled + real.sum(1)) // s  # new blocks, per row
-        new, top = int(finished.max()), int((done + finished).max())
-
-        block = ((filled[:, None] + rank) // s).to(device)  # of each token, counted from the unfinished one
-        sums = F.pad(unfinished[:, None], (0, 0, 0, 0, 0, 0, 0, new))  # (B,new+1,2,G,K)
-        add = at_least_fp32(kv) * real[..., None, None, None].to(device)
-        sums = sums.scatter_add(1, block[..., None, None, None].expand_as(add), add)
-        unfinished = sums[torch.arange(B, device=device), finished.to(device)]
-        if new:  # rows that finish fewer blocks write a slot that nobody sees until its own block overwrites it
-            slot = done[:, None] + torch.arange(new)
-            size = int(done.max()) + new
-            k, v = self._pool(i, sums[:, :new] / s, q.dtype, slot * s + s - 1, size * s)
-            keys, values = (_write(cache, slot.to(device), t, size) for cache, t in ((keys, k), (values, v)))
-        if not top:
-            return q.new_zeros(B, self.heads, T, self.width), [keys, values, unfinished]
-        position = length[:, None] + rank
-        visible = torch.arange(top) < ((position + 1) // s)[..., None]  # (B,T,S)
-        some = visible.any(-1)
-        visible[..., 0] |= ~some  # a query must see something or softmax gives NaN; its output is zeroed
-        q = self._query(i, q, position, int(position.max()) + 1)
-        k, v = keys[:, :, :top].to(q.dtype), values[:, :, :top].to(q.dtype)
-        y = self._attend(q, k, v, visible[:, None].to(device))
-        return torch.where(some[:, None, :, None].to(device), y, 0), [keys, values, unfinished]
-
-    def _query(self, i: int, q: Tensor, positions, end: int) -> Tensor:
-        """Queries (B,T,H,K) as they meet the keys: (B,H,T,K), normalised and rotated."""
-        return self._rotate(self.q_norms[i](q) if self.cfg.qk_norm else q, positions, end).transpose(1, 2)
-
-    def _pool(self, i: int, means: Tensor, dtype: torch.dtype, positions, end: int) -> tuple[Tensor, Tensor]:
-        """Means over whole blocks (B,S,2,G,K) -> keys, normalised and rotated, and values, (B,G,S,K) each."""
-        k, v = means[:, :, 0].to(dtype), means[:, :, 1].to(dtype)
-        k = self._rotate(self.k_norms[i](k) if self.cfg.qk_norm else k, positions, end)
-        return k.transpose(1, 2), v.transpose(1, 2)
-
-    def _rotate(self, x: Tensor, positions, end: int) -> Tensor:
-        """RoPE on x (B,T,heads,K) at positions below `end`: a slice, or indices (B,T)."""
-        if self.cfg.positions != "rope":
-            return x
-        size = max(64, 1 << (end - 1).bit_length())  # few distinct tables while decoding grows the sequence
-        cos, sin = attention.rope_table(size, self.cfg.rotary_width, self.cfg.rope_theta, x.device, x.dtype)
-        at = positions if isinstance(positions, slice) else positions.to(x.device)
-        return attention.rotate(x, cos[at], sin[at])
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-        """q (B,H,T,K), k and v (B,G,S,K) -> (B,H,T,K); visible broadcasts to (B,1,T,S), None = causal with S = T."""
-        dropout = self.cfg.dropout if self.training else 0.0
-        cap = self.cfg.attn_softcap
-        grouped = self.heads != self.kv_heads
-        if not cap and not (q.device.type == "cpu" and k.shape[2] <= attention.EXPLICIT_UP_TO.get(q.dtype, 0)):
-            return F.scaled_dot_product_attention(
-                q, k, v, visible, dropout, is_causal=visible is None, enable_gqa=grouped
-            )
-        if grouped:
-            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
-        logits = (q * self.width**-0.5) @ k.transpose(-1, -2)
-        if cap:
-            logits = cap * torch.tanh(at_least_fp32(logits) / cap)
-        visible = visible_blocks(q.shape[2], 1, q.device) if visible is None else visible
-        weights = at_least_fp32(logits).masked_fill(~visible, float("-inf")).softmax(-1)
-        return F.dropout(weights, dropout).to(v.dtype) @ v
-
-
-def _write(cache: Tensor, slot: Tensor, new: Tensor, size: int) -> Tensor:
-    """The cache with new (B,G,n,K) at slots (B,n) < size: grown geometrically, in place unless autograd may need it."""
-    if cache.shape[2] < size:
-        cache = F.pad(cache, (0, 0, 0, max(size - cache.shape[2], cache.shape[2])))
-    index = slot[:, None, :, None].expand_as(new)
-    new = new.to(cache.dtype)
-    return cache.scatter(2, index, new) if torch.is_grad_enabled() else cache.scatter_(2, index, new)
