@@ -26,6 +26,7 @@ from torch import Tensor
 
 from muonlm.engine import map_state, stream
 from muonlm.export.hf import from_transformers
+from muonlm.sampling import Sampling
 
 AGREE = 1e-4
 STEPS, PREFILL = (
@@ -72,7 +73,7 @@ def generation(theirs, ours, tokens: int, repeats: int) -> dict:
     prompt, said = list(range(1, 17)), {}
 
     def mine():
-        said["ours"] = [step[0] for step in stream(ours, prompt, max_tokens=tokens, temperature=0)]
+        said["ours"] = [step[0] for step in stream(ours, prompt, Sampling(temperature=0, max_tokens=tokens))]
 
     def transformers():
         with torch.no_grad():

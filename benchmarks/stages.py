@@ -22,7 +22,8 @@ from scan import machine, note, write
 from muonlm.data.batch import IGNORE
 from muonlm.data.open import open_splits
 from muonlm.engine import complete
-from muonlm.evals.word_problems import wilson
+from muonlm.evals.stats import wilson
+from muonlm.sampling import Sampling
 from muonlm.training.checkpoint import load
 from muonlm.training.loop import train
 from muonlm.training.parallel import Dist
@@ -71,9 +72,8 @@ def answers(run: str, cfg) -> dict:
             prompts.append(tokens[: first + 1])
             wanted.append([t for t in targets if t != IGNORE])
     stop = wanted[0][-1]
-    found = complete(
-        model, prompts, max_tokens=max(map(len, wanted)), stop=frozenset({stop}), vocab=tokenizer.vocab_size
-    )
+    greedy = Sampling(temperature=0, max_tokens=max(map(len, wanted)))
+    found = complete(model, prompts, greedy, stop=frozenset({stop}), vocab=tokenizer.vocab_size)
     right = sum(f == [t for t in w if t != stop] for f, w in zip(found, wanted))
     return {"answers": len(wanted), "reproduced": right, "share": right / len(wanted)}
 

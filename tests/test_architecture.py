@@ -19,6 +19,7 @@ MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 # `cli → chat, evals, export → training → engine → model, optim, data → scan → config → storage → errors`.
 LEVEL = {
     "errors": 0,
+    "sampling": 1,
     "storage": 1,
     "config": 2,
     "scan": 3,
@@ -179,7 +180,7 @@ def test_quickstart_without_its_corpus_says_what_to_install(tmp_path):
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_builds_and_takes_two_steps_shrunk(recipe, text, tmp_path, capsys):
-    from muonlm.cli.info import describe
+    from muonlm.cli.facts import describe
 
     cfg = load_recipe(recipe)
     if not cfg.data.tokenizer.startswith("gpt2:"):

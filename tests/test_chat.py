@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,11 +23,14 @@ from muonlm.data.text.templates import Template, template
 from muonlm.data.text.tokenizer import Tokenizer, resolve_tokenizer
 from muonlm.engine import pick
 from muonlm.errors import UserError
+from muonlm.sampling import OF_CHAT
 from muonlm.training import checkpoint
 
 TOKENIZER = Tokenizer.char("Question: Answer\nabc", eot=True)  # few tokens, so that a random model stops now and then
 BASE = {"n_layer": 2, "d_model": 32, "n_head": 4, "vocab_size": TOKENIZER.vocab_size, "block_size": 2048}
 MESSAGES = ["abc", "a cab", "", "b b\nc", "Answer", "cc"]
+
+GREEDY = replace(OF_CHAT, temperature=0.0, max_tokens=20)
 
 
 def chat_of(variant={}, form="qa", **settings) -> Chat:
@@ -34,7 +38,8 @@ def chat_of(variant={}, form="qa", **settings) -> Chat:
     with torch.no_grad():
         for parameter in model.parameters():  # larger than at initialisation, so that replies differ
             parameter.mul_(3)
-    return Chat(model, TOKENIZER, template(form), **{"max_tokens": 20, "temperature": 0.0} | settings)
+    drawing = {name: settings.pop(name) for name in ("max_tokens", "temperature", "seed") if name in settings}
+    return Chat(model, TOKENIZER, template(form), sampling=replace(GREEDY, **drawing), **settings)
 
 
 def watch(chat: Chat) -> list[int]:
@@ -46,11 +51,11 @@ def watch(chat: Chat) -> list[int]:
 
 def reply_ids(chat: Chat, ids: list[int]) -> list[int]:
     """The reply to `ids`, written out without a cache."""
-    found, draws = [], torch.rand(chat.max_tokens, 1, generator=chat.generator)
+    found, draws = [], torch.rand(chat.sampling.max_tokens, 1, generator=chat.generator)
     with torch.no_grad():
-        while len(found) < chat.max_tokens:
+        while len(found) < chat.sampling.max_tokens:
             logits, _ = chat.model(torch.tensor([ids + found]))
-            token = int(pick(logits[:, -1], **chat.sampling, draws=draws[len(found)]))
+            token = int(pick(logits[:, -1], chat.sampling, draws[len(found)]))
             if token == chat.stop:
                 break
             found.append(token)
@@ -68,10 +73,12 @@ def test_each_token_is_read_once_and_replies_are_those_of_reading_everything_aga
     for number, message in enumerate(MESSAGES):
         ids += chat.form.prompt([{"role": "user", "content": message}], TOKENIZER, continues=number > 0)
         expected = reply_ids(twin, ids)
-        assert chat.say(message) == chat.form.reply(TOKENIZER.decode(expected))
-        cut.add(len(expected) == chat.max_tokens)
+        assert chat.reply(message) == chat.form.reply(TOKENIZER.decode(expected))
+        cut.add(len(expected) == chat.sampling.max_tokens)
         ids += expected
-        unread = 1 if len(expected) == chat.max_tokens else 0  # the last of a cut reply waits for the next turn
+        unread = (
+            1 if len(expected) == chat.sampling.max_tokens else 0
+        )  # the last of a cut reply waits for the next turn
         assert read == ids[: len(ids) - unread]
         ids.append(chat.stop)
     assert cut == {True, False}, "the test needs replies that stop and replies that are cut"
@@ -80,9 +87,11 @@ def test_each_token_is_read_once_and_replies_are_those_of_reading_everything_aga
 def test_the_stop_token_of_chatml_ends_replies_and_stands_between_turns():
     tokenizer = resolve_tokenizer("byte", special=["<|im_start|>", "<|im_end|>"])
     model = build_model(ModelConfig(**BASE | {"vocab_size": tokenizer.vocab_size}), seed=0).eval()
-    chat = Chat(model, tokenizer, template("minimind-chatml"), max_tokens=3, temperature=0.0, system="Be brief.")
+    chat = Chat(
+        model, tokenizer, template("minimind-chatml"), sampling=replace(GREEDY, max_tokens=3), system="Be brief."
+    )
     read = watch(chat)
-    first = [chat.say("hi"), chat.say("there")][0]
+    first = [chat.reply("hi"), chat.reply("there")][0]
     text = tokenizer.decode(read)
     opening = "<|im_start|>assistant\n"
     start = f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n{opening}{first}<|im_end|>\n"
@@ -93,7 +102,7 @@ def test_the_stop_token_of_chatml_ends_replies_and_stands_between_turns():
 def test_the_same_seed_and_messages_give_the_same_replies():
     def talk(seed):
         chat = chat_of(seed=seed, temperature=1.0)
-        return [chat.say(message) for message in MESSAGES]
+        return [chat.reply(message) for message in MESSAGES]
 
     assert talk(1) == talk(1) != talk(2)
     assert len(set(talk(1))) == len(MESSAGES), "draws go on from turn to turn"
@@ -108,7 +117,7 @@ def test_streamed_pieces_join_to_the_reply_as_it_is_shown():
         pieces: list[str] = []
         read.clear()
         chat.reset()
-        reply = chat.say("a", pieces.append)
+        reply = chat.reply("a", pieces.append)
         assert "".join(pieces) == reply and all(pieces)
         blanks += read[opening : opening + 1] == blank
     assert blanks, "the test needs replies that begin with a blank"
@@ -123,84 +132,84 @@ def test_what_a_template_writes_around_an_answer_is_not_streamed(said, monkeypat
     steps = [[token] for token in TOKENIZER.encode(said)] + [[None]]
     monkeypatch.setattr("muonlm.chat.decode", lambda *_, **__: iter(steps))
     pieces: list[str] = []
-    reply = chat.say("c", pieces.append)
+    reply = chat.reply("c", pieces.append)
     assert "".join(pieces) == reply == said.removeprefix("ab: ").removesuffix(" cb")
 
 
 def test_a_reply_that_is_stopped_is_a_turn_like_any_other():
     chat, presses = chat_of(temperature=1.5, seed=1), iter([False, False, True])
-    chat.say("abc", stopped=lambda: next(presses))
+    chat.reply("abc", stopped=lambda: next(presses))
     unread, read = chat.unread, watch(chat)
     assert next(presses, None) is None, "it was asked after each of three tokens"
     assert len(unread) == 2 and unread[1] == chat.stop and len(chat.turns) == 2
-    chat.say("b")
+    chat.reply("b")
     assert read[:2] == unread
 
 
 def test_a_message_that_cannot_be_read_leaves_the_conversation_as_it_was():
     chat, twin = chat_of(), chat_of()
-    assert chat.say("abc") == twin.say("abc")
+    assert chat.reply("abc") == twin.reply("abc")
     with pytest.raises(UserError, match="'€'"):
-        chat.say("€")
-    assert len(chat.turns) == 2 and chat.say("b") == twin.say("b")
+        chat.reply("€")
+    assert len(chat.turns) == 2 and chat.reply("b") == twin.reply("b")
 
 
 def test_undo_forgets_one_exchange_and_reset_all():
     chat = chat_of()
-    first = chat.say("abc")
-    chat.say("b")
+    first = chat.reply("abc")
+    chat.reply("b")
     chat.undo()
     read = watch(chat)
-    chat.say("c")
+    chat.reply("c")
     remembered = [("user", "abc"), ("assistant", first), ("user", "c")]
     expected = chat.form.prompt([{"role": role, "content": text} for role, text in remembered], TOKENIZER)
     assert read[: len(expected)] == expected and len(chat.turns) == 4
     chat.reset()
-    assert chat.say("abc") == first and len(chat.turns) == 2
+    assert chat.reply("abc") == first and len(chat.turns) == 2
     for _ in range(3):  # more than there are
         chat.undo()
-    assert chat.say("abc") == first
+    assert chat.reply("abc") == first
 
 
 def test_without_history_every_message_stands_alone():
     chat = chat_of(history=0)
-    assert [chat.say(m) for m in MESSAGES] == [chat_of().say(m) for m in MESSAGES]
+    assert [chat.reply(m) for m in MESSAGES] == [chat_of().reply(m) for m in MESSAGES]
 
 
 def test_with_a_history_of_one_the_last_exchange_is_remembered():
     chat = chat_of(history=1)
     for message in MESSAGES[:3]:
-        chat.say(message)
+        chat.reply(message)
     read, last = watch(chat), chat.turns[-2:]
-    chat.say("cc")
+    chat.reply("cc")
     expected = chat.form.prompt([*last, {"role": "user", "content": "cc"}], TOKENIZER)
     assert read[: len(expected)] == expected and len(chat.turns) == 8
 
 
 def test_at_the_end_of_the_context_the_oldest_exchanges_go_the_system_turn_stays_and_it_is_told_once():
     told: list[str] = []
-    chat = chat_of({"block_size": 120}, system="cab", tell=told.append)
+    chat = chat_of({"block_size": 120}, system="cab", log=told.append)
     read, first, forgot = watch(chat), 0, 0
     for number in range(12):
         read.clear()
-        chat.say("abc")
+        chat.reply("abc")
         if chat.first > first:  # half of the context at most is read again, from the beginning of an exchange
             remembered = [{"role": "system", "content": "cab"}, *chat.turns[chat.first : -1]]
             expected = chat.form.prompt(remembered, TOKENIZER)
             assert read[: len(expected)] == expected and len(expected) <= 60 and chat.first % 2 == 0
             first, forgot = chat.first, forgot + 1
-        assert len(chat.reader.rows[0]) <= 120 and len(chat.turns) == 2 * (number + 1)
+        assert len(chat.prefix.rows[0]) <= 120 and len(chat.turns) == 2 * (number + 1)
     assert 1 < forgot < 6 and len(told) == 1 and "120 tokens" in told[0]
 
 
 def test_a_reply_longer_than_the_context_goes_on_and_is_told():
     told: list[str] = []
-    chat = chat_of({"block_size": 60}, tell=told.append, max_tokens=150)
+    chat = chat_of({"block_size": 60}, log=told.append, max_tokens=150)
     with torch.no_grad():
         chat.model.head.weight[chat.stop] = 0  # a logit of 0 is never the largest: the reply does not stop
-    assert len(chat.say("abc")) >= 149 and len(told) == 1  # 150 characters, less a leading blank
-    chat.say("b")
-    assert len(chat.turns) == 4 and len(told) == 1 and len(chat.reader.rows[0]) <= 60
+    assert len(chat.reply("abc")) >= 149 and len(told) == 1  # 150 characters, less a leading blank
+    chat.reply("b")
+    assert len(chat.turns) == 4 and len(told) == 1 and len(chat.prefix.rows[0]) <= 60
 
 
 # ------------------------------------------------------------------------------------------------ the verb
@@ -291,9 +300,9 @@ def test_impossible_settings_are_refused(flags, said, run, capsys):
 def test_special_names_in_a_message_are_text():
     tokenizer = resolve_tokenizer("byte")
     model = build_model(ModelConfig(**BASE | {"vocab_size": tokenizer.vocab_size}), seed=0).eval()
-    chat = Chat(model, tokenizer, template("qa"), max_tokens=2, temperature=0.0)
+    chat = Chat(model, tokenizer, template("qa"), sampling=replace(GREEDY, max_tokens=2))
     read = watch(chat)
-    chat.say("<|endoftext|>")
+    chat.reply("<|endoftext|>")
     assert read.count(tokenizer.eot_id) == 1, "the one that begins the conversation"
 
 

@@ -1,5 +1,6 @@
 """Generation: cached decoding equals the full forward, sampling settings mean what they say, pieces join to a text."""
 
+import dataclasses
 import importlib
 import io
 import json
@@ -15,6 +16,7 @@ from muonlm.config.schema import ModelConfig
 from muonlm.data.text.tokenizer import resolve_tokenizer
 from muonlm.engine import complete, generate, pick, stream
 from muonlm.errors import UserError
+from muonlm.sampling import Sampling
 
 BASE = {"n_layer": 2, "d_model": 32, "n_head": 4, "vocab_size": 50, "block_size": 24}
 VARIANTS = {
@@ -44,7 +46,8 @@ def model_of(**variant):
 
 def tokens_of(model, prompt, **kwargs) -> list[list[int]]:
     """Sample -> its tokens up to a stop."""
-    steps = list(stream(model, prompt, **kwargs))
+    plain = {name: kwargs.pop(name) for name in ("samples", "stop") if name in kwargs}
+    steps = list(stream(model, prompt, Sampling(**kwargs), **plain))
     return [[step[i] for step in steps if step[i] is not None] for i in range(len(steps[0]))]
 
 
@@ -108,7 +111,10 @@ PROBABILITIES = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
 def frequencies(n=20000, *, temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
     draws = torch.rand(n, generator=torch.Generator().manual_seed(0))
     logits = PROBABILITIES.log().expand(n, -1) + 3.0  # a constant shift changes nothing
-    return torch.bincount(pick(logits, temperature, top_k, top_p, draws), minlength=5) / n
+    return (
+        torch.bincount(pick(logits, Sampling(temperature=temperature, top_k=top_k, top_p=top_p), draws), minlength=5)
+        / n
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +144,7 @@ def test_the_ends_of_the_interval_draw_tokens_that_may_be_drawn():
     logits = torch.randn(200, 31, generator=torch.Generator().manual_seed(0)) * 4
     logits[:, [0, 30]] = float("-inf")  # the first and the last, which a careless search would find
     for draw in (0.0, 1 - 2**-24):  # the smallest and the largest number that torch.rand gives
-        drawn = pick(logits, 1.0, 0, 1.0, torch.full((200,), draw))
+        drawn = pick(logits, Sampling(temperature=1.0), torch.full((200,), draw))
         assert ((drawn > 0) & (drawn < 30)).all()
 
 
@@ -150,7 +156,7 @@ def test_a_stop_token_ends_its_sample_only():
     stopped = tokens_of(model, [1, 2], samples=4, max_tokens=20, temperature=2.0, seed=1, stop=frozenset([stop]))
     assert stopped == [sample[: sample.index(stop)] if stop in sample else sample for sample in free]
     assert len(stopped[0]) == free[0].index(stop) < 20
-    assert len(list(stream(model, [1, 2], max_tokens=20, temperature=2.0, seed=1, stop=frozenset(range(50))))) == 1
+    assert tokens_of(model, [1, 2], max_tokens=20, temperature=2.0, seed=1, stop=frozenset(range(50))) == [[]]
 
 
 MIXERS = VARIANTS | {
@@ -170,30 +176,30 @@ def test_prompts_of_all_lengths_at_once_are_continued_as_each_alone(variant, mon
     prompts = prompts_of([1, 2, 5, 5, 9, 20, 23, 24, 60, 3])
     alone = [tokens_of(model, p, max_tokens=25, temperature=0, stop=stop)[0] for p in prompts]
     assert len(set(map(tuple, alone))) > 4, "the test needs continuations that differ"
-    assert complete(model, prompts, max_tokens=25, stop=stop) == alone
+    assert complete(model, prompts, Sampling(max_tokens=25, temperature=0), stop=stop) == alone
     monkeypatch.setattr(importlib.import_module("muonlm.engine"), "LOGITS_PER_PIECE", 7 * 3 * 50)
-    assert complete(model, prompts, max_tokens=25, stop=stop, rows=3) == alone
+    assert complete(model, prompts, Sampling(max_tokens=25, temperature=0), stop=stop, rows=3) == alone
 
 
 def test_what_is_drawn_depends_neither_on_batches_nor_on_rows_that_stopped():
     model, prompts = model_of(), prompts_of([3, 8, 5, 12, 8])
-    settings = {"max_tokens": 10, "temperature": 1.5, "seed": 4}
-    free = complete(model, prompts, stop=frozenset(), **settings)
-    assert complete(model, prompts, stop=frozenset(), rows=2, **settings) == free
+    settings = Sampling(max_tokens=10, temperature=1.5, seed=4)
+    free = complete(model, prompts, settings, stop=frozenset())
+    assert complete(model, prompts, settings, stop=frozenset(), rows=2) == free
     stop = free[1][3]
-    stopped = complete(model, prompts, stop=frozenset([stop]), **settings)
+    stopped = complete(model, prompts, settings, stop=frozenset([stop]))
     assert stopped == [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
-    assert complete(model, prompts, stop=frozenset(), **settings | {"seed": 5}) != free
+    assert complete(model, prompts, dataclasses.replace(settings, seed=5), stop=frozenset()) != free
 
 
 def test_rows_that_stopped_leave_the_batch():
     """The model sees each token that was drawn once, and no stop token."""
     model, sizes = model_of(), []
     prompts = prompts_of([4] * 8)
-    free = complete(model, prompts, max_tokens=12, temperature=1.5, stop=frozenset())
+    free = complete(model, prompts, Sampling(max_tokens=12, temperature=1.5), stop=frozenset())
     stop = frozenset(range(0, 50, 5))
     model.register_forward_hook(lambda module, args, out: sizes.append(len(args[0])))
-    lengths = list(map(len, complete(model, prompts, max_tokens=12, temperature=1.5, stop=stop)))
+    lengths = list(map(len, complete(model, prompts, Sampling(max_tokens=12, temperature=1.5), stop=stop)))
     assert len(set(lengths)) > 3, "the test needs rows that stop at different times"
     assert sizes[1:] == [n for t in range(11) if (n := sum(length > t for length in lengths))]
     assert max(map(len, free)) == 12
@@ -222,7 +228,7 @@ def test_streamed_pieces_join_to_the_returned_text_and_are_whole_characters():
 )
 def test_impossible_settings_are_refused_by_their_name(settings, said):
     with pytest.raises(UserError, match=said):
-        list(stream(model_of(), [1], **settings))
+        tokens_of(model_of(), [1], **settings)
 
 
 def test_a_stop_must_be_one_token():

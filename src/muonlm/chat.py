@@ -9,7 +9,7 @@ limit, Ctrl-C), the template's stop token is what is read behind it, as in train
 Forgetting   A model whose context is limited looks back on `context` tokens. Before a turn that would leave less room
              than a reply may take (at most half of the context), the oldest exchanges are forgotten until what is
              read again fills at most half of it; the system turn stays. A reply that outgrows the context itself
-             loses the older half (engine.py). Both are told once. `history` = n remembers the last n exchanges,
+             loses the older half (engine.py). Both are said once. `history` = n remembers the last n exchanges,
              read again each time.
 Raises       UserError: a run that has no template or no tokenizer, impossible sampling settings, a text that the
              tokenizer cannot express; the conversation is then as it was before.
@@ -26,10 +26,13 @@ from pathlib import Path
 import torch
 
 from muonlm.config.schema import nearest
-from muonlm.data.text.templates import TEMPLATES, Template, template
-from muonlm.engine import Reader, check_sampling, decode, need_words
+from muonlm.data.text.templates import TEMPLATES, Template
+from muonlm.data.text.templates import template as find_template
+from muonlm.engine import Prefix, decode, need_words
 from muonlm.errors import UserError
-from muonlm.training.checkpoint import load, locate, read_config, write_atomically
+from muonlm.sampling import OF_CHAT, Sampling
+from muonlm.storage import write_atomically
+from muonlm.training.checkpoint import load, locate, read_config
 
 COMMANDS = """\
 /reset          forget the conversation         /undo        forget the last exchange
@@ -48,25 +51,19 @@ class Chat:
         form: Template,
         *,
         system: str = "",
-        max_tokens: int = 256,
-        temperature: float = 0.85,
-        top_k: int = 0,
-        top_p: float = 0.85,
-        seed: int = 0,
+        sampling: Sampling = OF_CHAT,
         history: int | None = None,
-        tell: Callable[[str], None] = lambda note: None,
+        log: Callable[[str], None] = lambda note: None,
     ):
-        check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens)
         if history is not None and history < 0:
             raise UserError(f"`history` {history} must be 0 (each message alone) or more; without it all is kept.")
         need_words(tokenizer)
         self.model, self.tokenizer, self.form = model, tokenizer, form
         self.stop = form.stop_id(tokenizer)
-        self.system, self.max_tokens, self.history, self.tell = system, max_tokens, history, tell
-        self.sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.system, self.sampling, self.history, self.log = system, sampling, history, log
         device = next(model.parameters()).device
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.told = False
+        self.generator = torch.Generator(device).manual_seed(sampling.seed)
+        self.warned = False
         self.reset()
 
     def reset(self, system: str | None = None) -> None:
@@ -74,24 +71,24 @@ class Chat:
         self.system = self.system if system is None else system
         self.turns: list[dict] = []
         self.first = 0  # turns before it are forgotten
-        self.reader: Reader | None = None  # None: the next turn reads all that is remembered
+        self.prefix: Prefix | None = None  # None: the next turn reads all that is remembered
         self.unread: list[int] = []  # the end of the last reply
 
     def undo(self) -> None:
         del self.turns[-2:]
-        self.first, self.reader = min(self.first, len(self.turns)), None
+        self.first, self.prefix = min(self.first, len(self.turns)), None
 
     def conversation(self) -> list[dict]:
         return [*self._opening(), *self.turns]
 
-    def say(self, text: str, on_text: Callable[[str], None] | None = None, stopped=lambda: False) -> str:
+    def reply(self, text: str, on_text: Callable[[str], None] | None = None, stopped=lambda: False) -> str:
         """The reply to a message. `on_text` gets its pieces as they come; it ends early when stopped() is true."""
         user = {"role": "user", "content": text}
-        reader, self.first = self._read(user)
-        self.reader = None  # until the reply is whole: an exception must not leave half a turn behind
-        draws = torch.rand(self.max_tokens, 1, generator=self.generator, device=reader.device)
+        prefix, self.first = self._read(user)
+        self.prefix = None  # until the reply is whole: an exception must not leave half a turn behind
+        draws = torch.rand(self.sampling.max_tokens, 1, generator=self.generator, device=prefix.device)
         ends = frozenset({self.stop, self.tokenizer.eot_id} - {None})
-        length = len(reader.rows[0])
+        length = len(prefix.rows[0])
         pieces, written, shown, unread = self.tokenizer.stream(), "", "", []
 
         def show(piece: str, visible_part=self.form.reply_so_far) -> None:
@@ -102,7 +99,7 @@ class Chat:
                 on_text(visible[len(shown) :])
                 shown = visible
 
-        for [token] in decode(reader, draws, **self.sampling, stop=ends, vocab=self.tokenizer.vocab_size):
+        for [token] in decode(prefix, draws, self.sampling, stop=ends, vocab=self.tokenizer.vocab_size):
             unread = [] if token is None else [token]
             if token is not None:
                 length += 1
@@ -110,63 +107,63 @@ class Chat:
             if stopped():
                 break
         show(pieces.flush(), self.form.reply)
-        if reader.context and length > reader.context:
-            self._tell_of_forgetting()
+        if prefix.context and length > prefix.context:
+            self._warn_of_forgetting()
         reply = self.form.reply(written)
         self.turns += [user, {"role": "assistant", "content": reply}]
-        self.reader, self.unread = reader, [*unread, self.stop]
+        self.prefix, self.unread = prefix, [*unread, self.stop]
         return reply
 
     def _opening(self) -> list[dict]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
-    def _read(self, user: dict) -> tuple[Reader, int]:
-        """A reader that has read all that leads to the reply, and the first turn that it remembers."""
+    def _read(self, user: dict) -> tuple[Prefix, int]:
+        """A prefix that holds all that leads to the reply, and the first turn that it remembers."""
         context, first = self.model.context, self.first
         if self.history is not None:
             first = max(first, len(self.turns) - 2 * self.history)
-        if self.reader is not None and first == self.first:
+        if self.prefix is not None and first == self.first:
             new = self.unread + self.form.prompt([user], self.tokenizer, continues=True)
-            room = context and context - min(self.max_tokens, context // 2)
-            if not context or len(self.reader.rows[0]) + len(new) <= room:
-                self.reader.read([new])
-                return self.reader, first
-            self._tell_of_forgetting()
+            room = context and context - min(self.sampling.max_tokens, context // 2)
+            if not context or len(self.prefix.rows[0]) + len(new) <= room:
+                self.prefix.extend([new])
+                return self.prefix, first
+            self._warn_of_forgetting()
         ids = self._ids_from(first, user)
-        if context and len(ids) > context - min(self.max_tokens, context // 2):
-            self._tell_of_forgetting()
+        if context and len(ids) > context - min(self.sampling.max_tokens, context // 2):
+            self._warn_of_forgetting()
             while first < len(self.turns) and len(ids) > context // 2:
                 first += 2
                 ids = self._ids_from(first, user)
-        return Reader(self.model, [ids]), first
+        return Prefix.prefill(self.model, [ids]), first
 
     def _ids_from(self, first: int, user: dict) -> list[int]:
         return self.form.prompt([*self._opening(), *self.turns[first:], user], self.tokenizer)
 
-    def _tell_of_forgetting(self) -> None:
-        if not self.told:
-            self.told = True
-            self.tell(
+    def _warn_of_forgetting(self) -> None:
+        if not self.warned:
+            self.warned = True
+            self.log(
                 f"this model looks back on {self.model.context:,} tokens; what is older is forgotten from here on "
                 "(the oldest exchanges first, the system turn last)"
             )
 
 
-def open_chat(run: str, *, form: str = "", which: str = "best", device="cpu", **settings) -> tuple[Chat, str]:
-    """(chat with a run or checkpoint directory, what to call it). `form`: a template, if not the run's own."""
+def open_chat(run: str, *, template: str = "", which: str = "best", device="cpu", **settings) -> tuple[Chat, str]:
+    """(chat with a run or checkpoint directory, what to call it). `template`: if not the run's own."""
     folder, path = locate(run, which)
-    form = form or read_config(folder).data.template
-    if not form:
+    template = template or read_config(folder).data.template
+    if not template:
         if not (folder / "tokenizer.json").exists():
             need_words(None)
         raise UserError(
             f"run {folder} was not trained on conversations (data.template is empty): it does not know what a turn is. "
-            f"Continue a text with: muonlm generate {run} --prompt TEXT; or name the form of a turn: --template qa "
+            f"Continue a text with: muonlm generate {run} --prompt TEXT; or name the form of a turn: `template` qa "
             f"(one of {', '.join(TEMPLATES)}, or a .toml file)."
         )
-    known = template(form)
+    form = find_template(template)
     model, tokenizer = load(path, device)
-    return Chat(model, tokenizer, known, **settings), f"{folder} ({path.name}, template {known.name})"
+    return Chat(model, tokenizer, form, **settings), f"{folder} ({path.name}, template {form.name})"
 
 
 # ------------------------------------------------------------------------------------------------ the terminal
@@ -196,7 +193,7 @@ def converse(chat: Chat, out=None) -> None:
         except KeyboardInterrupt:
             if not terminal:
                 raise
-            chat.tell("nothing to stop; /exit or Ctrl-D leaves")
+            chat.log("nothing to stop; /exit or Ctrl-D leaves")
             messages = read_messages(terminal, write)
             continue
         if not plain and text.strip().lower() in ("exit", "quit", "/exit", "/quit"):
@@ -207,30 +204,30 @@ def converse(chat: Chat, out=None) -> None:
                 continue
             with stoppable(terminal) as stopped:
                 write("Assistant: ")
-                chat.say(text, write, stopped)
+                chat.reply(text, write, stopped)
                 write("\n")
                 if len(chat.unread) > 1 and not stopped():  # more than the stop token: it drew none itself
-                    chat.tell(f"cut after {chat.max_tokens} tokens; --max-tokens allows more")
+                    chat.log(f"cut after {chat.sampling.max_tokens} tokens; --max-tokens allows more")
         except UserError as error:
             if not terminal:
                 raise
-            chat.tell(str(error))
+            chat.log(str(error))
 
 
 def obey(chat: Chat, command: str, rest: str, saved: set[Path]) -> None:
     if command == "help":
-        chat.tell(COMMANDS)
+        chat.log(COMMANDS)
     elif command == "reset":
         chat.reset()
-        chat.tell("a new conversation")
+        chat.log("a new conversation")
     elif command == "undo":
         chat.undo()
-        chat.tell(f"{len(chat.turns) // 2} exchanges left" if chat.turns else "nothing said yet")
+        chat.log(f"{len(chat.turns) // 2} exchanges left" if chat.turns else "nothing said yet")
     elif command == "system":
         if rest:
             chat.reset(rest)
         current = chat.system or chat.form.default_system or "(none)"
-        chat.tell(f"a new conversation, system: {current}" if rest else f"system: {current}")
+        chat.log(f"a new conversation, system: {current}" if rest else f"system: {current}")
     elif command == "save":
         save(chat, rest, saved)
     else:
@@ -249,7 +246,7 @@ def save(chat: Chat, name: str, saved: set[Path]) -> None:
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}. Choose another place.") from None
     saved.add(path)
-    chat.tell(f"{len(chat.conversation())} turns saved in {path}")
+    chat.log(f"{len(chat.conversation())} turns saved in {path}")
 
 
 def read_messages(terminal: bool, write: Callable[[str], None]) -> Iterator[tuple[str, bool]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from muonlm.cli.main import main
+from muonlm.cli.main import VERBS, main
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_help_and_version(capsys):
     assert main([]) == 0 == main(["--help"])
     assert "muonlm train" in capsys.readouterr().out
     assert main(["--version"]) == 0
-    for verb in ("train", "prep", "generate", "eval", "info", "doctor"):
+    for verb in VERBS:
         with pytest.raises(SystemExit) as left:
             main([verb, "--help"])
         assert left.value.code == 0 and f"muonlm {verb}" in capsys.readouterr().out

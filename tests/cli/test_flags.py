@@ -3,7 +3,8 @@
 import pytest
 
 from muonlm.cli.flags import in_flags
-from muonlm.cli.main import Parser, main
+from muonlm.cli.main import main
+from muonlm.cli.parser import Parser
 from muonlm.config.schema import keys
 from muonlm.errors import UserError
 

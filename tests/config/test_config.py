@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muonlm.cli.info import describe_keys
+from muonlm.cli.facts import describe_keys
 from muonlm.config.schema import RECIPES, Config, keys, load_recipe, recipe_names
 from muonlm.errors import UserError
 

@@ -10,6 +10,7 @@ from muonlm.engine import stream
 from muonlm.errors import UserError
 from muonlm.export.hf import from_transformers, to_transformers
 from muonlm.model import build_model
+from muonlm.sampling import Sampling
 
 transformers = pytest.importorskip("transformers")
 
@@ -104,7 +105,7 @@ def test_greedy_generation_is_equal_for_50_tokens(pair):
     theirs, ours = pair
     prompt = tokens(1, 7)
     expected = theirs.generate(prompt, max_new_tokens=50, do_sample=False)[0, 7:].tolist()
-    found = [step[0] for step in stream(ours, prompt[0].tolist(), max_tokens=50, temperature=0)]
+    found = [step[0] for step in stream(ours, prompt[0].tolist(), Sampling(max_tokens=50, temperature=0))]
     assert len(set(expected)) > 3  # not one token over and over
     assert found == expected
 

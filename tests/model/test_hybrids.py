@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from muonlm.cli.info import as_text, describe
+from muonlm.cli.facts import as_text, describe
 from muonlm.config.schema import ModelConfig, load_recipe
 from muonlm.engine import map_state, stream
 from muonlm.errors import UserError
 from muonlm.model import build_model, check_model, count_parameters, layer_parameters, lm, train_flops_per_token
 from muonlm.model.mixers import MIXERS
 from muonlm.optim import Muon, route
+from muonlm.sampling import Sampling
 
 SMALL = {"n_layer": 2, "d_model": 32, "n_head": 4, "vocab_size": 50, "block_size": 64, "delta_heads": 2, "ssm_head": 16}
 SMALL |= {"d_state": 4, "scan_chunk": 8, "window": 5, "init": "lm"}
@@ -273,7 +274,7 @@ def test_a_recurrent_model_writes_beyond_its_block_size_with_a_state_of_constant
     )
     lengths = []
     model.register_forward_pre_hook(lambda module, given: lengths.append(given[0].shape[1]))
-    out = [step[0] for step in stream(model, [1, 2, 3], max_tokens=150, temperature=0)]
+    out = [step[0] for step in stream(model, [1, 2, 3], Sampling(max_tokens=150, temperature=0))]
     assert len(out) == 150 and lengths == [3] + [1] * 149
     x = torch.tensor([[1, 2, 3, *out]])
     assert model(x)[0][0, 2:-1].argmax(-1).tolist() == out  # as a single pass over everything would

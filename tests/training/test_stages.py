@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from muonlm.cli.info import describe
-from muonlm.cli.main import main, preferences
+from muonlm.cli.facts import describe
+from muonlm.cli.main import main
 from muonlm.config.schema import load_recipe, read_recipe, recipe_names
 from muonlm.data.prep.examples import prepare_examples
 from muonlm.data.sources.expand import expand
 from muonlm.data.sources.expand import rows as source_rows
 from muonlm.data.text.tokenizer import resolve_tokenizer
+from muonlm.evals.bpb import preferences
 from muonlm.training import stages
 from muonlm.training.checkpoint import read
 

@@ -1,10 +1,29 @@
-"""Checks of this machine and installation, each a line: what was tried, what came out."""
+"""`muonlm doctor`: checks of this machine and installation, each a line: what was tried, what came out."""
 
+import argparse
 import importlib.util
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from .parser import Parser
+
+
+def parser() -> Parser:
+    return Parser("doctor", "Check this machine: versions, device, data, a step of training, a checkpoint.")
+
+
+def run(args: argparse.Namespace) -> int:
+    results = []
+    for name, outcome, passed in checks():
+        results.append({"check": name, "result": outcome, "pass": passed})
+        if not args.json:
+            print(f"{'PASS' if passed else 'FAIL'}  {name:12} {outcome}", flush=True)
+    if args.json:
+        print(json.dumps(results))
+    return 0 if all(result["pass"] for result in results) else 1
 
 
 def checks() -> Iterator[tuple[str, str, bool]]:

@@ -20,7 +20,7 @@ SECTIONS = {  # room that raised -> the section meant by a name that several hav
 
 
 def in_flags(error: BaseException, parser) -> str:
-    """The text of an error, its arguments written as the flags of this verb's parser (None: of no verb)."""
+    """The text of an error, its arguments written as the flags of this verb's parser."""
     own = {action.dest: action.option_strings[0] for action in reversed(parser.actions) if action.option_strings}
     sections = next((SECTIONS[room] for room in _rooms(error) if room in SECTIONS), ())
     by_key = _keys(sections) if parser.takes_keys else {}

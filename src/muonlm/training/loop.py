@@ -33,6 +33,7 @@ from muonlm.optim import RoutingPlan, build_optimizer, load_named_state, lr_scal
 from muonlm.optim.watch.activity import ActivityCheck
 from muonlm.optim.watch.diagnostics import Diagnostics
 from muonlm.optim.watch.qk_clip import qk_clip
+from muonlm.sampling import Sampling
 
 from . import checkpoint, parallel
 from .dpo import dpo_objective
@@ -580,7 +581,8 @@ def sample(cfg: Config, model, data: Splits) -> str:
         else:
             prompt = data.evaluated["val"].first_prompt()
         stop = frozenset({form.stop_id(tokenizer)})
-        reply = complete(model, [prompt], max_tokens=cfg.eval.sample, stop=stop, vocab=tokenizer.vocab_size)[0]
+        greedy = Sampling(temperature=0, max_tokens=cfg.eval.sample)
+        reply = complete(model, [prompt], greedy, stop=stop, vocab=tokenizer.vocab_size)[0]
         return tokenizer.decode([*prompt, *reply])
     except UserError as error:  # a prompt that the new tokenizer cannot express is no reason to fail a finished run
         return f"no sample of --eval.prompt {cfg.eval.prompt!r}: {error}"

@@ -1,9 +1,8 @@
-"""Exact match on word problems: does the reply, steps and all, end in the right number?
+"""An exam in word problems: does the reply, steps and all, end in the right number?
 
     strict     the reply's first `#### n`            flexible     its last number, wherever it stands
     correct    n is the answer as a decimal: commas, $ and a final dot do not count, 72 = 72.0
-    steps      every `a ∘ b = c` of the reply is one of the right solution's, in its order (strict correct or not) (1)
-    Wilson     centre (p + z²/2n) / (1 + z²/n), half-width z·√(p(1 − p)/n + z²/4n²) / (1 + z²/n), z = 1.96 (2)
+    steps      every `a ∘ b = c` of the reply is one of the right solution's, in its order (strict correct or not)
     samples    K > 1: K replies a question at `temperature`, each drawn by its own seed; the majority of their strict
                answers counts, the first seen of equals; a reply without one has no vote
 
@@ -13,90 +12,116 @@ right reply. The questions of "held_out" have sentences and sums that no trainin
 these very questions gives; copying a number of the question is never right. The problems are our own, not GSM8K's.
 
 Raises   UserError: a run without tokenizer, problems longer than its context, impossible settings
-Source   E. B. Wilson, JASA 22 (1927); X. Wang et al., arXiv:2203.11171 (majority of samples)
+Source   X. Wang et al., arXiv:2203.11171 (majority of samples)
 """
 
-import json
 import re
 from collections import Counter
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-import torch
-
-from muonlm.data.synthetic.word_problems import rows
-from muonlm.data.text.templates import Template, template
-from muonlm.engine import complete
 from muonlm.errors import UserError
-from muonlm.training import checkpoint
+from muonlm.sampling import Sampling
 
+from . import record
+from .stats import percent, score
+
+ENOUGH = 200  # questions
+LARGEST = 99  # number of a question
 SEED = 1  # of the questions; training rows have seed 0
+TEMPERATURE = 0.7  # of samples that vote
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 EQUATION = re.compile(r"\d+ [-+*/] \d+ = \d+")
 DEFAULT_TEMPLATE = "qa"  # for a run that was not trained on conversations
 
 
-def exact_match(
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    steps: str = "1-3"
+    """how many steps a story may have: the least and the greatest number, or one number"""
+    split: str = "held_out"
+    """held_out, or train: new ones of that kind"""
+    samples: int = 1
+    """replies to a question; more than 1 also vote"""
+
+    def __post_init__(self):
+        if not re.fullmatch(r"\d(-\d)?", self.steps):
+            raise UserError(
+                f"`steps` {self.steps!r}: give the least and the greatest number of steps, such as 1-3, or one number"
+            )
+        if self.samples < 1:
+            raise UserError(f"`samples` {self.samples} must be at least 1.")
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return int(self.steps[0]), int(self.steps[-1])
+
+
+def measure(
     run: str | Path,
+    options: Options = Options(),
     *,
-    n: int = 200,
-    steps: tuple[int, int] = (1, 3),
-    largest: int = 99,
-    split: str = "held_out",
+    limit: int = 0,
     which: str = "best",
     device: str = "cpu",
-    samples: int = 1,
-    temperature: float = 0.7,
 ) -> dict:
-    """The result, also written to RUN/evals/word_problems.json with every question and reply."""
-    if n < 1 or samples < 1:
-        raise UserError(f"{n} word problems, {samples} samples of each: both must be at least 1; try --limit 200")
-    problems = list(rows(n, steps, largest=largest, seed=SEED, split=split))
+    """Scores of `limit` questions (0: 200); RUN/evals/word_problems.json also holds every question and reply."""
+    from muonlm.data.synthetic.word_problems import rows
+    from muonlm.data.text.templates import template
+    from muonlm.engine import complete
+    from muonlm.training import checkpoint
+    from muonlm.training.parallel import pick_device
+
+    problems = list(rows(limit or ENOUGH, options.span, largest=LARGEST, seed=SEED, split=options.split))
     folder, path = checkpoint.locate(run, which)
     form = template(checkpoint.read_config(folder).data.template or DEFAULT_TEMPLATE)
-    model, tokenizer = checkpoint.load(path, torch.device(device))
+    model, tokenizer = checkpoint.load(path, pick_device(device))
     if tokenizer is None:
         raise UserError(f"run {folder} has no tokenizer, so it cannot read a question; evaluate a run trained on text")
     asked = [[{"role": "user", "content": row["question"]}] for row in problems]
     prompts = [form.prompt(turns, tokenizer) for turns in asked]
-    settings = {
-        "max_tokens": _room(form, tokenizer, problems, asked, prompts, model.context, folder),
-        "stop": frozenset({form.stop_id(tokenizer)}),
-        "vocab": tokenizer.vocab_size,
-    }
+    room = _room(form, tokenizer, problems, asked, prompts, model.context, folder)
+    stop = frozenset({form.stop_id(tokenizer)})
 
-    def replies(**sampling) -> list[str]:
-        return [form.reply(tokenizer.decode(ids)) for ids in complete(model, prompts, **settings, **sampling)]
+    def replies(temperature: float, seed: int = 0) -> list[str]:
+        sampling = Sampling(temperature=temperature, max_tokens=room, seed=seed)
+        found = complete(model, prompts, sampling, stop=stop, vocab=tokenizer.vocab_size)
+        return [form.reply(tokenizer.decode(ids)) for ids in found]
 
-    greedy = replies()
-    items = [_judge(row, reply) for row, reply in zip(problems, greedy, strict=True)]
+    items = [_judge(row, reply) for row, reply in zip(problems, replies(temperature=0), strict=True)]
     result = {
         "task": "word_problems",
         "run": str(folder),
         "checkpoint": path.name,
         "step": checkpoint.read_meta(path)["step"],
-        "split": split,
-        "steps": list(steps),
-        "largest": largest,
+        "split": options.split,
+        "steps": list(options.span),
+        "largest": LARGEST,
         "template": form.name,
-        **score([item["correct"] for item in items]),
-        "flexible": score([item["flexible"] for item in items]),
-        "right_steps": score([item["right_steps"] for item in items]),
-        "guessing": Counter(row["answer"] for row in problems).most_common(1)[0][1] / n,
-        "by_steps": {
-            str(k): score([item["correct"] for item in items if item["steps"] == k])
-            for k in range(steps[0], steps[1] + 1)
-            if any(item["steps"] == k for item in items)
-        },
+        **_scores(items),
     }
-    if samples > 1:
-        drawn = [replies(temperature=temperature, seed=seed) for seed in range(samples)]
-        result |= _vote(problems, items, drawn) | {"samples": samples, "temperature": temperature}
-    target = folder / "evals" / "word_problems.json"
-    target.parent.mkdir(exist_ok=True)
-    checkpoint.write_atomically(target, json.dumps(result | {"items": items}, indent=1, ensure_ascii=False))
+    if options.samples > 1:
+        drawn = [replies(TEMPERATURE, seed) for seed in range(options.samples)]
+        result |= _vote(problems, items, drawn) | {"samples": options.samples, "temperature": TEMPERATURE}
+    record(folder, "word_problems", result | {"items": items})
     return result
+
+
+def lines(result: dict) -> list[str]:
+    by = "  ".join(f"{k}-step {s['accuracy']:.1%} of {s['n']}" for k, s in result["by_steps"].items())
+    shown = [
+        f"{result['run']} ({result['checkpoint']}): word_problems ({result['split']}) exact {percent(result)} "
+        f"({result['correct']} of {result['n']})  last number {result['flexible']['accuracy']:.1%}  "
+        f"all steps right {result['right_steps']['accuracy']:.1%}  guessing {result['guessing']:.1%}  {by}"
+    ]
+    if "majority" in result:
+        shown.append(
+            f"  {result['samples']} samples: one {percent(result['single'])}  majority {percent(result['majority'])}  "
+            f"any {percent(result['any_sample'])}"
+        )
+    return shown
 
 
 def strict_answer(reply: str) -> Decimal | None:
@@ -116,19 +141,6 @@ def decimal(text: str) -> Decimal | None:
         return None
 
 
-def wilson(correct: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval (2) of a share: 0 of 100 -> (0, 0.0370), 50 of 100 -> (0.4038, 0.5962)."""
-    p = correct / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def score(right: list[bool]) -> dict:
-    n, correct = len(right), sum(right)
-    return {"n": n, "correct": correct, "accuracy": correct / n, "interval": list(wilson(correct, n))}
-
-
 def _judge(row: dict, reply: str) -> dict:
     gold, found = Decimal(row["answer"]), strict_answer(reply)
     return {
@@ -141,6 +153,17 @@ def _judge(row: dict, reply: str) -> dict:
         "correct": found == gold,
         "flexible": flexible_answer(reply) == gold,
         "right_steps": EQUATION.findall(reply) == row["rationale"].split("\n"),
+    }
+
+
+def _scores(items: list[dict]) -> dict:
+    by_steps = {k: [item["correct"] for item in items if item["steps"] == k] for k in range(10)}
+    return {
+        **score([item["correct"] for item in items]),
+        "flexible": score([item["flexible"] for item in items]),
+        "right_steps": score([item["right_steps"] for item in items]),
+        "guessing": Counter(item["answer"] for item in items).most_common(1)[0][1] / len(items),
+        "by_steps": {str(k): score(right) for k, right in by_steps.items() if right},
     }
 
 
@@ -157,7 +180,7 @@ def _vote(problems: list[dict], items: list[dict], drawn: list[list[str]]) -> di
     return {"single": score(singles), "majority": score(majority), "any_sample": score(oracle)}
 
 
-def _room(form: Template, tokenizer, problems, asked, prompts, context: int | None, folder: Path) -> int:
+def _room(form, tokenizer, problems, asked, prompts, context: int | None, folder: Path) -> int:
     """Tokens that a reply may have."""
     right = [
         [*turns, {"role": "assistant", "content": row["answer"], "rationale": row["rationale"]}]

@@ -1,0 +1,81 @@
+"""Held-out loss of a run, in nats per token and bits per byte, beside a byte trigram's (trigram.py).
+
+bits per byte = Σ nats over all predicted tokens / (ln 2 · UTF-8 bytes of the text)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from muonlm.errors import UserError
+
+from . import record
+from .stats import wilson
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    data: str = ""
+    """evaluate on the held-out part of this text, with the run's tokenizer, instead of the run's own"""
+
+
+def measure(
+    run: str | Path,
+    options: Options = Options(),
+    *,
+    limit: int = 0,
+    which: str = "best",
+    device: str = "cpu",
+) -> dict:
+    """Loss of a checkpoint on a held-out split, of at most `limit` batches (0: all)."""
+    from muonlm.training import checkpoint
+    from muonlm.training.loop import evaluate, open_data
+    from muonlm.training.parallel import start
+
+    from .trigram import trigram_reference
+
+    data = options.data
+    folder, path = checkpoint.locate(run, which)
+    cfg = checkpoint.read_config(folder)
+    cfg.eval.iters = limit
+    if data:
+        if not (folder / "tokenizer.json").exists():
+            raise UserError(f"run {folder} has no tokenizer, so `data` {data} cannot be read with it.")
+        cfg.data.source, cfg.data.tokenizer = data, str(folder / "tokenizer.json")
+        cfg.dpo.reference = "model"  # the sums that a run keeps are of its own pairs
+    with start(device) as dist:
+        splits, meta = open_data(cfg, dist), checkpoint.read_meta(path)
+        if not data and meta["data"] != splits.fingerprint:  # its held-out part may have been trained on
+            raise UserError(
+                f"run {folder} was trained on other data: {cfg.data.source!r} changed since. Put the old data back, or "
+                f"name what is to be measured: `data` {cfg.data.source}"
+            )
+        model, _ = checkpoint.load(path, dist.device)
+        result = evaluate(model, _objective(cfg, model, splits, folder, dist), splits, cfg, dist)
+    result |= {"run": str(folder), "checkpoint": path.name, "step": meta["step"]} | trigram_reference(splits)
+    record(folder, "bpb", result)
+    return result
+
+
+def _objective(cfg, model, splits, folder, dist):
+    from muonlm.training.dpo import dpo_objective
+    from muonlm.training.objectives import OBJECTIVES
+
+    if cfg.train.objective == "dpo":
+        return dpo_objective(cfg, model, splits, folder, started=True, dist=dist, say=lambda line: None)
+    return OBJECTIVES[cfg.train.objective]
+
+
+def lines(result: dict) -> list[str]:
+    numbers = "  ".join(f"{key} {value:.4f}" for key, value in result.items() if isinstance(value, float))
+    shown = [f"{result['run']} ({result['checkpoint']}): {numbers}"]
+    return shown + ([f"  {preferences(result)}"] if "val_pairs" in result else [])
+
+
+def preferences(result: dict) -> str:
+    """A line on the held-out pairs of a DPO run. Ties count half, in the interval too."""
+    share, pairs = result["val_acc"], result["val_pairs"]
+    low, high = wilson(share * pairs, pairs)
+    return (
+        f"held-out preferences: {share:.1%} of {pairs:,} pairs as preferred, 95 % interval [{low:.1%}, {high:.1%}]; "
+        "a coin: 50 %"
+    )
