@@ -51,8 +51,7 @@ from torch import Tensor, nn
 from muonlm.config.schema import ModelConfig
 from muonlm.model import build_model, count_parameters
 from muonlm.model.mixers import MIXERS
-from muonlm.scan import choose_backend, diag_scan, reference
-from muonlm.scan.heads import delta_scan
+from muonlm.scan import choose_backend, delta_scan, diag_scan, reference
 
 AGREE = (
     1e-4  # relative Frobenius norm, fp32; sums over 4096 tokens in other orders, 2e-5 at most where this was written
@@ -556,7 +555,7 @@ def main() -> None:
     # Processes are forked here, while this one has imported everything and computed nothing.
     for module in sorted({module for family in families for module in PEERS[family]}):
         peer(module, "__name__")
-    choose_backend("auto", torch.device("cpu"), torch.float32)  # imports numba
+    choose_backend("diag_scan", "auto", torch.device("cpu"), torch.float32)  # imports numba
     peaks = {}
     for family in families:
         for shape in shapes:

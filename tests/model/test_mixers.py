@@ -22,7 +22,7 @@ from muonlm.model.mixers.diagonal import Diagonal
 from muonlm.model.mixers.gated_deltanet import head_widths
 from muonlm.model.packing import compact
 from muonlm.optim import route
-from muonlm.scan.writes import newton_schulz
+from muonlm.scan.writes import normalize_matrix
 
 LETTERS = list("MmLlDdGgV")
 MUON = {"m": "M", "l": "L", "d": "D", "g": "G", "V": "G"}
@@ -303,7 +303,7 @@ def normed(U, cfg, muon):
     """The explicit iteration on a token's whole write, which the mixers replace by a factor."""
     if not muon or cfg.write_norm == "none":
         return U
-    return newton_schulz(U, norm=cfg.write_norm, steps=cfg.ns_steps, poly=cfg.ns_poly, eps=cfg.write_eps)
+    return normalize_matrix(U, norm=cfg.write_norm, steps=cfg.ns_steps, poly=cfg.ns_poly, eps=cfg.write_eps)
 
 
 def convolved(conv: ShortConv, rows):

@@ -4,8 +4,8 @@ Letters as there: B batch, L time, D channels, N states. Tolerances are relative
 specification for fp32 kernels; measured: 4e-7 forward and 5e-7 in gradients. A wrong term costs 1e-2 or more.
 """
 
-import importlib.util
 import math
+import subprocess
 import sys
 import threading
 
@@ -15,7 +15,7 @@ import torch
 from muonlm.scan import diagonal_cpu as cpu
 from muonlm.scan import reference
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="numba is not installed")
+pytestmark = pytest.mark.skipif(not cpu.available(torch.device("cpu")), reason="numba is not installed")
 
 FORWARD, GRADIENT = 5e-6, 5e-5
 KINDS = [(gate, gamma) for gate in ("longhorn", "mamba") for gamma in (0.0, 0.9)]
@@ -224,9 +224,20 @@ def test_what_is_kept_for_backward_is_the_states_at_chunk_starts(gamma):
         assert y.untyped_storage().nbytes() == 4 * B * L * D
 
 
-def test_without_numba_the_module_imports_and_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "numba", None)
-    spec = importlib.util.spec_from_file_location("cpu_without_numba", cpu.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert not module.available()
+def test_without_numba_auto_takes_the_chunked_form_and_cpu_is_refused():
+    code = """
+import subprocess
+import sys
+sys.modules["numba"] = None
+import torch
+from muonlm.scan import choose_backend
+device = torch.device("cpu")
+print(choose_backend("diag_scan", "auto", device, torch.float32))
+try: choose_backend("diag_scan", "cpu", device, torch.float32)
+except ValueError as error: print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout == (
+        "chunked\n`backend` = 'cpu' needs a CPU with FMA and the package numba, and the tensors are on cpu; "
+        "use auto or chunked.\n"
+    )

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from muonlm.errors import UserError
-from muonlm.scan import reference
+from muonlm.scan import choose_backend, reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = INTERPRETED or torch.cuda.is_available()
@@ -209,19 +209,19 @@ def test_boundary_states_are_those_before_each_chunk(workers, form):
 
 
 def test_more_states_than_registers_hold_are_refused():
-    x = torch.zeros(1, 2, 4, device=DEVICE)
-    k = torch.zeros(1, 2, 300, device=DEVICE)
-    with pytest.raises(UserError, match="model.d_state = 300.*--model.scan chunked"):
-        gpu.forward(x, None, x, k, k, None, None, 0.9, 1.0, None, 64)
+    device = torch.device(DEVICE)
+    assert choose_backend("diag_scan", "triton", device, torch.float32, 256) == "triton"
+    with pytest.raises(UserError, match="`backend` = 'triton' holds at most 256 states, and `k` has 300; use auto"):
+        choose_backend("diag_scan", "triton", device, torch.float32, 300)
 
 
 def test_the_kernels_are_available_here():
-    assert gpu.available()
+    assert gpu.available(torch.device(DEVICE))
 
 
 def test_blocks_stay_within_the_registers():
     """16 cells of a tile a lane forward and 8 backward, as tile() promises, and a power of two of warps, at most 8."""
-    for N in range(1, gpu.MAX_STATES + 1):
+    for N in range(1, 257):
         block, forward, backward = gpu.tile(N)
         cells = gpu.triton.next_power_of_2(N) * block
         assert cells <= 16 * 32 * forward and cells <= 8 * 32 * backward, N
@@ -285,29 +285,28 @@ def test_the_kernels_compile_for_a_gpu_without_one(tmp_path):
     assert run.returncode == 0 and run.stdout.count("\n") == 5, run.stdout + run.stderr
 
 
+REFUSED = """
+import sys
+import torch
+from muonlm.scan import choose_backend
+try: choose_backend("diag_scan", "triton", torch.device("cpu"), torch.float32)
+except ValueError as error: print(type(error).__name__, error)
+"""
+MESSAGE = (
+    "UserError `backend` = 'triton' needs a CUDA device (or TRITON_INTERPRET=1) and the package triton, "
+    "and the tensors are on cpu; use auto or chunked.\n"
+)
+
+
 def test_without_triton_the_module_imports_and_says_what_is_missing():
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch; from muonlm.scan import diagonal_triton as gpu; x = torch.zeros(1, 2, 4)\n"
-        "assert not gpu.available()\n"
-        "try: gpu.forward(x, None, x, x, x, None, None, 0.9, 1.0, None, 64)\n"
-        "except ValueError as error: print(type(error).__name__, error)\n"
-    )
-    run = child("-c", code)
-    assert run.stdout.startswith("UserError model.scan = 'triton' needs a CUDA device and Triton, but the package"), run
-    assert "--model.scan auto" in run.stdout
+    run = child("-c", "import sys; sys.modules['triton'] = None" + REFUSED)
+    assert run.stdout == MESSAGE, run
 
 
 @NEEDS_TRITON
 def test_tensors_off_the_device_are_refused():
-    code = (
-        "import torch; from muonlm.scan import diagonal_triton as gpu; x = torch.zeros(1, 2, 4)\n"
-        "assert gpu.available() == torch.cuda.is_available()\n"
-        "try: gpu.forward(x, None, x, x, x, None, None, 0.9, 1.0, None, 64)\n"
-        "except ValueError as error: print(type(error).__name__, error)\n"
-    )
-    run = child("-c", code)
-    assert run.stdout.startswith("UserError") and "the model is on cpu; use --model.scan auto" in run.stdout, run
+    run = child("-c", REFUSED)
+    assert run.stdout == MESSAGE, run
 
 
 # Tests that call kernels exist only where kernels can run; tests that start processes, everywhere but in these.

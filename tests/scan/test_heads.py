@@ -11,6 +11,7 @@ import inspect
 import pytest
 import torch
 
+from muonlm import scan
 from muonlm.scan import heads, reference
 
 B, H, N, P = 3, 4, 6, 5
@@ -76,7 +77,7 @@ def error(got, want):
 def agree(form, gamma, tensors, forward=1e-11, backward=1e-10, loop=None, **kw):
     """`loop`: the tensors of the loop where they are not the same."""
     lengths = {"lengths": kw.pop("lengths")} if "lengths" in kw else {}
-    got, got_grads = run(heads, form, tensors, **options(form, gamma), **lengths, **kw)
+    got, got_grads = run(scan, form, tensors, **options(form, gamma), **lengths, **kw)
     want, want_grads = run(reference, form, loop or tensors, **options(form, gamma), **lengths)
     assert len(got) == len(want)
     for g, w in zip(got, want):
@@ -102,7 +103,7 @@ def test_no_chunk_length_changes_the_result(form, gamma, chunk):
 def test_padding_writes_nothing_and_copies_both_states(form, gamma, L):
     tensors, lengths = inputs(form, L), torch.tensor([L, 0, L // 2])
     agree(form, gamma, tensors, lengths=lengths, chunk=16)
-    y, S, *_ = getattr(heads, f"{form}_scan")(**tensors, **options(form, gamma), lengths=lengths, chunk=16)
+    y, S, *_ = getattr(scan, f"{form}_scan")(**tensors, **options(form, gamma), lengths=lengths, chunk=16)
     assert y[1].eq(0).all() and y[2, L // 2 :].eq(0).all() and error(S[1], tensors["S0"][1]) < 1e-15
 
 
@@ -149,10 +150,10 @@ def test_zero_keys_have_finite_gradients(form, gamma):
 @each_form
 def test_gradients_equal_finite_differences(form, gamma):
     tensors = inputs(form, 5, batch=1, N=2, P=2)
-    scan = getattr(heads, f"{form}_scan")
+    scan_of = getattr(scan, f"{form}_scan")
 
     def f(*leaves):
-        outputs = scan(**dict(zip(tensors, leaves)), **options(form, gamma), lengths=torch.tensor([4]), chunk=2)
+        outputs = scan_of(**dict(zip(tensors, leaves)), **options(form, gamma), lengths=torch.tensor([4]), chunk=2)
         return tuple(o for o in outputs if o is not None)
 
     leaves = [t.requires_grad_() for n, t in tensors.items()]
@@ -166,7 +167,7 @@ def test_four_thousand_tokens_stay_finite(form, gamma):
     tensors = inputs(form, 4096, batch=1, dtype=torch.float32)
     if "lg" in tensors:
         tensors["lg"] *= 1e-3  # nearly open gates: the state is at its largest
-    outputs, grads = run(heads, form, tensors, **options(form, gamma))
+    outputs, grads = run(scan, form, tensors, **options(form, gamma))
     assert all(torch.isfinite(t).all() for t in (*outputs, *grads.values()))
 
 
@@ -174,9 +175,9 @@ def test_four_thousand_tokens_stay_finite(form, gamma):
 def test_autocast_does_not_reach_the_products(form, gamma):
     """Bitwise: the same fp32 operations must run, in the forward and in the backward pass."""
     tensors = inputs(form, 40, dtype=torch.float32)
-    plain, plain_grads = run(heads, form, tensors, **options(form, gamma), chunk=16)
+    plain, plain_grads = run(scan, form, tensors, **options(form, gamma), chunk=16)
     with torch.autocast("cpu", torch.bfloat16):
-        got, grads = run(heads, form, tensors, **options(form, gamma), chunk=16)
+        got, grads = run(scan, form, tensors, **options(form, gamma), chunk=16)
     assert all(map(torch.equal, plain, got)) and all(torch.equal(grads[n], plain_grads[n]) for n in grads)
 
 
@@ -184,7 +185,7 @@ def test_autocast_does_not_reach_the_products(form, gamma):
 def test_bf16_inputs_are_widened_first(form, gamma):
     low = inputs(form, 40, dtype=torch.bfloat16)
     wide = {n: t.float() for n, t in low.items()}
-    got, want = (run(heads, form, t, **options(form, gamma))[0] for t in (low, wide))
+    got, want = (run(scan, form, t, **options(form, gamma))[0] for t in (low, wide))
     for a, b in zip(got, want):
         assert a.dtype == torch.float32 and torch.equal(a, b)
 
@@ -192,11 +193,11 @@ def test_bf16_inputs_are_widened_first(form, gamma):
 @each_form
 def test_one_token_at_a_time_equals_the_whole_sequence(form, gamma):
     tensors = inputs(form, 9)
-    scan = functools.partial(getattr(heads, f"{form}_scan"), **options(form, gamma))
-    whole = scan(**tensors, chunk=4)
+    step = functools.partial(getattr(scan, f"{form}_scan"), **options(form, gamma))
+    whole = step(**tensors, chunk=4)
     states = {n: t for n, t in tensors.items() if n in ("S0", "M0")}
     for t in range(9):
-        y, *new = scan(**{n: x[:, t : t + 1] for n, x in tensors.items() if n not in states}, **states)
+        y, *new = step(**{n: x[:, t : t + 1] for n, x in tensors.items() if n not in states}, **states)
         assert error(y[:, 0], whole[0][:, t]) < 1e-11
         states = dict(zip(states, new))
     assert all(error(a, b) < 1e-11 for a, b in zip(new, whole[1:]) if a is not None)
@@ -204,15 +205,15 @@ def test_one_token_at_a_time_equals_the_whole_sequence(form, gamma):
 
 def test_without_momentum_the_open_loop_is_the_delta_rule():
     t = inputs("delta", 50)
-    y, S = heads.delta_scan(**t, chunk=16)
+    y, S = scan.delta_scan(**t, chunk=16)
     w = t.pop("u") * t["b"].unsqueeze(-1)
-    y2, S2, M = heads.delta_momentum_scan(**t, w=w, gamma=0.0, alpha=1.0, chunk=16)
+    y2, S2, M = scan.delta_momentum_scan(**t, w=w, gamma=0.0, alpha=1.0, chunk=16)
     assert M is None and error(y2, y) < 1e-11 and error(S2, S) < 1e-11
 
 
 def test_without_momentum_the_velocity_is_not_returned():
-    assert heads.scalar_scan(**inputs("scalar", 20), gamma=0.0)[2] is None
-    assert heads.scalar_scan(**inputs("scalar", 20), gamma=0.5)[2] is not None
+    assert scan.scalar_scan(**inputs("scalar", 20), gamma=0.0)[2] is None
+    assert scan.scalar_scan(**inputs("scalar", 20), gamma=0.5)[2] is not None
 
 
 def outside(name):
@@ -225,7 +226,7 @@ def outside(name):
 def test_flash_linear_attention_computes_the_same_delta_rule(name):
     """1e-5: theirs is fp32."""
     t = inputs("delta", 50, dtype=torch.float32)
-    y, S = heads.delta_scan(**t, chunk=16)
+    y, S = scan.delta_scan(**t, chunk=16)
     theirs = outside(name)(
         q=t["q"], k=t["k"], v=t["u"], beta=t["b"], g=t["lg"], scale=1.0, initial_state=t["S0"], output_final_state=True
     )
@@ -245,19 +246,6 @@ def test_the_velocity_form_in_fp32_is_within_the_specified_error():
     agree("velocity", None, tensors, 1e-4, 1e-3, loop={n: t.double() for n, t in tensors.items()}, chunk=16)
 
 
-def test_straight_through_keeps_the_outputs_and_takes_the_iteration_for_the_identity():
-    tensors = inputs("velocity", 2)
-    exact, exact_grads = run(heads, "velocity", tensors, **VELOCITY)
-    got, grads = run(heads, "velocity", tensors, **VELOCITY, ns_grad="straight_through")
-    assert all(error(g, e) < 1e-14 for g, e in zip(got, exact))
-    assert error(grads["M0"], exact_grads["M0"]) > 1e-2
-    # One token, gradient 1 into S alone: dM₀ = γ dNS/dM dS, which is γ itself where the iteration is the identity.
-    one = {n: t[:, :1] if n not in ("S0", "M0") else t.requires_grad_(n == "M0") for n, t in tensors.items()}
-    S = heads.velocity_scan(**one, **VELOCITY, ns_grad="straight_through")[1]
-    (dM,) = torch.autograd.grad(S.sum(), one["M0"])
-    assert torch.allclose(dM, torch.full_like(dM, VELOCITY["gamma"]), rtol=1e-14)
-
-
 @pytest.mark.parametrize("form, gamma", [*FORMS, ("velocity", None)])
 def test_saved_memory_is_linear_in_the_length_and_holds_no_state_per_token(form, gamma):
     wide = 16
@@ -274,7 +262,7 @@ def test_saved_memory_is_linear_in_the_length_and_holds_no_state_per_token(form,
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = getattr(heads, f"{form}_scan")(**leaves, **options(form, gamma), chunk=16)
+            out = getattr(scan, f"{form}_scan")(**leaves, **options(form, gamma), chunk=16)
         del out
         return sum(n for n, _ in seen.values())
 

@@ -9,6 +9,7 @@ from muonlm.scan import choose_backend
 
 from .init import on_meta
 from .mixers import MIXERS
+from .mixers.base import Recurrent
 
 
 def _size(module: nn.Module) -> int:
@@ -54,12 +55,9 @@ def train_flops_per_token(cfg: ModelConfig) -> float:
 
 
 def scan_choice(cfg: ModelConfig, device: torch.device) -> str:
-    """Which backend runs the recurrences; empty if there are none. Raises UserError if it cannot run on `device`."""
-    scans = {module.scan for module in on_meta(cfg).modules() if getattr(module, "scan", None)}
-    if "diag_scan" in scans:
-        return choose_backend(cfg.scan, device, torch.float32)
-    if cfg.scan in ("cpu", "triton"):
-        raise UserError(
-            f"`scan` = {cfg.scan} concerns layers M, m, L and l, of which {cfg.pattern!r} has none; leave it out."
-        )
-    return ("reference" if cfg.scan == "reference" else "chunks") if scans else ""
+    """Which backends run the recurrences; empty if there are none. Raises UserError if one cannot run on `device`."""
+    mixers = [module for module in on_meta(cfg).modules() if isinstance(module, Recurrent)]
+    chosen = [choose_backend(m.scan, m.backend, device, torch.float32, m.state_shape[-2]) for m in mixers]
+    if cfg.scan not in ("auto", "chunked", "reference", *chosen):
+        raise UserError(f"`scan` = {cfg.scan} computes no layer of {cfg.pattern!r}; leave it out.")
+    return ", ".join(dict.fromkeys(chosen))

@@ -9,7 +9,7 @@ Inside a chunk, rows t and columns s (C × C, lower triangular), p = 1 at real t
 Every factor is a product of gates: nothing is divided. Sums of log gates are differences of fp64 sums over one chunk,
 off by 80 C 2⁻⁵³ < 1e-12 at most, closed gates included; on MPS, which has no fp64, by 80 C 2⁻²⁴ at most.
 Letters  n chunks of a row, the others as in reference.py
-Dtypes   fp32, or fp64 if an input is; autocast and TF32 are off inside `exact`
+Dtypes   fp32, or fp64 if an input is; autocast and TF32 are off inside `full_precision`
 """
 
 import math
@@ -23,7 +23,7 @@ from .reference import MIN_LOG_GATE, real_tokens
 
 
 @contextmanager
-def exact(device: torch.device):
+def full_precision(device: torch.device):
     """No autocast, and fp32 products in fp32: TF32 keeps 10 bits of a factor, too few for products of gates."""
     before = torch.get_float32_matmul_precision()
     with nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
@@ -43,7 +43,7 @@ class Recompute(torch.autograd.Function):
     def forward(ctx, fn, *tensors):
         ctx.fn = fn
         ctx.save_for_backward(*tensors)
-        with exact(tensors[0].device):
+        with full_precision(tensors[0].device):
             return fn(*tensors)
 
     @staticmethod
@@ -51,7 +51,7 @@ class Recompute(torch.autograd.Function):
     def backward(ctx, *grads):
         wanted = ctx.needs_input_grad[1:]
         tensors = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, wanted)]
-        with torch.enable_grad(), exact(tensors[0].device):
+        with torch.enable_grad(), full_precision(tensors[0].device):
             pairs = [(out, g) for out, g in zip(ctx.fn(*tensors), grads) if out.requires_grad]
             found = torch.autograd.grad(
                 [out for out, _ in pairs],
@@ -71,7 +71,7 @@ def decay(lg: Tensor) -> tuple[Tensor, Tensor]:
     return Dec, total.exp2().to(lg.dtype)
 
 
-def crossing(ends: Tensor, starts: Tensor, leaving: Tensor) -> Tensor:
+def suffix_sum(ends: Tensor, starts: Tensor, leaving: Tensor) -> Tensor:
     """(3): ends, starts (…,C), leaving (…) -> the gradient of lg (…,C)."""
     net = ends - starts
     net[..., -1] += leaving
@@ -124,17 +124,17 @@ def prepare(lengths: Tensor | None, lg: Tensor, *gated: Tensor) -> list[Tensor]:
     return [torch.where(p if x.ndim == 3 else p.unsqueeze(-1), x, 0) for x in (lg, *gated)]
 
 
-def silent(y: Tensor, lengths: Tensor | None) -> Tensor:
+def mask_padding(y: Tensor, lengths: Tensor | None) -> Tensor:
     """y (B,L,H,P) with 0 at padding."""
     if lengths is None:
         return y
     return torch.where(real_tokens(lengths, *y.shape[:2], y.device)[..., None, None], y, 0)
 
 
-def start(S: Tensor | None, w: Tensor, k: Tensor) -> Tensor:
+def initial_state(S: Tensor | None, w: Tensor, k: Tensor) -> Tensor:
     return w.new_zeros(w.shape[0], w.shape[2], k.shape[-1], w.shape[-1]) if S is None else S
 
 
-def read(S: Tensor, q: Tensor) -> Tensor:
+def readout(S: Tensor, q: Tensor) -> Tensor:
     """Sᵀ q: (B,H,N,P), (B,H,N) -> (B,H,P)."""
     return (q.unsqueeze(-2) @ S).squeeze(-2)

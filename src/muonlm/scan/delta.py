@@ -24,23 +24,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
 from .chunks import (
     Recompute,
     as_heads,
     chunk_length,
     chunked,
-    crossing,
     decay,
-    exact,
+    full_precision,
+    initial_state,
+    mask_padding,
     momentum,
     prepare,
-    read,
+    readout,
     real_chunks,
-    silent,
-    start,
+    suffix_sum,
     unchunked,
 )
+from .reference import widen
 
 
 def _flat(x: Tensor, C: int) -> Tensor:
@@ -60,7 +60,7 @@ class _DeltaChunks(torch.autograd.Function):
         B, L, H, P = u.shape
         ctx.C = C
         saved = lg, b, u, k, q
-        with exact(u.device):
+        with full_precision(u.device):
             lg, b, u, k, q = (_flat(x, C) for x in saved)
             n, N = len(k), k.shape[-1]
             Dec, Fc = decay(lg)
@@ -87,7 +87,7 @@ class _DeltaChunks(torch.autograd.Function):
     def backward(ctx, dy, dS):
         *inputs, states, E, T = ctx.saved_tensors
         C, (B, L, H, P) = ctx.C, inputs[2].shape
-        with exact(dy.device):
+        with full_precision(dy.device):
             lg, b, u, k, q, dy = (_flat(x, C) for x in (*inputs, dy))
             states, n, N = states[:-1], len(k), k.shape[-1]
             Dec, Fc = decay(lg)
@@ -127,7 +127,7 @@ class _DeltaChunks(torch.autograd.Function):
             dK += dQK.mT @ q
             dK += (dKK + dKK.mT) @ k
             dDec.mul_(Dec)
-            dlg = crossing(dDec.sum(-1).addcmul_(dF, Fc), dDec.sum(-2), 0)
+            dlg = suffix_sum(dDec.sum(-1).addcmul_(dF, Fc), dDec.sum(-2), 0)
             dU = dR.mul_(bcol)
         return *(_unflat(x, B, H, L) for x in (dlg, db, dU, dK, dQ)), dS.view(B, H, N, P), None
 
@@ -135,25 +135,22 @@ class _DeltaChunks(torch.autograd.Function):
 def _delta_step(lg, b, u, k, q, S):
     k, q = k[:, 0], q[:, 0]
     S = lg[:, 0, :, None, None].exp() * S
-    error = b[:, 0].unsqueeze(-1) * (u[:, 0] - read(S, k))
+    error = b[:, 0].unsqueeze(-1) * (u[:, 0] - readout(S, k))
     S = torch.addcmul(S, k.unsqueeze(-1), error.unsqueeze(-2))
-    return read(S, q).unsqueeze(1), S
+    return readout(S, q).unsqueeze(1), S
 
 
-def delta_scan(lg, b, u, k, q, S0=None, *, lengths=None, chunk=64, backend="auto"):
+def delta_scan(lg, b, u, k, q, S0=None, *, lengths=None, chunk=0):
     """-> y (B,L,H,P), S (B,H,N,P). Decay first, then the error on the decayed state; q comes scaled."""
-    if backend == "reference":
-        return reference.delta_scan(lg, b, u, k, q, S0, lengths=lengths)
-    lg, b, u, k, q, S = reference._wide(lg, b, u, k, q, S0)
+    lg, b, u, k, q, S = widen(lg, b, u, k, q, S0)
     lg, b, u = prepare(lengths, lg, b, u)
     L, H = u.shape[1:3]
-    k, q, S = as_heads(k, H), as_heads(q, H), start(S, u, k)
+    k, q, S = as_heads(k, H), as_heads(q, H), initial_state(S, u, k)
     if L == 1:
-        with exact(u.device):
-            y, S = _delta_step(lg, b, u, k, q, S)
+        y, S = _delta_step(lg, b, u, k, q, S)
     else:
         y, S = _DeltaChunks.apply(lg, b, u, k, q, S, chunk_length(chunk, L))
-    return silent(y, lengths), S
+    return mask_padding(y, lengths), S
 
 
 def _down(x: Tensor, value: float = 0.0) -> Tensor:
@@ -204,24 +201,21 @@ def _momentum_step(lg, b, w, k, q, S, M, gamma, alpha):
     S = a.unsqueeze(-1) * S
     if gamma:
         M = torch.addcmul(gamma * M, k.unsqueeze(-1), w.unsqueeze(-2))
-        S = torch.addcmul(S + M, k.unsqueeze(-1), (b[:, 0].unsqueeze(-1) * read(S, k)).unsqueeze(-2), value=-1)
+        S = torch.addcmul(S + M, k.unsqueeze(-1), (b[:, 0].unsqueeze(-1) * readout(S, k)).unsqueeze(-2), value=-1)
     else:
-        S = torch.addcmul(S, k.unsqueeze(-1), (w - b[:, 0].unsqueeze(-1) * read(S, k)).unsqueeze(-2))
-    return read(S, q).unsqueeze(1), S, M
+        S = torch.addcmul(S, k.unsqueeze(-1), (w - b[:, 0].unsqueeze(-1) * readout(S, k)).unsqueeze(-2))
+    return readout(S, q).unsqueeze(1), S, M
 
 
-def delta_momentum_scan(lg, b, w, k, q, S0=None, M0=None, *, gamma, alpha, lengths=None, chunk=64, backend="auto"):
+def delta_momentum_scan(lg, b, w, k, q, S0=None, M0=None, *, gamma=0.0, alpha=1.0, lengths=None, chunk=0):
     """-> y (B,L,H,P), S (B,H,N,P), M or None where γ = 0. The write w does not see S, so the recurrence is linear."""
-    if backend == "reference":
-        return reference.delta_momentum_scan(lg, b, w, k, q, S0, M0, gamma=gamma, alpha=alpha, lengths=lengths)
-    lg, b, w, k, q, S, M = reference._wide(lg, b, w, k, q, S0, M0)
+    lg, b, w, k, q, S, M = widen(lg, b, w, k, q, S0, M0)
     lg, b, w = prepare(lengths, lg, b, w)
     L, H = w.shape[1:3]
     k, q = as_heads(k, H), as_heads(q, H)
-    S, M = start(S, w, k), start(M, w, k) if gamma else None
+    S, M = initial_state(S, w, k), initial_state(M, w, k) if gamma else None
     if L == 1 and lengths is None:
-        with exact(w.device):
-            return _momentum_step(lg, b, w, k, q, S, M, gamma, alpha)
+        return _momentum_step(lg, b, w, k, q, S, M, gamma, alpha)
     fn = partial(_momentum_chunks, gamma, alpha, lengths, chunk_length(chunk, L))
     y, S, *M = Recompute.apply(fn, lg, b, w, k, q, S, *([M] if gamma else []))
-    return silent(y, lengths), S, M[0] if gamma else None
+    return mask_padding(y, lengths), S, M[0] if gamma else None

@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .diagonal import differentiable
+
 try:
     import numba
     import numpy as np
@@ -58,9 +60,9 @@ BLOCK = 64  # channels of a task: each token's 256 bytes are read together, and 
 SERIAL = 1 << 18  # states × tokens below which waking a thread (some 50 µs) costs more than it saves
 
 
-def available() -> bool:
+def available(device: torch.device) -> bool:
     """Whether numba is here, and the CPU not one without FMA, where the chunked form is faster (LOG 2026-11-22)."""
-    return numba is not None and FEATURES.get("fma", True)
+    return device.type == "cpu" and numba is not None and FEATURES.get("fma", True)
 
 
 # ---- vectors of LANES floats, written into LLVM's IR
@@ -559,3 +561,6 @@ def backward(delta, A, w, k, q, Sc, Mc, gamma, alpha, lengths, chunk, gy, gS, gM
     )
     dk, dq = dk.sum(0)[..., :N], dq.sum(0)[..., :N]
     return d_delta, None if dA is None else dA.sum(0).t(), dw, dk, dq, lam, pi
+
+
+diag_scan = differentiable(forward, backward)

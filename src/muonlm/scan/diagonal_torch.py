@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .diagonal import differentiable
 from .reference import forget, real_tokens
 
 SCRATCH = 1 << 24  # numbers held while recomputing states: 64 MiB in fp32
@@ -147,3 +148,6 @@ def _tokens(c: _Chunks, S: Tensor, M: Tensor, gy: Tensor, Lam: Tensor, Pi: Tenso
             dA += torch.einsum("bind,bid->dn", df, delta)
         Lam, Pi = f * Lam, c.g[t] * Pi
     return d_delta, dw, dk, dq, dA
+
+
+diag_scan = differentiable(forward, backward)

@@ -26,7 +26,7 @@ Memory traffic a token and channel; fp32, N = 16, BLOCK_D = 32, C = 64. Counted,
     backward     Δ, w, g in, dΔ, dw out 20 B; k, q 4 B; Sc, Mc 2 B; partials of dk, dq 8 B written, 8 B read again. From
                  cache come a chunk's second reading and the rungs (64 B, in 64 KB that a program overwrites at every
                  chunk; some four programs run on an SM at a time: 34 MB on an H100, 28 MB on an A100: inside their L2)
-Raises   UserError where Triton or a device is missing, or N > 256 (registers cannot hold wider tiles)
+Limits   N ≤ 256: registers cannot hold wider tiles. The table of backends says so, and what must be there
 Source   Longhorn 2407.14207, Mamba 2312.00752, MuonSSM 2606.30461 for the recurrence; the kernels follow from (1), (2)
 """
 
@@ -36,7 +36,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from muonlm.errors import UserError
+from .diagonal import differentiable
 
 try:
     import triton
@@ -53,14 +53,13 @@ except ImportError:  # the module imports without Triton; available() tells
         return kernel
 
 
-MAX_STATES = 256
 RUNG = 4  # tokens between two rungs; _backward spells out four
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # when the kernels below were decorated
 
 
-def available() -> bool:
-    """Triton imports, and there is a CUDA device or Triton's interpreter (TRITON_INTERPRET=1) to run the kernels."""
-    return triton is not None and (torch.cuda.is_available() or INTERPRETED)
+def available(device: torch.device) -> bool:
+    """Whether Triton is here, and a CUDA device or Triton's interpreter (TRITON_INTERPRET=1) to run the kernels."""
+    return triton is not None and (INTERPRETED or device.type == "cuda" and torch.cuda.is_available())
 
 
 def tile(N: int) -> tuple[int, int, int]:
@@ -428,17 +427,6 @@ def _backward(
 # Host side.
 
 
-def _check(w: Tensor, k: Tensor) -> None:
-    if triton is None or not (w.is_cuda or INTERPRETED):
-        found = "the package triton is not installed" if triton is None else f"the model is on {w.device}"
-        raise UserError(f"model.scan = 'triton' needs a CUDA device and Triton, but {found}; use --model.scan auto")
-    if k.shape[-1] > MAX_STATES:
-        raise UserError(
-            f"model.d_state = {k.shape[-1]} is more than the Triton scan's {MAX_STATES}; use --model.scan chunked"
-        )
-    assert w.dtype in (torch.float32, torch.bfloat16, torch.float16), w.dtype
-
-
 def _sequence(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()  # a warp's lanes read neighbours
 
@@ -463,7 +451,7 @@ def _on(device: torch.device):
 
 def forward(delta, A, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
     """(1) -> y (B,L,D), S (B,N,D), M or None, Sc (B,chunks,N,D), Mc or None; γ = 0: no M."""
-    _check(w, k)
+    assert w.dtype in (torch.float32, torch.bfloat16, torch.float16), w.dtype
     (B, L, D), N, velocity, device = w.shape, k.shape[-1], gamma != 0, w.device
     gamma, alpha = float(gamma), float(alpha)  # an int would compile another kernel
     delta, w, k, q = map(_sequence, (delta, w, k, q))
@@ -501,7 +489,7 @@ def forward(delta, A, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
 
 def backward(delta, A, w, k, q, Sc, Mc, gamma, alpha, lengths, chunk, gy, gS, gM):
     """(2), given dL/dy and dL/d(S, M at the end) -> dΔ, dA or None, dw, dk, dq, dS0, dM0 or None (γ = 0)."""
-    _check(w, k)
+    assert w.dtype in (torch.float32, torch.bfloat16, torch.float16), w.dtype
     (B, L, D), N, velocity, device = w.shape, k.shape[-1], gamma != 0, w.device
     gamma, alpha = float(gamma), float(alpha)  # an int would compile another kernel
     delta, w, k, q, gy = map(_sequence, (delta, w, k, q, gy))
@@ -543,3 +531,6 @@ def backward(delta, A, w, k, q, Sc, Mc, gamma, alpha, lengths, chunk, gy, gS, gM
         )  # fmt: skip
     dA = None if dA is None else dA.sum(0).t()
     return d_delta, dA, dw, dk.sum(0).to(k.dtype), dq.sum(0).to(q.dtype), dS, dM
+
+
+diag_scan = differentiable(forward, backward)

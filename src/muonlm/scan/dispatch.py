@@ -1,89 +1,75 @@
-"""`diag_scan`: the recurrence of the mixers whose gate is one number per state entry, computed by whichever backend fits.
+"""The five scans, each computed by whichever backend of the table in __init__.py fits. Definitions and shapes: reference.py.
 
-    reference   a loop over tokens (reference.py), differentiated by autograd; any device, fp64
-    chunked     plain PyTorch over all chunks at once (diagonal_torch.py); any device, fp64
-    cpu         numba (diagonal_cpu.py); fp32
-    triton      Triton (diagonal_triton.py); fp32 arithmetic on inputs of any width
-    auto        triton on a GPU, cpu on a CPU, chunked where those are missing or for fp64
+    reference   a loop over tokens, differentiated by autograd; any device, fp64
+    chunked     plain PyTorch over chunks of tokens; any device, fp64
+    cpu         numba; fp32
+    triton      Triton; fp32 arithmetic
+    auto        the first of the table's rows for the scan that can run here
 
-Every backend but the first exports `forward`, which also returns the states at chunk starts, and `backward`, which recomputes
-from them: one autograd.Function serves all. The gradient is the exact one.
+Every backend computes in fp32 (some in fp64) and gives the exact gradient. `chunk` is the number of tokens between two states
+that are kept for the backward pass; 0: 64.
 Raises   UserError for a backend that is unknown or cannot run here
 """
 
-from functools import lru_cache
 from importlib import import_module
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from muonlm.errors import UserError
 
-from . import reference
-from .chunks import exact
-
-MODULES = {"chunked": "diagonal_torch", "cpu": "diagonal_cpu", "triton": "diagonal_triton"}
+from . import BACKENDS, Backend
+from .chunks import full_precision
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that 'auto' stands for, or `backend` itself if it can run."""
-    if backend in ("reference", "chunked"):
-        return backend
-    wide = dtype == torch.float64
+def backends(scan: str) -> tuple[str, ...]:
+    """The backends that compute this scan somewhere, in the order in which "auto" prefers them."""
+    return tuple(row.name for row in BACKENDS if row.scan == scan)
+
+
+def choose_backend(scan: str, backend: str, device: torch.device, dtype: torch.dtype, states: int = 0) -> str:
+    """The backend that "auto" stands for, or `backend` itself if it can run. `states`: width N of the keys, 0 if not known."""
+    return _choose(scan, backend, device, dtype, states).name
+
+
+def _choose(scan: str, backend: str, device: torch.device, dtype: torch.dtype, states: int) -> Backend:
+    rows = [row for row in BACKENDS if row.scan == scan]
+    assert rows, scan
     if backend == "auto":
-        name = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "chunked")
-        return name if not wide and name != "chunked" and _available(name) else "chunked"
-    if backend not in MODULES:
-        raise UserError(f"model.scan = {backend!r} is not known; choose one of auto, reference, {', '.join(MODULES)}.")
-    if wide:
-        raise UserError(f"model.scan = {backend} computes in fp32, but the model is fp64; use chunked or reference.")
-    if backend == "cpu" and device.type != "cpu":
-        raise UserError(f"model.scan = cpu cannot run on {device}; use auto.")
-    if not _available(backend):
-        need = (
-            "a CUDA device (or TRITON_INTERPRET=1) and triton"
-            if backend == "triton"
-            else "numba (pip install numba) and a CPU with FMA"
-        )
-        raise UserError(f"model.scan = {backend} needs {need}; use auto or chunked.")
-    return backend
+        fitting = (row for row in rows if row.device in ("", device.type))
+        return next(row for row in fitting if not _refusal(row, device, dtype, states))
+    for row in rows:
+        if row.name == backend:
+            if reason := _refusal(row, device, dtype, states):
+                raise UserError(f"`backend` = {backend!r} {reason}; use auto or chunked.")
+            return row
+    raise UserError(
+        f"`backend` = {backend!r} does not compute {scan}; choose one of auto, {', '.join(backends(scan))}."
+    )
 
 
-def _available(backend: str) -> bool:
-    return _module(backend).available()
+def _refusal(row: Backend, device: torch.device, dtype: torch.dtype, states: int) -> str:
+    """Why this backend cannot run; empty if it can."""
+    if dtype == torch.float64 and not row.fp64:
+        return "computes in fp32, and the tensors are fp64"
+    if row.max_states and states > row.max_states:
+        return f"holds at most {row.max_states} states, and `k` has {states}"
+    if row.needs and not _module(row).available(device):
+        return f"needs {row.needs}, and the tensors are on {device}"
+    return ""
 
 
-def _module(backend: str) -> ModuleType:
-    return import_module(f".{MODULES[backend]}", __package__)
+def _module(row: Backend):
+    return import_module(row.module, __package__)
 
 
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, kernel, delta, A, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
-        y, S, M, Sc, Mc = kernel.forward(delta, A, w, k, q, S0, M0, gamma, alpha, lengths, chunk)
-        ctx.save_for_backward(delta, A, w, k, q, Sc, Mc, lengths)
-        ctx.rest, ctx.given = (kernel, gamma, alpha, chunk), (S0 is not None, M0 is not None)
-        ctx.set_materialize_grads(False)
-        return y, S, M
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gy, gS, gM):
-        delta, A, w, k, q, Sc, Mc, lengths = ctx.saved_tensors
-        kernel, gamma, alpha, chunk = ctx.rest
-        gy = torch.zeros_like(w, dtype=Sc.dtype) if gy is None else gy.contiguous()
-        gS, gM = (None if g is None else g.contiguous() for g in (gS, gM))
-        with exact(w.device):
-            *grads, dS, dM = kernel.backward(delta, A, w, k, q, Sc, Mc, gamma, alpha, lengths, chunk, gy, gS, gM)
-        dS, dM = (d if given else None for d, given in zip((dS, dM), ctx.given))
-        return None, *grads, dS, dM, None, None, None, None
-
-
-@lru_cache
-def _uncompiled():
-    """For torch.compile: dynamo would trace into numba's dispatcher, and unroll the loops of the chunked form."""
-    return torch.compiler.disable(_Scan.apply)
+def _run(scan: str, backend: str, value: Tensor, k: Tensor, *tensors, chunk: int, **options):
+    """`value` and `k` decide; `tensors` and `options` are the arguments of the scan."""
+    row = _choose(scan, backend, value.device, value.dtype, k.shape[-1])
+    if row.name != "reference":  # a loop over tokens has no chunks
+        options["chunk"] = chunk
+    with full_precision(value.device):
+        return getattr(_module(row), scan)(*tensors, **options)
 
 
 def diag_scan(
@@ -98,29 +84,94 @@ def diag_scan(
     alpha: float = 1.0,
     lengths: Tensor | None = None,
     backend: str = "auto",
-    chunk: int = 64,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """gate ("longhorn", Δ) or ("mamba", Δ, A) -> y (B,L,D), S (B,N,D), M (B,N,D) or None where γ = 0. Shapes: reference.py."""
+    """gate ("longhorn", Δ) or ("mamba", Δ, A) -> y (B,L,D), S (B,N,D), M (B,N,D) or None where γ = 0."""
     (B, L, D), N = w.shape, k.shape[-1]
-    delta, A = gate[1], gate[2] if gate[0] == "mamba" else None
-    assert gate[0] in ("longhorn", "mamba") and L > 0 and chunk > 0 and (M0 is None or gamma), (
-        gate[0],
-        L,
-        chunk,
-        gamma,
-    )
-    assert delta.shape == w.shape and k.shape == q.shape == (B, L, N), (delta.shape, w.shape, k.shape, q.shape)
-    assert A is None or A.shape == (D, N), (A.shape, D, N)
+    # The kernels read addresses: what does not fit may not reach them.
+    assert gate[0] in ("longhorn", "mamba") and L > 0 and (M0 is None or gamma), (gate[0], L, gamma)
+    assert gate[1].shape == w.shape and k.shape == q.shape == (B, L, N), (gate[1].shape, w.shape, k.shape, q.shape)
+    assert gate[0] == "longhorn" or gate[2].shape == (D, N), (gate[2].shape, D, N)
     assert lengths is None or lengths.shape == (B,), (lengths.shape, B)
     assert all(x is None or x.shape == (B, N, D) for x in (S0, M0)), (B, N, D)
-    name = choose_backend(backend, w.device, w.dtype)
-    name = "chunked" if backend == "auto" and name == "triton" and N > 256 else name
-    with exact(w.device):
-        if name == "reference":
-            return reference.diag_scan(gate, w, k, q, S0, M0, gamma=gamma, alpha=alpha, lengths=lengths)
-        chunk = min(chunk, L)  # no states for tokens that do not exist
-        lengths = None if lengths is None else lengths.clamp(0, L)
-        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-        tensors = [None if x is None else x.to(dtype).contiguous() for x in (delta, A, w, k, q, S0, M0)]
-        run = _uncompiled() if torch.compiler.is_compiling() else _Scan.apply
-        return run(_module(name), *tensors, float(gamma), float(alpha), lengths, chunk)
+    options = {"gamma": gamma, "alpha": alpha, "lengths": lengths, "chunk": chunk}
+    return _run("diag_scan", backend, w, k, gate, w, k, q, S0, M0, **options)
+
+
+def scalar_scan(
+    lg: Tensor,
+    w: Tensor,
+    k: Tensor,
+    q: Tensor,
+    S0: Tensor | None = None,
+    M0: Tensor | None = None,
+    *,
+    gamma: float = 0.0,
+    alpha: float = 1.0,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+    chunk: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """-> y (B,L,H,P), S (B,H,N,P), M (B,H,N,P) or None where γ = 0."""
+    options = {"gamma": gamma, "alpha": alpha, "lengths": lengths, "chunk": chunk}
+    return _run("scalar_scan", backend, w, k, lg, w, k, q, S0, M0, **options)
+
+
+def delta_scan(
+    lg: Tensor,
+    b: Tensor,
+    u: Tensor,
+    k: Tensor,
+    q: Tensor,
+    S0: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+    chunk: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """-> y (B,L,H,P), S (B,H,N,P). Decay first, then the error on the decayed state; q comes scaled."""
+    return _run("delta_scan", backend, u, k, lg, b, u, k, q, S0, lengths=lengths, chunk=chunk)
+
+
+def delta_momentum_scan(
+    lg: Tensor,
+    b: Tensor,
+    w: Tensor,
+    k: Tensor,
+    q: Tensor,
+    S0: Tensor | None = None,
+    M0: Tensor | None = None,
+    *,
+    gamma: float = 0.0,
+    alpha: float = 1.0,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+    chunk: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """-> y (B,L,H,P), S (B,H,N,P), M (B,H,N,P) or None where γ = 0. The write w does not see S."""
+    options = {"gamma": gamma, "alpha": alpha, "lengths": lengths, "chunk": chunk}
+    return _run("delta_momentum_scan", backend, w, k, lg, b, w, k, q, S0, M0, **options)
+
+
+def velocity_scan(
+    lg: Tensor,
+    b: Tensor,
+    u: Tensor,
+    k: Tensor,
+    q: Tensor,
+    S0: Tensor | None = None,
+    M0: Tensor | None = None,
+    *,
+    gamma: float,
+    alpha: float,
+    norm: str,
+    steps: int,
+    poly: str,
+    eps: float,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+    chunk: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> y (B,L,H,P), S and M (B,H,N,P). norm, steps, poly, eps: normalize_matrix of writes.py, of each head's M."""
+    options = {"gamma": gamma, "alpha": alpha, "norm": norm, "steps": steps, "poly": poly, "eps": eps}
+    return _run("velocity_scan", backend, u, k, lg, b, u, k, q, S0, M0, **options, lengths=lengths, chunk=chunk)

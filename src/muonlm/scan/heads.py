@@ -23,15 +23,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from .chunks import Recompute, as_heads, chunk_length, crossing, decay, exact, momentum, prepare, read, silent, start
-from .delta import delta_momentum_scan, delta_scan
-from .reference import real_tokens
-from .writes import newton_schulz
+from .chunks import (
+    Recompute,
+    as_heads,
+    chunk_length,
+    decay,
+    full_precision,
+    initial_state,
+    mask_padding,
+    momentum,
+    prepare,
+    readout,
+    suffix_sum,
+)
+from .reference import real_tokens, widen
+from .writes import normalize_matrix
 
 CACHED = 2**17  # numbers of the states that a CPU works on at once: 512 KiB in fp32, half of a usual L2
-
-__all__ = ["delta_momentum_scan", "delta_scan", "scalar_scan", "velocity_scan"]
 
 
 class _Tile(NamedTuple):
@@ -122,7 +130,7 @@ class _ScalarChunks(torch.autograd.Function):
         if gamma:
             Ms[:, :, 0] = M
         real = real_tokens(lengths, B, L, w.device).to(w.dtype) if gamma else None
-        with exact(w.device):
+        with full_precision(w.device):
             for tile in ctx.tiles:
                 K, Q, W = tile.cut(k[:, :, tile.g]), tile.cut(q[:, :, tile.g]), tile.cut(w[:, :, tile.heads])
                 Dec, Fc = decay(tile.cut(lg[..., tile.heads]).transpose(1, 2))
@@ -160,7 +168,7 @@ class _ScalarChunks(torch.autograd.Function):
         dS = dS.clone()
         dM = dM.clone() if gamma else None
         real = real_tokens(lengths, B, L, w.device).to(w.dtype) if gamma else None
-        with exact(w.device):
+        with full_precision(w.device):
             for tile in reversed(ctx.tiles):
                 K, Q, W = tile.cut(k[:, :, tile.g]), tile.cut(q[:, :, tile.g]), tile.cut(w[:, :, tile.heads])
                 Y, dY = tile.cut(y[:, :, tile.heads]), tile.cut(dy[:, :, tile.heads])
@@ -190,7 +198,7 @@ class _ScalarChunks(torch.autograd.Function):
                 starts = s[:, :-1].flatten(0, 1)
                 leaving = _dots(ds, s[:, 1:].flatten(0, 1), P)
                 last = _along(Res[..., -1, :])
-                QK, read = (Q @ K.mT).unsqueeze(1), (K @ ds).view_as(W)
+                QK, reached = (Q @ K.mT).unsqueeze(1), (K @ ds).view_as(W)
                 Pmat = Res * QK
                 dW = (Pmat.mT @ dY.transpose(1, 2)).transpose(1, 2)
                 dP = dY.transpose(1, 2) @ W.transpose(1, 2).mT
@@ -203,12 +211,12 @@ class _ScalarChunks(torch.autograd.Function):
                     dK.baddbmm_((W * last_m).flatten(2), dm.mT)
                     dQ.baddbmm_(dYg, m.mT)
                     dRes = dP * QK
-                    dRes[..., -1, :] += (read * W).sum(-1).transpose(1, 2)
+                    dRes[..., -1, :] += (reached * W).sum(-1).transpose(1, 2)
                     dg = (dY * (Q @ m).view_as(W)).sum(-1).transpose(1, 2)
                     dg[..., -1] += _dots(ds, m, P)
                     dDec = (dRes.flatten(1, 2) @ Mom.mT).view_as(Dec)
                     dDec += dg.unsqueeze(-1) * (p * Mc)[:, None, None]
-                tile.put_sum(dw[:, :, tile.heads], dW, read, last)
+                tile.put_sum(dw[:, :, tile.heads], dW, reached, last)
                 if gamma:
                     entering = dDec.mul_(Dec).sum(-2)
                 else:
@@ -217,7 +225,7 @@ class _ScalarChunks(torch.autograd.Function):
                 dQ.baddbmm_(dQK, K)
                 dK.baddbmm_(dQK.mT, Q)
                 ends = (dY * Y).sum(-1).transpose(1, 2)
-                tile.put(dlg[..., tile.heads], crossing(ends, entering, leaving).transpose(1, 2))
+                tile.put(dlg[..., tile.heads], suffix_sum(ends, entering, leaving).transpose(1, 2))
                 tile.put(dk[:, :, tile.g], dK)
                 tile.put(dq[:, :, tile.g], dQ)
                 dS[tile.rows, tile.g] = at_S  # last: the end of the last chunk is this storage too
@@ -233,91 +241,48 @@ def _scalar_step(lg, w, k, q, S, M, gamma, alpha):
         S = torch.addcmul(M, a, S)
     else:
         S = torch.addcmul(a * S, k.unsqueeze(-1), w.unsqueeze(-2))
-    return read(S, q).unsqueeze(1), S, M
+    return readout(S, q).unsqueeze(1), S, M
 
 
-def scalar_scan(lg, w, k, q, S0=None, M0=None, *, gamma=0.0, alpha=1.0, lengths=None, chunk=64, backend="auto"):
-    """-> y (B,L,H,P), S (B,H,N,P), M or None where γ = 0. backend "reference" is the loop."""
-    if backend == "reference":
-        return reference.scalar_scan(lg, w, k, q, S0, M0, gamma=gamma, alpha=alpha, lengths=lengths)
-    lg, w, k, q, S, M = reference._wide(lg, w, k, q, S0, M0)
+def scalar_scan(lg, w, k, q, S0=None, M0=None, *, gamma=0.0, alpha=1.0, lengths=None, chunk=0):
+    """-> y (B,L,H,P), S (B,H,N,P), M or None where γ = 0."""
+    lg, w, k, q, S, M = widen(lg, w, k, q, S0, M0)
     lg, w = prepare(lengths, lg, w)
-    S, M = start(S, w, k), start(M, w, k) if gamma else None
+    S, M = initial_state(S, w, k), initial_state(M, w, k) if gamma else None
     L = w.shape[1]
     if L == 1 and lengths is None:
-        with exact(w.device):
-            return _scalar_step(lg, w, k, q, S, M, gamma, alpha)
+        return _scalar_step(lg, w, k, q, S, M, gamma, alpha)
     G = k.shape[2]
     S, M = (x if x is None else _beside(x, G) for x in (S, M))
     w = w if alpha == 1 else alpha * w
     y, S, M = _ScalarChunks.apply(lg, w, k, q, S, M, gamma, lengths, chunk_length(chunk, L))
     S, M = (x if x is None else _apart(x, w) for x in (S, M))
-    return silent(y, lengths), S, M
+    return mask_padding(y, lengths), S, M
 
 
-def _velocity_chunk(gamma, alpha, norm, straight, lg, b, u, k, q, p, S, M):
+def _velocity_chunk(gamma, alpha, norm, lg, b, u, k, q, p, S, M):
     """The loop over the tokens (B,T,…) of a chunk; p (B,T) of 0 and 1."""
     a, y = lg.exp(), []
     for t in range(u.shape[1]):
         decayed = a[:, t, :, None, None] * S
-        error = b[:, t, :, None] * (u[:, t] - read(decayed, k[:, t]))
+        error = b[:, t, :, None] * (u[:, t] - readout(decayed, k[:, t]))
         real = p[:, t, None, None, None]
         M = torch.where(real, torch.addcmul(gamma * M, alpha * k[:, t].unsqueeze(-1), error.unsqueeze(-2)), M)
-        step = norm(M)
-        step = M + (step - M).detach() if straight else step
-        S = torch.where(real, decayed + step, S)
-        y.append(read(S, q[:, t]))
+        S = torch.where(real, decayed + norm(M), S)
+        y.append(readout(S, q[:, t]))
     return torch.stack(y, 1), S, M
 
 
-def velocity_scan(
-    lg,
-    b,
-    u,
-    k,
-    q,
-    S0=None,
-    M0=None,
-    *,
-    gamma,
-    alpha,
-    norm,
-    steps,
-    poly,
-    eps,
-    lengths=None,
-    ns_grad="exact",
-    chunk=64,
-    backend="auto",
-):
-    """-> y (B,L,H,P), S and M (B,H,N,P). ns_grad "straight_through": backward takes the iteration for the identity."""
-    assert ns_grad in ("exact", "straight_through"), ns_grad
-    if backend == "reference" and ns_grad == "exact":
-        return reference.velocity_scan(
-            lg,
-            b,
-            u,
-            k,
-            q,
-            S0,
-            M0,
-            gamma=gamma,
-            alpha=alpha,
-            norm=norm,
-            steps=steps,
-            poly=poly,
-            eps=eps,
-            lengths=lengths,
-        )
-    lg, b, u, k, q, S, M = reference._wide(lg, b, u, k, q, S0, M0)
+def velocity_scan(lg, b, u, k, q, S0=None, M0=None, *, gamma, alpha, norm, steps, poly, eps, lengths=None, chunk=0):
+    """-> y (B,L,H,P), S and M (B,H,N,P)."""
+    lg, b, u, k, q, S, M = widen(lg, b, u, k, q, S0, M0)
     lg, b, u = prepare(lengths, lg, b, u)
     B, L, H, _ = u.shape
-    k, q, S, M = as_heads(k, H), as_heads(q, H), start(S, u, k), start(M, u, k)
+    k, q, S, M = as_heads(k, H), as_heads(q, H), initial_state(S, u, k), initial_state(M, u, k)
     p = real_tokens(lengths, B, L, u.device)
-    norm = partial(newton_schulz, norm=norm, steps=steps, poly=poly, eps=eps)
-    fn = partial(_velocity_chunk, gamma, alpha, norm, ns_grad == "straight_through")
+    fn = partial(_velocity_chunk, gamma, alpha, partial(normalize_matrix, norm=norm, steps=steps, poly=poly, eps=eps))
     outputs = []
-    for part in zip(*(x.split(chunk or 64, 1) for x in (lg, b, u, k, q, p))):
+    for part in zip(*(x.split(chunk_length(chunk, L), 1) for x in (lg, b, u, k, q, p))):
         y, S, M = Recompute.apply(fn, *part, S, M)
         outputs.append(y)
-    return silent(torch.cat(outputs, 1), lengths), S, M
+    return mask_padding(torch.cat(outputs, 1), lengths), S, M

@@ -20,7 +20,7 @@ Source   Longhorn 2407.14207; Mamba 2312.00752; Mamba-2 2405.21060; Gated DeltaN
 import torch
 from torch import Tensor
 
-from .writes import newton_schulz
+from .writes import normalize_matrix
 
 MIN_LOG_GATE = -80.0  # exp of it is 2e-35: nothing is left of the state, and no −∞ meets a 0
 
@@ -38,7 +38,8 @@ def real_tokens(lengths: Tensor | None, B: int, L: int, device) -> Tensor:
     return torch.arange(L, device=device) < lengths.to(device)[:, None]
 
 
-def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
+def widen(*tensors: Tensor | None) -> list:
+    """fp32, or fp64 if one of them is; None stays None."""
     dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
     return [None if t is None else t.to(dtype) for t in tensors]
 
@@ -46,7 +47,7 @@ def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
 def diag_scan(gate, w, k, q, S0=None, M0=None, *, gamma=0.0, alpha=1.0, lengths=None):
     """gate = ("longhorn", Δ) or ("mamba", Δ, A) -> y (B,L,D), S (B,N,D), M (B,N,D) or None where γ = 0."""
     A = gate[2] if gate[0] == "mamba" else None
-    delta, A, w, k, q, S, M = _wide(gate[1], A, w, k, q, S0, M0)
+    delta, A, w, k, q, S, M = widen(gate[1], A, w, k, q, S0, M0)
     B, L, D = w.shape
     S = w.new_zeros(B, k.shape[-1], D) if S is None else S
     M = torch.zeros_like(S) if M is None else M
@@ -69,13 +70,13 @@ def _outer(k: Tensor, w: Tensor) -> Tensor:
     return k.unsqueeze(-1) * w.unsqueeze(-2)
 
 
-def _read(S: Tensor, q: Tensor) -> Tensor:
+def _readout(S: Tensor, q: Tensor) -> Tensor:
     return torch.einsum("bhnp,bhn->bhp", S, q)
 
 
 def scalar_scan(lg, w, k, q, S0=None, M0=None, *, gamma=0.0, alpha=1.0, lengths=None):
     """-> y (B,L,H,P), S (B,H,N,P), M or None where γ = 0. lg is clamped at MIN_LOG_GATE."""
-    lg, w, k, q, S, M = _wide(lg, w, k, q, S0, M0)
+    lg, w, k, q, S, M = widen(lg, w, k, q, S0, M0)
     B, L, H, P = w.shape
     k, q, a = _heads(k, H), _heads(q, H), lg.clamp(min=MIN_LOG_GATE).exp()
     S = w.new_zeros(B, H, k.shape[-1], P) if S is None else S
@@ -86,13 +87,13 @@ def scalar_scan(lg, w, k, q, S0=None, M0=None, *, gamma=0.0, alpha=1.0, lengths=
         M_t = gamma * M + alpha * _outer(k[:, t], w[:, t])
         S_t = a[:, t, :, None, None] * S + M_t
         S, M = torch.where(p, S_t, S), torch.where(p, M_t, M)
-        y.append(torch.where(p[..., 0], _read(S, q[:, t]), 0))
+        y.append(torch.where(p[..., 0], _readout(S, q[:, t]), 0))
     return torch.stack(y, 1), S, M if gamma else None
 
 
 def delta_scan(lg, b, u, k, q, S0=None, *, lengths=None):
     """-> y (B,L,H,P), S (B,H,N,P). Decay first, then the error on the decayed state; q comes scaled."""
-    lg, b, u, k, q, S = _wide(lg, b, u, k, q, S0)
+    lg, b, u, k, q, S = widen(lg, b, u, k, q, S0)
     B, L, H, P = u.shape
     k, q, a = _heads(k, H), _heads(q, H), lg.clamp(min=MIN_LOG_GATE).exp()
     S = u.new_zeros(B, H, k.shape[-1], P) if S is None else S
@@ -100,15 +101,15 @@ def delta_scan(lg, b, u, k, q, S0=None, *, lengths=None):
     for t in range(L):
         p = real[:, t, None, None, None]
         decayed = a[:, t, :, None, None] * S
-        error = b[:, t, :, None] * (u[:, t] - _read(decayed, k[:, t]))
+        error = b[:, t, :, None] * (u[:, t] - _readout(decayed, k[:, t]))
         S = torch.where(p, decayed + _outer(k[:, t], error), S)
-        y.append(torch.where(p[..., 0], _read(S, q[:, t]), 0))
+        y.append(torch.where(p[..., 0], _readout(S, q[:, t]), 0))
     return torch.stack(y, 1), S
 
 
 def delta_momentum_scan(lg, b, w, k, q, S0=None, M0=None, *, gamma=0.0, alpha=1.0, lengths=None):
     """-> y (B,L,H,P), S (B,H,N,P), M or None where γ = 0. The open loop: w = b u, γ = 0 is delta_scan exactly."""
-    lg, b, w, k, q, S, M = _wide(lg, b, w, k, q, S0, M0)
+    lg, b, w, k, q, S, M = widen(lg, b, w, k, q, S0, M0)
     B, L, H, P = w.shape
     k, q, a = _heads(k, H), _heads(q, H), lg.clamp(min=MIN_LOG_GATE).exp()
     S = w.new_zeros(B, H, k.shape[-1], P) if S is None else S
@@ -117,16 +118,16 @@ def delta_momentum_scan(lg, b, w, k, q, S0=None, M0=None, *, gamma=0.0, alpha=1.
     for t in range(L):
         p = real[:, t, None, None, None]
         M_t = gamma * M + alpha * _outer(k[:, t], w[:, t])
-        erased = S - _outer(k[:, t], b[:, t, :, None] * _read(S, k[:, t]))
+        erased = S - _outer(k[:, t], b[:, t, :, None] * _readout(S, k[:, t]))
         S_t = a[:, t, :, None, None] * erased + M_t
         S, M = torch.where(p, S_t, S), torch.where(p, M_t, M)
-        y.append(torch.where(p[..., 0], _read(S, q[:, t]), 0))
+        y.append(torch.where(p[..., 0], _readout(S, q[:, t]), 0))
     return torch.stack(y, 1), S, M if gamma else None
 
 
 def velocity_scan(lg, b, u, k, q, S0=None, M0=None, *, gamma, alpha, norm, steps, poly, eps, lengths=None):
     """-> y (B,L,H,P), S and M (B,H,N,P). `norm` newton_schulz, frobenius or none, of each head's accumulated M."""
-    lg, b, u, k, q, S, M = _wide(lg, b, u, k, q, S0, M0)
+    lg, b, u, k, q, S, M = widen(lg, b, u, k, q, S0, M0)
     B, L, H, P = u.shape
     k, q, a = _heads(k, H), _heads(q, H), lg.clamp(min=MIN_LOG_GATE).exp()
     S = u.new_zeros(B, H, k.shape[-1], P) if S is None else S
@@ -135,9 +136,9 @@ def velocity_scan(lg, b, u, k, q, S0=None, M0=None, *, gamma, alpha, norm, steps
     for t in range(L):
         p = real[:, t, None, None, None]
         decayed = a[:, t, :, None, None] * S
-        error = b[:, t, :, None] * (u[:, t] - _read(decayed, k[:, t]))
+        error = b[:, t, :, None] * (u[:, t] - _readout(decayed, k[:, t]))
         M_t = gamma * M + alpha * _outer(k[:, t], error)
-        S_t = decayed + newton_schulz(M_t, norm=norm, steps=steps, poly=poly, eps=eps)
+        S_t = decayed + normalize_matrix(M_t, norm=norm, steps=steps, poly=poly, eps=eps)
         S, M = torch.where(p, S_t, S), torch.where(p, M_t, M)
-        y.append(torch.where(p[..., 0], _read(S, q[:, t]), 0))
+        y.append(torch.where(p[..., 0], _readout(S, q[:, t]), 0))
     return torch.stack(y, 1), S, M

@@ -6,7 +6,7 @@ X = k eᵀ has a single one, which starts at 1, so S iterations give exactly κ 
     write_norm(e, k) = κ e / √max(m₂, ε²),   m₂ = (Σ_c e_c²)(Σ_n k_n²)                         (1)
     implicit_step(x, k) = s / (1 + s n), s = σ(x), n = ‖k‖²: the closed form of an implicit update, at most min(1, 1/n)      (2)
     norm   none: e itself · frobenius: κ = 1 · newton_schulz: κ of (poly, steps); the cubic's κ is 1 for any steps
-    newton_schulz(X): the explicit iteration on whole matrices, for gdn_velocity_ns (rank above one) and as the tests' oracle
+    normalize_matrix(X): the explicit iteration on whole matrices, for gdn_velocity_ns (rank above one) and as the tests' oracle
 
 Below the floor ε the map is linear, with no gradient through m₂: the clamp lies inside the root, so an all-zero token has finite
 gradients. Everything in fp32 (fp64 stays).
@@ -86,7 +86,7 @@ def implicit_step(x: Tensor, k: Tensor) -> Tensor:
     return _ImplicitStep.apply(x, k)
 
 
-def newton_schulz(
+def normalize_matrix(
     X: Tensor, *, norm: str = "newton_schulz", steps: int = 1, poly: str = "quintic", eps: float = 1e-6
 ) -> Tensor:
     """The explicit iteration of each matrix (…,m,n): X ← X/√max(‖X‖²_F, ε²), then `steps` times X ← A X + (B G + C G²) X, G = X Xᵀ."""

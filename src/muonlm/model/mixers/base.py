@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from muonlm.config.schema import ModelConfig
-from muonlm.scan import gain, write_norm
+from muonlm.scan import backends, gain, write_norm
 
 State = tuple[Tensor, ...]
 
@@ -109,6 +109,11 @@ class Recurrent(Mixer):
         super().__init__(cfg)
         self.writes = Writes(cfg, muon)
         self.write_gain = self.writes.kappa * self.writes.alpha if muon else None
+
+    @property
+    def backend(self) -> str:
+        """What cfg.scan asks of this mixer's scan: auto where only scans of other layers have that backend."""
+        return self.cfg.scan if self.cfg.scan in backends(self.scan) else "auto"
 
     def residual_projections(self) -> list[nn.Linear]:
         return [self.out_proj]

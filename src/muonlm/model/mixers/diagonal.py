@@ -37,7 +37,7 @@ class Diagonal(Recurrent):
         d, D, N, R = cfg.d_model, inner_width(cfg), self.state_width(cfg), self.step_rank(cfg)
         self.sizes = [R, N, N]  # rows of x_proj: t, k, q
         self.state_shape = (N, D)
-        self.backend, self.chunk = cfg.scan, cfg.scan_chunk or 64
+        self.chunk = cfg.scan_chunk
         self.in_proj = nn.Linear(d, 2 * D, bias=cfg.bias)
         self.conv1d = ShortConv(D, cfg.d_conv, bias=True)
         self.x_proj = nn.Linear(D, R + 2 * N, bias=False)

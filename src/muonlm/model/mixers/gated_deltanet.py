@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from muonlm.config.schema import ModelConfig
 from muonlm.errors import UserError
-from muonlm.scan.heads import delta_momentum_scan, delta_scan, velocity_scan
+from muonlm.scan import delta_momentum_scan, delta_scan, velocity_scan
 
 from ..conv import ShortConv
 from ..norm import RMSNorm, at_least_fp32
@@ -54,7 +54,7 @@ class GatedDeltaNet(Recurrent):
             self.write_gain = None  # it writes as it is and normalises a sum of writes, whose size no constant gives
         self.scan = "velocity_scan" if norm_velocity else "delta_momentum_scan" if muon else "delta_scan"
         self.velocity_norm = {"norm": cfg.write_norm, "steps": cfg.ns_steps, "poly": cfg.ns_poly, "eps": cfg.write_eps}
-        self.backend, self.chunk = "reference" if cfg.scan == "reference" else "auto", cfg.scan_chunk
+        self.chunk = cfg.scan_chunk
         self.q_proj, self.k_proj = (nn.Linear(d, H * N, bias=cfg.bias) for _ in range(2))
         self.v_proj, self.g_proj = (nn.Linear(d, H * P, bias=cfg.bias) for _ in range(2))
         self.a_proj, self.b_proj = (nn.Linear(d, H, bias=False) for _ in range(2))
@@ -103,11 +103,10 @@ class GatedDeltaNet(Recurrent):
         return y, (conv, S, M) if self.writes.gamma else (conv, S)
 
     def _scan(self, lg, b, u, k, q, S, M, lengths) -> tuple[Tensor, Tensor, Tensor | None]:
-        how = {"lengths": lengths, "chunk": self.chunk}
+        how = {"lengths": lengths, "chunk": self.chunk, "backend": self.backend}
         if self.norm_velocity:
             how |= self.velocity_norm | {"gamma": self.writes.gamma, "alpha": self.writes.alpha}
             return velocity_scan(lg, b, u, k, q, S, M, **how)
-        how["backend"] = self.backend
         if not self.muon:
             return *delta_scan(lg, b, u, k, q, S, **how), None
         w = self.writes(b.unsqueeze(-1) * u, k)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from muonlm.config.schema import ModelConfig
 from muonlm.errors import UserError
-from muonlm.scan.heads import scalar_scan
+from muonlm.scan import scalar_scan
 
 from ..conv import ShortConv
 from ..norm import RMSNorm, at_least_fp32
@@ -61,7 +61,7 @@ class Mamba2(Recurrent):
         self.head_shape, self.key_shape = (D // P, P), (G, N)
         self.state_shape = (D // P, N, P)
         self.sizes = [D, D, G * N, G * N, D // P]  # rows of in_proj: z, x, k, q, dt
-        self.backend, self.chunk = "reference" if cfg.scan == "reference" else "auto", cfg.scan_chunk
+        self.chunk = cfg.scan_chunk
         self.in_proj = nn.Linear(cfg.d_model, sum(self.sizes), bias=cfg.bias)
         self.conv1d = ShortConv(D + 2 * G * N, cfg.d_conv, bias=True)
         self.dt_bias = nn.Parameter(torch.empty(D // P))
