@@ -47,6 +47,7 @@ def test_an_argument_becomes_the_flag_that_carries_it(text, told):
         ("model.lm", "`block_size` 256 is short", "--model.block_size 256 is short"),
         ("data.open", "name some: `source` FILE", "name some: --data FILE"),
         ("data.sources.hub", "choose another `name`", "choose another --data.name"),
+        ("scan.dispatch", "`backend` = 'cpu' needs numba", "--model.scan 'cpu' needs numba"),
         ("optim.build", "use `name` adamw", "use --optim.name adamw"),
         ("model.mixers.mamba", "`ns_steps` = 0", "--model.ns_steps 0"),
         ("optim.schedule", "unknown `kind`", "unknown --sched.kind"),

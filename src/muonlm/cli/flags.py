@@ -11,6 +11,7 @@ from muonlm.config.schema import keys
 
 ARGUMENT = re.compile(r"`([a-z_][a-z0-9_]*)`(?P<equals> = )?")
 SHORT = {"data.source": "--data"}  # keys with a flag of their own
+ARGUMENTS = {"backend": "scan"}  # arguments whose key has another name
 SECTIONS = {  # room that raised -> the section meant by a name that several have: data.name, optim.name; log.every, eval.every
     "data": ("data",),
     "model": ("model",),
@@ -27,7 +28,7 @@ def in_flags(error: BaseException, parser) -> str:
 
     def flag(found: re.Match) -> str:
         name = found[1]
-        if known := by_key.get(name) or own.get(name):
+        if known := by_key.get(ARGUMENTS.get(name, name)) or own.get(name):
             return known + (" " if found["equals"] else "")
         return name + (found["equals"] or "")
 
