@@ -1,16 +1,20 @@
-"""What do the parts of the Muon forms bring, and which projections of a state space model belong under the Muon optimizer?
+"""What do the parts of the Muon forms bring, and which projections of a state space model are Muon's to train?
 
-    OMP_NUM_THREADS=1 python benchmarks/mixers.py [--studies writes,routing,twins] [--seeds 1,2,3] [--cache FILE] [--json OUT]
+    OMP_NUM_THREADS=1 python benchmarks/mixers.py [--studies writes,routing,twins] [--seeds 1,2,3]
+                                                   [--cache FILE] [--json OUT]
 
-writes    MuonLonghorn's velocity and write norm, switched on one by one (families.md MS-18), under AdamW as in the paper, on
-          associative recall (data/synthetic/recall.py; accuracy of the answers) and on text (`sotu`; held-out loss in nats). The arm with the
-          Frobenius norm and alpha = 0.701 is a control: it must equal the one with both to rounding.
+writes    MuonLonghorn's velocity and write norm, switched on one by one (families.md MS-18), under AdamW as in the
+          paper, on associative recall (data/synthetic/recall.py; accuracy of the answers) and on text (`sotu`;
+          held-out loss in nats). The arm with the Frobenius norm and alpha = 0.701 is a control: it must equal the
+          one with both to rounding.
 routing   Mamba on text: each of in_proj, x_proj, dt_proj, out_proj trained by Muon or left to AdamW.
-twins     The three CPU recipes of state space models and, for each, an attention model of equal width and, by its MLP, equal size,
-          on the same batches: bits per byte. The attention twin trains as `quickstart` does, whose rates were tuned for attention.
+twins     The three CPU recipes of state space models and, for each, an attention model of equal width and, by its
+          MLP, equal size, on the same batches: bits per byte. The attention twin trains as `quickstart` does, whose
+          rates were tuned for attention.
 Tuning    writes, routing: every arm's rates by a coordinate search over `ladders` on seed 100, then fresh seeds.
 
-Finished runs are kept in --cache, a line of JSON each. Differences are taken seed by seed (same batches, same initial values).
+Finished runs are kept in --cache, a line of JSON each. Differences are taken seed by seed (same batches, same initial
+values).
 """
 
 import argparse
@@ -157,8 +161,10 @@ def study(runs: Runs, name: str, seeds: list[int], only: str = "") -> dict:
 
             def run(rates: dict, seed: int) -> dict:
                 row = runs.get(Config.from_dict(base | rates | {"seed": seed}, "benchmarks/mixers.py"))
-                say(f"{task} | {arm} | seed {seed} {short(rates)}: {row['val_loss']:.4f} "
-                    f"{row.get('val_acc', math.nan):.4f}  ({row['seconds']:.0f} s)")  # fmt: skip
+                say(
+                    f"{task} | {arm} | seed {seed} {short(rates)}: {row['val_loss']:.4f} "
+                    f"{row.get('val_acc', math.nan):.4f}  ({row['seconds']:.0f} s)"
+                )
                 return row
 
             best, _ = tuned(lambda rates: run(rates, TUNING_SEED)["val_loss"], ladders)
@@ -167,7 +173,7 @@ def study(runs: Runs, name: str, seeds: list[int], only: str = "") -> dict:
 
 
 def twin(name: str, seed: int) -> tuple[Config, Config]:
-    """A recipe and its attention twin: same width, half as many layers where ours have no MLP, size matched through the MLP's width."""
+    """A recipe and its attention twin: as wide, half as many layers where ours have no MLP, size matched by its MLP."""
     ours = load_recipe(name, {"seed": seed, "train.dtype": "bfloat16"})
     vocabulary = dataclasses.replace(ours.model, vocab_size=4096)
     size, layers = count_parameters(vocabulary)["total"], max(2, round(ours.model.n_layer * 0.5))
@@ -203,8 +209,11 @@ def report(document: dict) -> None:
             if name == "twins":
                 for row in arms["rows"]:
                     a, b = row["ours"], row["attention"]
-                    print(f"{task:28} seed {row['seed']}: {a['val_bpb']:.4f} bits per byte ({a['parameters']:,} parameters); "
-                          f"attention {b['val_bpb']:.4f} ({b['parameters']:,}); ratio {row['ratio']:.3f}")  # fmt: skip
+                    print(
+                        f"{task:28} seed {row['seed']}: {a['val_bpb']:.4f} bits per byte "
+                        f"({a['parameters']:,} parameters); attention {b['val_bpb']:.4f} ({b['parameters']:,}); "
+                        f"ratio {row['ratio']:.3f}"
+                    )
                 continue
             first = next(iter(arms.values()))
             print(f"{task:28} {'loss, mean ± sd':20} {'less the first arm':20} {'accuracy':18} rates")

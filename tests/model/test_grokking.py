@@ -1,4 +1,4 @@
-"""The grokking transformer: equal to the plain one it is computed from, its prefix tree, counts, initial values, learning."""
+"""The grokking transformer: equal to the plain one, its prefix tree, counts, initial values, learning."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def transformer(vocab_size: int, **widths) -> ModularTransformer:
 
 
 class PlainTransformer(nn.Module):
-    """The definition: every position of every row, torch's own post-norm layer. Takes the weights of a ModularTransformer."""
+    """The definition: every position of every row, torch's own post-norm layer; with a ModularTransformer's weights."""
 
     def __init__(self, fast: ModularTransformer, n_head: int, d_ff: int):
         super().__init__()
@@ -34,8 +34,14 @@ class PlainTransformer(nn.Module):
         return self.head(self.encoder(x, mask=mask))[:, -1]
 
 
-NAMES = {"qkv.": "self_attn.in_proj_", "out.": "self_attn.out_proj.", "attention_norm.": "norm1.", "mlp_norm.": "norm2.",
-         "up.": "linear1.", "down.": "linear2."}  # fmt: skip
+NAMES = {
+    "qkv.": "self_attn.in_proj_",
+    "out.": "self_attn.out_proj.",
+    "attention_norm.": "norm1.",
+    "mlp_norm.": "norm2.",
+    "up.": "linear1.",
+    "down.": "linear2.",
+}
 
 
 def renamed(named):

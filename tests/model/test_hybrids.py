@@ -1,4 +1,4 @@
-"""Whole models of every mixer and of patterns, loops and recursion: cuts, masks, causality, initial values, learning; fp64 where equal."""
+"""Whole models of every mixer, pattern, loop and recursion: cuts, masks, causality, initial values, learning."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_prefill_in_any_pieces_equals_one_pass(variant):
 
 @every_variant
 def test_masked_tokens_are_as_good_as_deleted(variant):
-    """Outputs of real tokens, what follows from the state, the loss and its gradients; one row has no real token at all."""
+    """Outputs of real tokens, what follows from the state, the loss and its gradients; one row has no real token."""
     model, x = small(**variant), tokens(5)
     mask = torch.rand(5, 20, generator=torch.Generator().manual_seed(1)) < 0.6
     mask[0], mask[1, :5], mask[2, -4:], mask[3] = True, False, False, False

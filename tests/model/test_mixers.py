@@ -454,9 +454,15 @@ def count(letter, **options) -> int:
 
 @pytest.mark.parametrize(
     "letters, d, parameters",  # mixers.md section 7
-    [("Ll", 672, 2_874_816), ("Ll", 768, 3_746_304), ("GgV", 672, 2_729_794), ("GgV", 768, 3_562_130),
-     ("GgV", 1536, 14_202_130), ("Mm", 672, 2_896_320)],
-)  # fmt: skip
+    [
+        ("Ll", 672, 2_874_816),
+        ("Ll", 768, 3_746_304),
+        ("GgV", 672, 2_729_794),
+        ("GgV", 768, 3_562_130),
+        ("GgV", 1536, 14_202_130),
+        ("Mm", 672, 2_896_320),
+    ],
+)
 def test_mixers_have_exactly_the_published_numbers_of_parameters(letters, d, parameters):
     assert [count(letter, d_model=d, n_head=12) for letter in letters] == [parameters] * len(letters)
 
@@ -697,9 +703,16 @@ def test_mamba2_equals_the_one_of_transformers_on_the_same_weights(groups):
     theirs = quiet("transformers.models.mamba2.modeling_mamba2").Mamba2Mixer
     ours = make("D", ssm_groups=groups)
     cfg = hf.Mamba2Config(
-        hidden_size=32, state_size=6, head_dim=16, num_heads=4, n_groups=groups, conv_kernel=4, expand=2, chunk_size=8,
+        hidden_size=32,
+        state_size=6,
+        head_dim=16,
+        num_heads=4,
+        n_groups=groups,
+        conv_kernel=4,
+        expand=2,
+        chunk_size=8,
         layer_norm_epsilon=1e-5,
-    )  # fmt: skip
+    )
     other = theirs(cfg, 0).double().eval()
     other.load_state_dict(ours.state_dict())
     x = tokens(2, 23)
@@ -715,9 +728,15 @@ def test_gated_deltanet_equals_the_one_of_qwen3_next_on_the_same_weights(monkeyp
     theirs = code.Qwen3NextGatedDeltaNet
     ours = make("G", delta_key=8, delta_value=16)
     cfg = hf.Qwen3NextConfig(
-        hidden_size=32, linear_num_value_heads=3, linear_num_key_heads=3, linear_key_head_dim=8,
-        linear_value_head_dim=16, linear_conv_kernel_dim=4, rms_norm_eps=1e-5, num_hidden_layers=1,
-    )  # fmt: skip
+        hidden_size=32,
+        linear_num_value_heads=3,
+        linear_num_key_heads=3,
+        linear_key_head_dim=8,
+        linear_value_head_dim=16,
+        linear_conv_kernel_dim=4,
+        rms_norm_eps=1e-5,
+        num_hidden_layers=1,
+    )
     other = theirs(cfg, 0).double().eval()
     mine = ours.state_dict()
     # theirs: q|k|v|z of each head in turn

@@ -20,8 +20,20 @@ HARD = dict(embed_conv=3, positions="learned", loops=2, inject=True)
 
 def small(pattern: str, **extra) -> torch.nn.Module:
     layers = max(2, len(pattern))
-    cfg = ModelConfig(pattern=pattern, n_layer=layers, d_model=32, n_head=2, vocab_size=V, block_size=T, window=5,
-                      delta_heads=2, ssm_head=16, scan_chunk=8, init="lm", **extra)  # fmt: skip
+    cfg = ModelConfig(
+        pattern=pattern,
+        n_layer=layers,
+        d_model=32,
+        n_head=2,
+        vocab_size=V,
+        block_size=T,
+        window=5,
+        delta_heads=2,
+        ssm_head=16,
+        scan_chunk=8,
+        init="lm",
+        **extra,
+    )
     return build_model(cfg, torch.device("cpu"), 1).double()
 
 

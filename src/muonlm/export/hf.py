@@ -1,4 +1,4 @@
-"""To and from transformers' layouts: a Mamba or Mamba-2 language model is renamed, number by number; nothing is recomputed.
+"""To and from transformers' layouts: the weights of a Mamba or Mamba-2 model are renamed; nothing is recomputed.
 
     from_transformers(theirs) -> LM                   MambaForCausalLM, Mamba2ForCausalLM
     to_transformers(ours) -> theirs                   LM of one pattern letter, M or D, without MLP
@@ -12,9 +12,12 @@ Which mixers have a twin there, and what it needs, their classes say (model/mixe
     backbone.norm_f.weight             norm.weight
     lm_head.weight                     head.weight                   absent from ours where the head is tied
 
-Dtypes   the result is in fp32 whatever was given: bf16 and fp16 numbers are exact in it, so that both ways and back are bitwise
-Differs  theirs keep no length limit, so block_size comes from the caller; ours know no special tokens, so theirs get none
-Raises   UserError for a model that the other side cannot express, naming the setting; or if transformers is not installed
+Dtypes   the result is in fp32 whatever was given: bf16 and fp16 numbers are exact in it, so that both ways and back
+         are bitwise
+Differs  theirs keep no length limit, so block_size comes from the caller; ours know no special tokens, so theirs get
+         none
+Raises   UserError for a model that the other side cannot express, naming the setting; or if transformers is not
+         installed
 """
 
 import re
@@ -35,7 +38,7 @@ RENAMED = (  # (theirs, ours); the rest of a name stays
     ("backbone.norm_f.", "norm."),
     ("lm_head.", "head."),
 )
-# What a configuration of theirs may say where we have no setting; what ours must say where they have none. A twin adds to both.
+# What theirs may say where we have no setting; what ours must say where they have none. A twin adds to both.
 DEMANDS = {"use_conv_bias": [True], "hidden_act": ["silu", "swish"]}
 NEEDS = {
     "kind": "lm",
@@ -59,7 +62,7 @@ def from_transformers(theirs, *, block_size: int = 2048) -> LM:
 
 
 def to_transformers(ours: LM):
-    """transformers' MambaForCausalLM or Mamba2ForCausalLM with the weights of our LM: on the CPU, fp32, evaluation mode."""
+    """transformers' MambaForCausalLM or Mamba2ForCausalLM of our LM, on the CPU in fp32, in evaluation mode."""
     config, cls = write_config(ours.cfg)
     theirs = cls(config)
     weights = {_rename(name, 1): w.detach().to("cpu", torch.float32) for name, w in ours.state_dict().items()}
@@ -122,7 +125,8 @@ def write_config(cfg: ModelConfig):
     for key, needed in (NEEDS | twin.needs).items():
         if getattr(cfg, key) != needed:
             raise UserError(
-                f"`{key}` = {getattr(cfg, key)!r} cannot be written as transformers' Mamba; it needs `{key}` = {needed!r}."
+                f"`{key}` = {getattr(cfg, key)!r} cannot be written as transformers' Mamba; "
+                f"it needs `{key}` = {needed!r}."
             )
     try:
         import transformers

@@ -1,8 +1,10 @@
 """A block: one sequence mixer and, unless cfg.mlp is none, one MLP on the residual stream, each behind a norm.
 
-    x ← x + r_a · mixer(norm₁(x));   x ← x + r_m · mlp(norm₂(x))      r = 1/√(2·n_layer) where cfg.res_scale says so, else 1
+    x ← x + r_a · mixer(norm₁(x))        r = 1/√(2·n_layer) where cfg.res_scale says so, else 1
+    x ← x + r_m · mlp(norm₂(x))
 
-The pattern's letter is looked up in the table of mixers (mixers/__init__.py), and mixers/base.py says what each of them answers for.
+The pattern's letter is looked up in the table of mixers (mixers/__init__.py), and mixers/base.py says what each of
+them answers for.
 """
 
 import torch.nn.functional as F

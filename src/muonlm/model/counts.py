@@ -45,7 +45,7 @@ def describe_layers(cfg: ModelConfig) -> list[dict]:
 
 
 def train_flops_per_token(cfg: ModelConfig) -> float:
-    """Forward and backward: 6 for each parameter of a matrix each time that it is applied, and the work between the tokens.
+    """Forward and backward: 6 for each parameter of a block each time that it is applied, and the work between tokens.
 
     The latter is what each block says: flops_between_tokens.
     """

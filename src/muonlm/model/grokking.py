@@ -1,19 +1,24 @@
 """The small post-norm transformer of the grokking experiments, evaluated once per distinct prefix.
 
     x_t = E[token_t] + P_t                                                                          (1)
-    per block   h = LN(x + W_o·attention(x) + b_o),   x ← LN(h + W_2·gelu(W_1 h + b_1) + b_2)       (2)   post-norm, exact (erf) GELU
-    logits = W_out·LN(x_T) + b_out, at the last position T only; causal attention, softmax scale 1/√(d/H), no dropout
+    per block   h = LN(x + W_o·attention(x) + b_o),   x ← LN(h + W_2·gelu(W_1 h + b_1) + b_2)       (2)
+    logits = W_out·LN(x_T) + b_out, at the last position T only
+
+Post-norm, exact (erf) GELU, causal attention with softmax scale 1/√(d/H), no dropout.
 
 The function is that of the plain model, and so are its gradients; only work that the logits do not need is left out:
-  - Position t of a causal stream is a function of tokens 1 … t. Rows with the same prefix have the same vector there, so the stream
-    lives on the *nodes of the prefix tree* of the batch, each computed once; backward sums over the rows that share a node.
-    512 rows [eos, a, op, b, =] at p = 223 have 1 + ≈200 + ≈200 + 512 + 512 ≈ 1,430 nodes in place of 2,560; no assumption is made
-    about which positions are alike, and a batch without shared prefixes is merely as slow as the plain model.
-  - The last block needs keys and values of all nodes, and all the rest (queries, W_o, MLP, norms, head) at the B leaves alone.
+  - Position t of a causal stream is a function of tokens 1 … t. Rows with the same prefix have the same vector there,
+    so the stream lives on the *nodes of the prefix tree* of the batch, each computed once; backward sums over the
+    rows that share a node. 512 rows [eos, a, op, b, =] at p = 223 have 1 + ≈200 + ≈200 + 512 + 512 ≈ 1,430 nodes in
+    place of 2,560; no assumption is made about which positions are alike, and a batch without shared prefixes is
+    merely as slow as the plain model.
+  - The last block needs keys and values of all nodes, and all the rest (queries, W_o, MLP, norms, head) at the B
+    leaves alone.
 
 Shapes   B rows · T positions · N nodes · M ≤ N queries · d width · H heads; the stream is (N, d)
-Init     nn.Embedding N(0, 1) for tokens and positions; nn.Linear's default (uniform ±1/√fan_in) for W_o, W_1, W_2, W_out and
-         the biases of the last three; fused qkv Xavier-uniform, its bias and b_o zero: what nn.MultiheadAttention does
+Init     nn.Embedding N(0, 1) for tokens and positions; nn.Linear's default (uniform ±1/√fan_in) for W_o, W_1, W_2,
+         W_out and the biases of the last three; fused qkv Xavier-uniform, its bias and b_o zero: what
+         nn.MultiheadAttention does
 Cost     2 threads, batch 512: about 0.4× the time of the plain step; every operation is deterministic on CPU
 Source   nanuGPT's tiny_transformer (configuration prime223) for the architecture; the prefix tree is ours
 """
@@ -28,9 +33,9 @@ from .mixers.attention import check_heads
 
 
 class ModularTransformer(nn.Module):
-    """tokens (B, block_size) int64 → logits (B, vocab_size) for the answer that follows. Recipe keller/grokking: 457,578 parameters.
+    """tokens (B, block_size) int64 → logits (B, vocab_size) for the answer that follows.
 
-    Of the config count vocab_size, block_size, d_model, n_layer, n_head and d_ff.
+    Of the config count vocab_size, block_size, d_model, n_layer, n_head and d_ff. keller/grokking: 457,578 parameters.
     """
 
     can_tie = False
@@ -58,7 +63,8 @@ class ModularTransformer(nn.Module):
     def init_weights(self) -> None:
         """Draw all weights from torch's generator, and tag them for the routing of Muon.
 
-        Call it again after `to_empty`: a module that leaves the meta device gets new Parameters, without values and without tags.
+        Call it again after `to_empty`: a module that leaves the meta device gets new Parameters, without values and
+        without tags.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)):
@@ -106,7 +112,10 @@ class PostNormLayer(nn.Module):
         return 12 * length * self.out.in_features
 
     def forward(self, x: Tensor, *, query: Tensor, path: Tensor, later: Tensor | None) -> Tensor:
-        """x (N, d) gives keys and values; query (M, d) goes on, query m seeing x[path[m, t]] but where later[m, t]. → (M, d)"""
+        """x (N, d) gives keys and values, query (M, d) goes on: (M, d).
+
+        Query m sees x[path[m, t]] but where later[m, t].
+        """
         d = query.shape[1]
         weight_q, weight_kv = self.qkv.weight.split([d, 2 * d])
         bias_q, bias_kv = self.qkv.bias.split([d, 2 * d])
@@ -121,7 +130,8 @@ class PostNormLayer(nn.Module):
 def attention(query: Tensor, key: Tensor, value: Tensor, n_head: int, later: Tensor | None) -> Tensor:
     """One query (M, d) each for its own T keys and values (M, T, d), without those marked in later (M, T). → (M, d)
 
-    Products and sums in place of matmul: M·H matrices of 1 × 32 by 32 × 5 are too small for it (SDPA takes 2.4×, bmm 4× as long).
+    Products and sums in place of matmul: M·H matrices of 1 × 32 by 32 × 5 are too small for it (SDPA takes 2.4×, bmm
+    4× as long).
     """
     heads = (n_head, key.shape[2] // n_head)
     score = (query.unsqueeze(1) * key).unflatten(2, heads).sum(-1) * heads[1] ** -0.5  # (M, T, H)
@@ -135,8 +145,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, n_head: int, later: Ten
 def prefix_tree(tokens: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The distinct prefixes of the rows of tokens (B, T), as nodes 0 … N−1, shorter ones first.
 
-    Returns token (N,) and position (N,), the last of each prefix; node_path (N, T), the nodes of its own prefixes, at positions
-    up to its own (beyond that, nodes to be masked); row_path (B, T), the nodes of each row, whose leaf is row_path[:, -1].
+    Returns token (N,) and position (N,), the last of each prefix; node_path (N, T), the nodes of its own prefixes, at
+    positions up to its own (beyond that, nodes to be masked); row_path (B, T), the nodes of each row, whose leaf is
+    row_path[:, -1].
     """
     rows, length = tokens.shape
     row_path = torch.empty_like(tokens)

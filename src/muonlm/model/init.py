@@ -1,15 +1,17 @@
 """A model at step 0: shaped on meta, allocated, and filled once from a seed.
 
-Schemes of a language model (cfg.init). R counts the residual branches, loops included; `residual projections` are the matrices that
-write to the stream.
+Schemes of a language model (cfg.init). R counts the residual branches, loops included; `residual projections` are the
+matrices that write to the stream.
 
     gpt2       matrices N(0, .02), residual projections / √R (Radford 2019)
-    zero_out   matrices N(0, 1/fan_in), E from N(0, 1) unless tied, residual projections and head 0 (muP-like; 2203.03466 §D)
+    zero_out   matrices N(0, 1/fan_in), E from N(0, 1) unless tied, residual projections and head 0 (muP-like;
+               2203.03466 §D)
     lm         matrices U(±1/√fan_in), residual projections / √R
     dt_small   lm, with Longhorn's steps small (longhorn.py)
     stack      matrices N(0, .02), residual projections / √(2·applied blocks), convolutions N(0, 1/(D·W))
 
-E is N(0, .02) where nothing else is said. Mixers fill what is theirs alone (A_log, D, step biases) afterwards: init_special.
+E is N(0, .02) where nothing else is said. Mixers fill what is theirs alone (A_log, D, step biases) afterwards:
+init_special.
 """
 
 from collections.abc import Callable
@@ -28,7 +30,9 @@ from .conv import ShortConv
 def build_model(cfg: ModelConfig, device="cpu", seed: int = 0) -> nn.Module:
     """The model of a config with a derived vocab_size: shaped on meta, allocated, initialised once from `seed`.
 
-    The weights do not depend on the device: they are drawn on the CPU. device="meta" gives shapes and routing tags only.
+    The weights do not depend on the device: they are drawn on the CPU. device="meta" gives shapes and routing tags
+    only.
+
     Raises UserError for widths that do not fit, before anything is allocated.
     """
     model = on_meta(cfg)
@@ -52,7 +56,7 @@ def on_meta(cfg: ModelConfig) -> nn.Module:
 
 
 def check_model(cfg: ModelConfig) -> None:
-    """Raise UserError, in names of ModelConfig's fields, for a model that cannot be built; vocab_size may still be unknown."""
+    """Raise UserError, in names of ModelConfig's fields, for a model that cannot be built. vocab_size may be 0."""
     _kind(cfg).check(cfg)
 
 
@@ -93,7 +97,7 @@ SCHEMES = {
 
 @torch.no_grad()
 def fill(model: nn.Module, cfg: ModelConfig) -> None:
-    """Every parameter of the modules of an LM but `positions`, once, from torch's generator; and the tags of its mixers."""
+    """Fill an LM but for `positions`, once, from torch's generator; set the tags that its modules know."""
     scheme = SCHEMES[cfg.init]
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -3,14 +3,16 @@
     h₀ = E[tokens] (+ P[position]), or norm(conv(E[tokens])) with a short causal convolution
     h_l = block_l(h_{l−1})        logits = c(norm(h_L) Wᵀ),  c(z) = z or s·tanh(z/s)
 
-Loops    cfg.loops passes over the blocks (or a range of them) share weights, never state: a state per application, since one
-         that was shared would make a step after a prefill differ from a longer prefill. cfg.loops may change between runs.
-Shapes   tokens, targets (B,T) int64 · logits (B,T,V) · state: one per applied block, the convolution's, tokens seen (B,)
+Loops    cfg.loops passes over the blocks (or a range of them) share weights, never state: a state per application,
+         since one that was shared would make a step after a prefill differ from a longer prefill. cfg.loops may
+         change between runs.
+Shapes   tokens, targets (B,T) int64 · logits (B,T,V) · state: one per applied block, the convolution's, tokens seen
 Masks    (B,T) bool: a masked token is deleted. Rows are compacted once, real tokens first, and the output is put back.
 Packing  segments (B,T): a token sees the tokens of its own segment only (packing.py); −1 = padding.
-Loss     with `targets`, forward returns Σ −log p(target) over targets ≥ 0, in fp32 nats, instead of logits: one call holds
-         the whole differentiable path, which data-parallel wrappers need. With `per_token`, the terms (B,T) instead of their
-         sum. Logits are made and thrown away in chunks of rows, so memory is O(chunk·V), not O(B·T·V).
+Loss     with `targets`, forward returns Σ −log p(target) over targets ≥ 0, in fp32 nats, instead of logits: one call
+         holds the whole differentiable path, which data-parallel wrappers need. With `per_token`, the terms (B,T)
+         instead of their sum. Logits are made and thrown away in chunks of rows, so memory is O(chunk·V), not
+         O(B·T·V).
 Init     init.py
 """
 
@@ -161,7 +163,7 @@ class LM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Fill every parameter once from torch's generator, and tag those that routing cannot read from their module."""
+        """Fill every parameter once from torch's generator; tag those that routing cannot read from their module."""
         fill(self, self.cfg)
         self.embed.weight.muonlm = {"role": "embed"}
         if self.head is not None:

@@ -16,7 +16,7 @@ from muonlm.config.schema import ModelConfig
 
 
 class SquaredReLU(torch.autograd.Function):
-    """y = max(0, x)², dy/dx = 2·max(0, x). Autograd's own form keeps two tensors and takes three passes more on a CPU."""
+    """y = max(0, x)², dy/dx = 2·max(0, x). Autograd's own form keeps two tensors and takes three passes more."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -2,22 +2,23 @@
 
     x, lengths, undo = compact(x, mask);   y = undo(layer(x, lengths))
 
-A masked token is deleted, not replaced by zeros: `compact` moves the real tokens of each row to its front, in their order,
-so that the inside sees right padding only; `undo` puts outputs back, with 0 at masked positions. A mask that already is a
-prefix of every row moves nothing.
+A masked token is deleted, not replaced by zeros: `compact` moves the real tokens of each row to its front, in their
+order, so that the inside sees right padding only; `undo` puts outputs back, with 0 at masked positions. A mask that
+already is a prefix of every row moves nothing.
 
     y = Segments(segments).apply(layer, x)
 
-Segments that share a row must not see each other. Each becomes a row of its own, beside others of similar length and padded
-on the right, and the layer runs on those: what lies to the right cannot change a causal layer's outputs, so attention masks,
-resets of states and positions that start at 0 all follow from the layout, in any causal mixer, without a line in it.
-What is not causal along time (norms, MLPs, projections of the residual stream) stays packed and pays for no padding.
-The groups (n_g rows of length L_g) minimise  Σ_g n_g·L_g + 64  tokens, 64 standing for what a further call of the layer costs.
-n_g is 1, 2, 3, 4, 6, 8, 12, 16, …, and L_g a multiple of 8 or T, so that shapes recur from batch to batch: in bf16 on a CPU
-oneDNN generates code for every new shape of a product, and keeps it.
+Segments that share a row must not see each other. Each becomes a row of its own, beside others of similar length and
+padded on the right, and the layer runs on those: what lies to the right cannot change a causal layer's outputs, so
+attention masks, resets of states and positions that start at 0 all follow from the layout, in any causal mixer,
+without a line in it. What is not causal along time (norms, MLPs, projections of the residual stream) stays packed and
+pays for no padding.
+The groups (n_g rows of length L_g) minimise  Σ_g n_g·L_g + 64  tokens, 64 standing for what a
+further call of the layer costs. n_g is 1, 2, 3, 4, 6, 8, 12, 16, …, and L_g a multiple of 8 or T, so that shapes
+recur from batch to batch: in bf16 on a CPU oneDNN generates code for every new shape of a product, and keeps it.
 
-Shapes   x, y (B,T,·) · mask (B,T) bool, True = real · lengths (B,) int64; None: every token is real · segments (B,T) int64:
-         0, 1, … along a row, each of them contiguous; −1 = padding, outputs there are 0
+Shapes   x, y (B,T,·) · mask (B,T) bool, True = real · lengths (B,) int64; None: every token is real · segments (B,T)
+         int64: 0, 1, … along a row, each of them contiguous; −1 = padding, outputs there are 0
 """
 
 import math
@@ -87,7 +88,7 @@ class Segments:
 
 
 def _groups(lengths: list[int], T: int) -> list[tuple[int, int]]:
-    """(n_g, L_g) in the order of the descending lengths, the last perhaps with more rows than are left: dynamic programming."""
+    """(n_g, L_g) in the order of the descending lengths, by dynamic programming; the last may have rows to spare."""
     widths = [min(-(-length // 8) * 8, T) for length in lengths]
     rows = [1]
     while rows[-1] < len(lengths):

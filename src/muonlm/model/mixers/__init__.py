@@ -1,7 +1,7 @@
 """THE table of sequence mixers: which letter of a pattern stands for which class with which options.
 
-A new mixer is a subclass of `Mixer` (base.py) in a file of its own and a line below; everybody else asks this table. It is read
-without torch: an entry names its class as text, loaded when it is first built.
+A new mixer is a subclass of `Mixer` (base.py) in a file of its own and a line below; everybody else asks this table.
+It is read without torch: an entry names its class as text, loaded when it is first built.
 """
 
 from dataclasses import dataclass, field
@@ -57,7 +57,10 @@ MIXERS = {
 
 
 def letters(pattern: str) -> str:
-    """A pattern as letters: "MMA" as it is, or names (and letters) separated by commas. Raises UserError for what is no mixer."""
+    """A pattern as letters: "MMA" as it is, or names (and letters) separated by commas.
+
+    Raises UserError for what is no mixer.
+    """
     by_name = {entry.name: entry.letter for entry in MIXERS.values()}
     known = "known: " + ", ".join(f"{entry.letter} {entry.name}" for entry in MIXERS.values()) + "."
     if "," in pattern or pattern.strip().lower() in by_name:

@@ -6,12 +6,15 @@
     y_t     = Σ_j softmax_j(c(q_t·k_j / √K)) v_j W_o,   c(z) = z or s·tanh(z/s),   over keys j ≤ t (and j > t − w)
 
 Letters  B batch, T time, D model width, H query heads, G key/value heads, K head width, S keys in view
-Shapes   x, y (B,T,D) · mask (B,T) bool, True = real token · cache k, v (B,G,S,K) after RoPE, length (B,) int64 on the CPU
-State    (k, v, length). Slot j of row b holds position j (full) or position max(0, length_b − (w−1)) + j (window w, which
-         keeps its last w−1 keys only). Masked tokens are deleted: they take no position, leave no key, and output 0.
-         After forward(x, state) only the returned state is valid: full attention appends in place when there is room.
-Measure  with `track_logits = True`, each forward in training mode raises `max_logit` (H,) to the largest z of the batch
-         over what each query sees, before the soft-cap: for QK-clip (optim/watch/qk_clip.py), or to explain a loss spike.
+Shapes   x, y (B,T,D) · mask (B,T) bool, True = real token · cache k, v (B,G,S,K) after RoPE, length (B,) int64 on the
+         CPU
+State    (k, v, length). Slot j of row b holds position j (full) or position max(0, length_b − (w−1)) + j (window w,
+         which keeps its last w−1 keys only). Masked tokens are deleted: they take no position, leave no key, and
+         output 0. After forward(x, state) only the returned state is valid: full attention appends in place when
+         there is room.
+Measure  with `track_logits = True`, each forward in training mode raises `max_logit` (H,) to the largest z of the
+         batch over what each query sees, before the soft-cap: for QK-clip (optim/watch/qk_clip.py), or to explain a
+         loss spike.
 Raises   UserError from qk_heads() with QK-norm, where scaling W changes no logit; shapes are asserted.
 Source   Vaswani 2017; RoPE: Su 2021 (2104.09864); GQA: Ainslie 2023 (2305.13245); QK-norm: Henry 2020 (2010.04245)
 """
@@ -30,7 +33,8 @@ from .base import Mixer
 
 State = tuple[Tensor, Tensor, Tensor]
 
-# Keys up to which written-out products beat SDPA on a CPU, forward and backward (LOG 2026-11-22: 2-4x at 64, equal at these lengths).
+# Keys up to which written-out products beat SDPA on a CPU, forward and backward
+# (LOG 2026-11-22: 2-4x at 64, equal at these lengths).
 EXPLICIT_UP_TO = {torch.float32: 128, torch.bfloat16: 256, torch.float64: 128}
 MEASURED_LOGITS = 1 << 22  # at a time, while max_logit is tracked: 16 MiB in fp32
 
@@ -39,7 +43,7 @@ MEASURED_LOGITS = 1 << 22  # at a time, while max_logit is tracked: 16 MiB in fp
 def rope_table(
     length: int, width: int, theta: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of pos·θ^(−2i/width), each (length, width/2); computed in fp64, stored in the dtype they are used in."""
+    """cos and sin of pos·θ^(−2i/width), each (length, width/2): computed in fp64, stored in the dtype of their use."""
     frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
@@ -105,8 +109,8 @@ class Heads(Mixer):
             raise UserError(f"`n_kv_head` = {G} does not divide `n_head` = {H}; use `n_kv_head` {near}")
         if cfg.positions == "rope" and rotary_width(cfg) % 2:
             raise UserError(
-                f"RoPE turns pairs, but {rotary_width(cfg)} dimensions of a head would turn (`d_model` {d} / `n_head` {H}); "
-                "choose an even head width, or `positions` learned"
+                f"RoPE turns pairs, but {rotary_width(cfg)} dimensions of a head would turn (`d_model` {d} / "
+                f"`n_head` {H}); choose an even head width, or `positions` learned"
             )
 
     def residual_projections(self) -> list[nn.Linear]:
@@ -146,7 +150,7 @@ class Attention(Heads):
         self.max_logit: Tensor | None = None  # (H,), of all training forwards since it was last emptied
 
     def tags(self) -> dict[nn.Parameter, dict]:
-        """What the optimizer's routing should know of the fused matrix: where q, k and v, and where single heads, begin."""
+        """What routing should know of the fused matrix: where q, k and v, and where single heads, begin."""
         q, kv = self.heads * self.width, self.kv_heads * self.width
         return {
             self.qkv.weight: {"role": "matrix", "split": (0, [q, kv, kv]), "heads": (0, self.heads + 2 * self.kv_heads)}

@@ -1,12 +1,15 @@
 """What a mixer answers for (`Mixer`), and what the recurrent ones have in common (`Recurrent`, `Writes`).
 
-    y, state = mixer(x, state, mask)         x, y (B,L,d) · mask (B,L) bool, True = real token · state None = from the beginning
+    y, state = mixer(x, state, mask)
 
-L > 1 trains or prefills, L = 1 decodes, by the same mathematics: any cut of a sequence gives the same outputs. Nothing depends on a
-later token. A masked token is deleted: it leaves the state alone, its output is 0. A state is a tuple of tensors, the batch first;
-after forward(x, state) only the returned one is valid.
+Shapes   x, y (B,L,d) · mask (B,L) bool, True = real token · state None = from the beginning
 
-What concerns one mixer alone is asked of its class with a ModelConfig (`check`, `twin`) or of the mixer itself, which may be on meta.
+L > 1 trains or prefills, L = 1 decodes, by the same mathematics: any cut of a sequence gives the same outputs.
+Nothing depends on a later token. A masked token is deleted: it leaves the state alone, its output is 0. A state is a
+tuple of tensors, the batch first; after forward(x, state) only the returned one is valid.
+
+What concerns one mixer alone is asked of its class with a ModelConfig (`check`, `twin`) or of the mixer itself, which
+may be on meta.
 """
 
 import math
@@ -72,7 +75,7 @@ class Mixer(nn.Module):
         """Fill what init.py's schemes do not know: A_log, D, step biases."""
 
     def tags(self) -> dict[nn.Parameter, dict]:
-        """What the optimizer's routing cannot read from shapes and names, for each parameter concerned (optim/routing/)."""
+        """For optim/routing: of each parameter concerned, what cannot be read from its shape and name."""
         return {}
 
     def init_state(self, batch: int, device=None, dtype=None) -> State:
@@ -131,7 +134,7 @@ def inner_width(cfg: ModelConfig) -> int:
 
 
 def head_scan_flops(heads: int, key: int, value: int, chunk: int) -> int:
-    """FLOPs a token, forward and backward, of a scan with one gate a head, as products over chunks of so many tokens."""
+    """FLOPs a token, forward and backward, of a scan with one gate a head, as matrix products over chunks."""
     return 3 * heads * (2 * chunk * (key + value) + 4 * key * value)
 
 

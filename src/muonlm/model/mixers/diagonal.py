@@ -102,7 +102,7 @@ class Diagonal(Recurrent):
         return y, (conv, S) if M is None else (conv, S, M)
 
     def _token(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """The same for one token of each row, without gradients or casts, in few calls: their number bounds decoding."""
+        """One token of each row, without gradients or casts, in few calls: their number bounds decoding."""
         conv, S, M = (*state, None)[:3]
         u, z = F.linear(x, self.in_proj.weight, self.in_proj.bias).chunk(2, -1)
         u, conv = self.conv1d.step(u, conv)

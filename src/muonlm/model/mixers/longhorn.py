@@ -1,11 +1,12 @@
-"""Longhorn mixer (letter L) and MuonLonghorn (l): `Diagonal` whose step is the closed-form solution of an online regression.
+"""Longhorn mixer (letter L) and MuonLonghorn (l): `Diagonal` whose step solves an online regression in closed form.
 
     s = σ(W_dt t + b_dt)      Δ = s / (1 + s ‖k‖²)      f[n,c] = 1 − Δ[c] k[n]²                                     (1)
 
 Δ ≤ min(1, 1/‖k‖²), so f lies in [0, 1] up to rounding. It may be as small as 0: nowhere is its logarithm taken
 or divided by it. k and q are neither normalised nor activated.
 
-Letters, shapes, state, dtypes as in diagonal.py; plain Longhorn is MuonLonghorn with γ = 0, α = 1 and no norm, bit for bit
+Letters, shapes, state, dtypes as in diagonal.py; plain Longhorn is MuonLonghorn with γ = 0, α = 1 and no norm, bit
+for bit
 Cost     2dD + DW + D + D(R+2N) + RD + D + D + Dd parameters
 Init     D = 1, b_dt = 0 (s near ½); with init = dt_small b_dt as in mamba.py, so s begins in about [0.001, 0.1]
 Source   Liu 2024 (2407.14207); MuonSSM, 2606.30461

@@ -75,7 +75,8 @@ class Mamba2(Recurrent):
         D, P, G, _ = widths(cfg)
         if D % P:
             raise UserError(
-                f"`ssm_head` = {P} does not divide the inner width {D} (`expand` × `d_model`); use `ssm_head` {math.gcd(P, D)}"
+                f"`ssm_head` = {P} does not divide the inner width {D} (`expand` × `d_model`); "
+                f"use `ssm_head` {math.gcd(P, D)}"
             )
         if D // P % G:
             raise UserError(f"`ssm_groups` = {G} does not divide the {D // P} heads of mamba2; use `ssm_groups` 1")

@@ -3,14 +3,14 @@
     k_j = R(js+s−1) RMSNorm((1/s) Σ_i k_i),  v_j = (1/s) Σ_i v_i        over block j, the tokens js … js+s−1
     y_t = W_o [y_t⁽ˢ⁾ for s in scales],  y_t⁽ˢ⁾ = Σ_j softmax_j(c(R(t) q_t · k_j / √K)) v_j over j with js+s−1 ≤ t
 
-The mean comes before QK-norm and RoPE, so that keys of all scales have one size. Queries keep full resolution; a query before the
-first complete block of a scale gets 0 there. Scale 1 is attention.
+The mean comes before QK-norm and RoPE, so that keys of all scales have one size. Queries keep full resolution; a
+query before the first complete block of a scale gets 0 there. Scale 1 is attention.
 
 Letters  B batch, T time, D model width, H query heads, G key/value heads, K head width, s scale, S blocks
 Shapes   x, y (B,T,D) · mask (B,T) bool, True = real token; masked tokens are deleted and their outputs are 0
-State    per scale keys (B,G,S,K) after RoPE, values, and (B,2,G,K) sums over the unfinished block; then length (B,) int64 on
-         the CPU. Slot j holds block j; slots of row b from ⌊length_b/s⌋ on are unspecified. After forward(x, state) only the
-         returned state is valid.
+State    per scale keys (B,G,S,K) after RoPE, values, and (B,2,G,K) sums over the unfinished block; then length (B,)
+         int64 on the CPU. Slot j holds block j; slots of row b from ⌊length_b/s⌋ on are unspecified. After forward(x,
+         state) only the returned state is valid.
 Cost     Σ_s T·T/s pairs of query and key
 Source   the hybrid of infrabrew/mamba-recursive-model, rebuilt causally (its own pools, gate and labels see the future)
 """

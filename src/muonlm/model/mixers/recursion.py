@@ -3,8 +3,8 @@
     r_0 = m_0 = x;   r_j = r_{j−1} + F_j(r_{j−1});   m_j = W_m [m_{j−1}; r_j];   F(r) = W_down GELU(W_up LayerNorm(r))
     x̄_t = (1/t) Σ_{i≤t} x_i;   π_t = softmax(W_g x̄_t) over N;   y_t = Σ_j π_t[j] (r_j,t + m_j,t)
 
-Each sub-block has weights of its own; W_m and W_g are shared. The gate sees the mean of the prefix; the mean of the whole row would
-tell it what is still to come.
+Each sub-block has weights of its own; W_m and W_g are shared. The gate sees the mean of the prefix; the mean of the
+whole row would tell it what is still to come.
 
 Letters  B batch, T time, D model width, N sub-blocks
 Shapes   x, y (B,T,D) · mask (B,T) bool, True = real token; masked tokens are deleted and their outputs are 0
