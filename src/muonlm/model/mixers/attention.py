@@ -122,6 +122,27 @@ class Heads(Mixer):
         cos, sin = rope_table(size, self.rotary_width, self.cfg.rope_theta, x.device, x.dtype)
         return cos[positions], sin[positions]
 
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+        """q (B,H,T,K), k and v (B,G,S,K) -> (B,H,T,K). visible: bool, broadcasts to (B,1,T,S); None = causal, S = T."""
+        dropout, cap = self.cfg.dropout if self.training else 0.0, self.cfg.attn_softcap
+        grouped = self.heads != self.kv_heads
+        if not cap and not (q.device.type == "cpu" and k.shape[2] <= EXPLICIT_UP_TO.get(q.dtype, 0)):
+            return F.scaled_dot_product_attention(
+                q, k, v, visible, dropout, is_causal=visible is None, enable_gqa=grouped
+            )
+        if grouped:
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
+        bias = causal_bias(q.shape[2], q.device, q.dtype) if visible is None else _as_bias(visible, q.dtype)
+        chunks = []
+        for rows in (slice(start, start + 512) for start in range(0, q.shape[2], 512)):  # bounds the (T, S) logits
+            logits = (q[:, :, rows] * self.width**-0.5) @ k.transpose(-1, -2)
+            if cap:
+                logits = cap * torch.tanh(at_least_fp32(logits) / cap)
+            logits = logits + bias[..., rows, :]
+            weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+            chunks.append(F.dropout(weights, dropout).to(v.dtype) @ v)
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks, 2)
+
 
 def check_heads(cfg: ModelConfig) -> None:
     d, H = cfg.d_model, cfg.n_head
@@ -186,7 +207,9 @@ class Attention(Heads):
             q, k = self.q_norm(q), self.k_norm(k)
         if state is None and mask is None:  # training and plain prefill: the causal mask is implicit
             q, k = self._rope(q, k, slice(0, T), T)
-            y = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self._causal(T, x.device))
+            y = self._attend_and_measure(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self._causal(T, x.device)
+            )
             state = self._trim(k.transpose(1, 2), v.transpose(1, 2), torch.full((B,), T))
         else:
             y, state = self._continue(q, k, v, self.init_state(B, x.device, k.dtype) if state is None else state, mask)
@@ -207,36 +230,14 @@ class Attention(Heads):
         t = torch.arange(T, device=device)
         return (t[None, :] <= t[:, None]) & (t[None, :] > t[:, None] - self.window)
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, measured: Tensor | None = None
-    ) -> Tensor:
-        """q (B,H,T,K), k and v (B,G,S,K) -> (B,H,T,K).
-
-        visible: bool, broadcastable to (B,1,T,S); None = causal with S = T.
-        measured: the pairs that count for max_logit, where `visible` has others too.
-        """
+    def _attend_and_measure(
+        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, counted: Tensor | None = None
+    ):
+        """_attend. counted: the pairs that count for max_logit, where `visible` has others too."""
         if self.track_logits and self.training:
-            top = max_logits(q, k, visible if measured is None else measured, scale=self.width**-0.5)
+            top = max_logits(q, k, visible if counted is None else counted, scale=self.width**-0.5)
             self.max_logit = top if self.max_logit is None else torch.maximum(self.max_logit, top)
-        dropout = self.cfg.dropout if self.training else 0.0
-        cap = self.cfg.attn_softcap
-        if not cap and not (q.device.type == "cpu" and k.shape[2] <= EXPLICIT_UP_TO.get(q.dtype, 0)):
-            return F.scaled_dot_product_attention(
-                q, k, v, visible, dropout, is_causal=visible is None, enable_gqa=self.heads != self.kv_heads
-            )
-        k, v = (
-            t.repeat_interleave(self.heads // self.kv_heads, 1) if self.heads != self.kv_heads else t for t in (k, v)
-        )
-        bias = causal_bias(q.shape[2], q.device, q.dtype) if visible is None else _as_bias(visible, q.dtype)
-        chunks = []
-        for rows in (slice(start, start + 512) for start in range(0, q.shape[2], 512)):  # bounds the (T, S) logits
-            logits = (q[:, :, rows] * self.width**-0.5) @ k.transpose(-1, -2)
-            if cap:
-                logits = cap * torch.tanh(at_least_fp32(logits) / cap)
-            logits = logits + bias[..., rows, :]
-            weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-            chunks.append(F.dropout(weights, dropout).to(v.dtype) @ v)
-        return chunks[0] if len(chunks) == 1 else torch.cat(chunks, 2)
+        return self._attend(q, k, v, visible)
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
         """Attend from new tokens to cached and new keys, by position; append the new keys."""
@@ -261,10 +262,10 @@ class Attention(Heads):
             if self.window:
                 seen &= key_position[:, None, :] > positions[:, :, None] - self.window
             # the makeshift pair of the next line is no logit of the model
-            measured = seen[:, None].to(q.device, copy=True) if self.track_logits else None
+            counted = seen[:, None].to(q.device, copy=True) if self.track_logits else None
             # a masked query must see something or softmax gives NaN; its output is zeroed
             seen[..., 0] |= ~seen.any(-1)
-            y = self._attend(q, keys.to(q.dtype), values.to(q.dtype), seen[:, None].to(q.device), measured)
+            y = self._attend_and_measure(q, keys.to(q.dtype), values.to(q.dtype), seen[:, None].to(q.device), counted)
             order = torch.argsort((~key_real).long(), dim=1, stable=True).to(q.device)  # real keys first, in order
             index = order[:, None, :, None].expand_as(keys)
             return y, self._trim(keys.gather(2, index), values.gather(2, index), new_length, start=base)
@@ -282,7 +283,7 @@ class Attention(Heads):
             if T > 1
             else torch.ones(1, 1, dtype=torch.bool, device=q.device)
         )
-        y = self._attend(q, past_k[:, :, :end].to(q.dtype), past_v[:, :, :end].to(q.dtype), seen)
+        y = self._attend_and_measure(q, past_k[:, :, :end].to(q.dtype), past_v[:, :, :end].to(q.dtype), seen)
         return y, (past_k, past_v, new_length)
 
     def _trim(self, k: Tensor, v: Tensor, length: Tensor, start: Tensor | None = None) -> State:

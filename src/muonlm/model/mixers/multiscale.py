@@ -155,24 +155,6 @@ class MultiScaleAttention(attention.Heads):
         at = positions if isinstance(positions, slice) else positions.to(x.device)
         return attention.rotate(x, *self._angles(x, at, end))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-        """q (B,H,T,K), k and v (B,G,S,K) -> (B,H,T,K); visible broadcasts to (B,1,T,S), None = causal with S = T."""
-        dropout = self.cfg.dropout if self.training else 0.0
-        cap = self.cfg.attn_softcap
-        grouped = self.heads != self.kv_heads
-        if not cap and not (q.device.type == "cpu" and k.shape[2] <= attention.EXPLICIT_UP_TO.get(q.dtype, 0)):
-            return F.scaled_dot_product_attention(
-                q, k, v, visible, dropout, is_causal=visible is None, enable_gqa=grouped
-            )
-        if grouped:
-            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
-        logits = (q * self.width**-0.5) @ k.transpose(-1, -2)
-        if cap:
-            logits = cap * torch.tanh(at_least_fp32(logits) / cap)
-        visible = visible_blocks(q.shape[2], 1, q.device) if visible is None else visible
-        weights = at_least_fp32(logits).masked_fill(~visible, float("-inf")).softmax(-1)
-        return F.dropout(weights, dropout).to(v.dtype) @ v
-
 
 def _write(cache: Tensor, slot: Tensor, new: Tensor, size: int) -> Tensor:
     """The cache with new (B,G,n,K) at slots (B,n) < size: grown geometrically, in place unless autograd may need it."""
