@@ -69,5 +69,5 @@ class ShortConv(nn.Module):
             y = y + self.bias
         if lengths is None:
             return y, xp[:, T:].clone()  # a view would keep the whole sequence alive
-        last = lengths[:, None] + torch.arange(self.taps - 1, device=x.device)  # (B, W−1)
+        last = lengths[:, None] + torch.arange(self.taps - 1, device=x.device)  # (B, W−1): ends where the row does
         return y, xp.gather(1, last[..., None].expand(-1, -1, D))

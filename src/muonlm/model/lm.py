@@ -90,7 +90,7 @@ class LM(nn.Module):
             x = F.dropout(x, self.cfg.dropout, self.training)
         first, entering, states = self.cfg.looped.start, None, []
         for i, layer in zip(self.schedule, layers):
-            if i == first and self.cfg.inject:
+            if i == first and self.cfg.inject:  # once for each pass over the looped blocks
                 x = x if entering is None else x + entering
                 entering = x if entering is None else entering
             if self.recompute and targets is not None and torch.is_grad_enabled():
@@ -104,6 +104,7 @@ class LM(nn.Module):
             return self._loss(x, targets, per_token, sparse=rows is not None)
         if rows is not None:
             return self._logits(x), None
+        # tokens seen are kept on the CPU, where the next call asks for them
         new = torch.full((len(tokens),), tokens.shape[1]) if mask is None else mask.sum(1).cpu()
         conv_state = x.new_zeros(len(x), 0) if conv_state is None else conv_state  # a state is tensors only
         return self._logits(x), [*states, conv_state, new if count is None else count + new]

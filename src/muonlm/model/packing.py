@@ -29,6 +29,7 @@ from torch import Tensor
 
 
 def compact(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
+    """x (B,T,d), mask (B,T) -> x with real tokens first, lengths (B,) or None if all are real, and the way back."""
     if mask is None or bool(mask.all()):
         return x, None, lambda y: y
     padding, lengths = ~mask, mask.sum(1)
@@ -51,6 +52,7 @@ class Segments:
         B, T = segments.shape
         number = (segments + torch.arange(B, device=segments.device)[:, None] * (T + 1)).flatten()  # unique over rows
         number = torch.where(segments.flatten() < 0, -1, number).cpu()
+        # runs of one number, by their first position and length in the flattened batch; padding is no segment
         change = torch.ones_like(number, dtype=torch.bool)
         change[1:] = number[1:] != number[:-1]
         first = change.nonzero().squeeze(1)
@@ -58,7 +60,7 @@ class Segments:
         real = number[first] >= 0
         first, length = first[real], length[real]
         assert len(number[first].unique()) == len(first), "a segment must be contiguous"
-        order = length.argsort(descending=True, stable=True)
+        order = length.argsort(descending=True, stable=True)  # neighbours are of similar length: little padding
         first, length = first[order], length[order]
         self.groups: list[Tensor] = []  # (n, L): flat positions; padding repeats a segment's last token, or a segment
         source = torch.full((B * T,), -1)  # flat position -> row in the concatenated outputs of all groups
@@ -69,6 +71,7 @@ class Segments:
             step = torch.arange(L)
             index = first[start : start + n, None] + step.clamp(max=own - 1)
             inside = step < own
+            # where the output of each real token will stand, and how far into its segment it is
             source[index[inside]] = at + torch.arange(index.numel()).view(index.shape)[inside]
             position[index[inside]] = step.expand_as(index)[inside]
             index = torch.cat([index, index[-1:].expand(n - len(index), -1)])
