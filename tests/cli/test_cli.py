@@ -54,6 +54,7 @@ MISTAKES = [
     ("train --optim.lr -0.1", "optim.lr = -0.1", "above 0"),
     ("train --model.mlp swiglue", "model.mlp = 'swiglue'", "'swiglu'"),
     ("train --model.d_model 250 --model.n_head 4", "not a multiple of --model.n_head 4", "--model.d_model 2"),
+    ("train --dry-run --model.n_head 3", "not a multiple of --model.n_head 3", "--model.d_model 255"),
     ("train --optim.name adam", "optim.name = 'adam'", "'adamw'"),
     ("train --train.budget 512x4k", "not a budget", "tsz512x4k_10B"),
     ("train --train.steps 10 --train.epochs 2", "both set the length of the run", "keep one"),
