@@ -26,9 +26,11 @@ from muonlm.model import build_model
 from muonlm.optim import lr_scale
 from muonlm.optim.muon.muon import blocks
 from muonlm.optim.watch.diagnostics import Diagnostics, block_list, ns_flops
-from muonlm.training.loop import evaluate, make_optimizer, open_data, plan_routes, resolve
+from muonlm.training.evaluate import evaluate
 from muonlm.training.objectives import OBJECTIVES
 from muonlm.training.parallel import Dist
+from muonlm.training.resolve import open_data, resolve
+from muonlm.training.setup import make_optimizer, plan_routes
 
 ARMS = {"fixed 5": {}, "adaptive": {}, "fixed 3": {"muon.ns_steps": 3}}
 SVD_FLOPS = 22
@@ -65,7 +67,7 @@ def train(args, arm: str, seed: int, dist: Dist) -> dict:
     cfg = config(args, seed, ARMS[arm])
     data = open_data(cfg, dist)
     cfg = resolve(cfg, data, 1)
-    model, objective = build_model(cfg.model, dist.device, seed), OBJECTIVES[cfg.train.objective]
+    model, objective = build_model(cfg.model, dist.device, seed), OBJECTIVES[cfg.train.objective].function()
     optimizer = make_optimizer(cfg, plan_routes(cfg, model))
     groups = [g for g in optimizer.param_groups if g["use_muon"]]
     for group in groups:

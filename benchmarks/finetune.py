@@ -26,8 +26,9 @@ from muonlm.data.batch import IGNORE
 from muonlm.data.examples import ExampleData
 from muonlm.data.prep.examples import prepare_examples
 from muonlm.model import build_model
-from muonlm.training.loop import make_optimizer, plan_routes
-from muonlm.training.objectives import DPO, next_token, segment_sums
+from muonlm.training.objectives.dpo import DPO, segment_sums
+from muonlm.training.objectives.next_token import next_token
+from muonlm.training.setup import make_optimizer, plan_routes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SETS = {  # file, kind, template

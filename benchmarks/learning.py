@@ -45,8 +45,10 @@ from muonlm.errors import UserError
 from muonlm.model import build_model
 from muonlm.optim import lr_scale
 from muonlm.training import parallel
-from muonlm.training.loop import evaluate, make_optimizer, open_data, plan_routes, resolve
+from muonlm.training.evaluate import evaluate
 from muonlm.training.objectives import OBJECTIVES
+from muonlm.training.resolve import open_data, resolve
+from muonlm.training.setup import make_optimizer, plan_routes
 
 SHARED = {
     "model.n_layer": 4,
@@ -177,7 +179,7 @@ class Trainer:
         with parallel.start("cpu") as self.dist:
             self.data = open_data(cfg, self.dist)
         self.cfg = cfg = resolve(cfg, self.data, 1)
-        self.objective = OBJECTIVES[cfg.train.objective]
+        self.objective = OBJECTIVES[cfg.train.objective].function()
         self.model = build_model(cfg.model, self.dist.device, cfg.seed)
         self.optimizer = optimizer_of(cfg, self.model)
         self.parameters = list(self.model.parameters())

@@ -30,7 +30,7 @@ from learning import Trainer, mean_sd, say, short
 from muonlm.config.schema import Config, flatten, load_recipe
 from muonlm.errors import UserError
 from muonlm.model import count_parameters
-from muonlm.training.loop import evaluate
+from muonlm.training.evaluate import evaluate
 
 TUNING_SEED = 100
 SMALL = {

@@ -70,7 +70,6 @@ def test_a_flag_for_the_length_of_a_run_replaces_the_recipe_s():
         ({"optim.betas": "0.9"}, ["optim.betas", "2 numbers"]),
         ({"muon.route": "blocks"}, ["blocks", "=adamw"]),
         ({"track": "wandbb"}, ["'wandb'"]),
-        ({"model.kind": "modular"}, ["--data modular"]),
     ],
 )
 def test_a_wrong_setting_is_refused_with_the_fix(flags, fragments):

@@ -221,7 +221,7 @@ def test_a_parents_run_beside_the_output_comes_before_later_ones_elsewhere(stage
 
 def test_a_reference_in_a_cache_that_cannot_be_written_is_used(stages, tmp_path, monkeypatch):
     assert main(finetune(stages, "dpo", tmp_path / "one")) == 0
-    from muonlm.training import dpo as reference
+    from muonlm.training.objectives import dpo as reference
 
     write = reference._write
     monkeypatch.setattr(reference, "_write", lambda path, tensors: write({tmp_path: path}[path.parent.parent], tensors))

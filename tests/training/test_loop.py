@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from muonlm import train as train_function
 from muonlm.cli.main import main
 from muonlm.config.schema import load_recipe
-from muonlm.training.loop import resolve
-from muonlm.training.objectives import OBJECTIVES
+from muonlm.training.objectives import next_token
+from muonlm.training.objectives.answers import classify
+from muonlm.training.resolve import resolve
 
 
 def metrics(run) -> list[dict]:
@@ -94,7 +95,7 @@ def config(text, **flags):
 def test_resume_is_bitwise(smoke, tmp_path, monkeypatch, parts, extra):
     assert main(smoke(tmp_path / "whole", *extra)) == 0
 
-    calls, real = [], OBJECTIVES["next_token"]
+    calls, real = [], next_token.next_token
 
     def objective(model, batch):  # SIGTERM in the middle of step 5, which is neither an evaluation's nor a checkpoint's
         calls.extend([0] * model.training)
@@ -102,7 +103,7 @@ def test_resume_is_bitwise(smoke, tmp_path, monkeypatch, parts, extra):
             os.kill(os.getpid(), signal.SIGTERM)
         return real(model, batch)
 
-    monkeypatch.setitem(OBJECTIVES, "next_token", objective)
+    monkeypatch.setattr(next_token, "next_token", objective)
     assert main(smoke(tmp_path / "broken", *extra)) == 130
     assert metrics(tmp_path / "broken")[-1]["step"] == 5 and not (tmp_path / "broken" / "report.json").exists()
     monkeypatch.undo()
@@ -128,7 +129,7 @@ def test_a_run_that_is_killed_at_random_moments_and_resumed_ends_as_the_unbroken
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(smoke, tmp_path, monkeypatch):
     assert main(smoke(tmp_path / "whole")) == 0
-    real = OBJECTIVES["next_token"]
+    real = next_token.next_token
 
     class Killed(BaseException):
         """Nothing in muonlm catches it."""
@@ -138,7 +139,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(smoke, t
             raise Killed
         return real(model, batch)
 
-    monkeypatch.setitem(OBJECTIVES, "next_token", dies)
+    monkeypatch.setattr(next_token, "next_token", dies)
     with pytest.raises(Killed):
         main(smoke(tmp_path / "killed"))
     monkeypatch.undo()
@@ -263,7 +264,7 @@ def test_a_loss_that_is_not_finite_is_refused_before_the_step(smoke, tmp_path, m
         main(smoke(tmp_path / "whole", "--train.steps", "3", "--train.save_every", "0", "--sched.kind", "constant"))
         == 0
     )
-    calls, kept, real = [], {}, OBJECTIVES["next_token"]
+    calls, kept, real = [], {}, next_token.next_token
 
     def objective(model, batch):
         calls.extend([0] * model.training)
@@ -273,7 +274,7 @@ def test_a_loss_that_is_not_finite_is_refused_before_the_step(smoke, tmp_path, m
             return loss * float("nan"), count, extra
         return loss, count, extra
 
-    monkeypatch.setitem(OBJECTIVES, "next_token", objective)
+    monkeypatch.setattr(next_token, "next_token", objective)
     capsys.readouterr()
     assert main(smoke(tmp_path / "nan", "--sched.kind", "constant")) == 1
     said = capsys.readouterr().err
@@ -287,7 +288,7 @@ def test_a_loss_that_is_not_finite_is_refused_before_the_step(smoke, tmp_path, m
 
 
 def test_a_gradient_that_is_not_finite_is_refused_too(smoke, tmp_path, monkeypatch, capsys):
-    real = OBJECTIVES["next_token"]
+    real = next_token.next_token
 
     def objective(model, batch):
         loss, count, extra = real(model, batch)
@@ -295,7 +296,7 @@ def test_a_gradient_that_is_not_finite_is_refused_too(smoke, tmp_path, monkeypat
             loss.register_hook(lambda g: g * float("inf"))
         return loss, count, extra
 
-    monkeypatch.setitem(OBJECTIVES, "next_token", objective)
+    monkeypatch.setattr(next_token, "next_token", objective)
     assert main(smoke(tmp_path / "inf")) == 1
     assert "at step 1: nothing was updated" in capsys.readouterr().err
 
@@ -424,7 +425,7 @@ def test_classify_sums_losses_and_counts_rows_that_are_right():
 
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
     batch = SimpleNamespace(inputs=None, targets=torch.tensor([0, 1, 1]), count=3)
-    loss, count, extra = OBJECTIVES["classify"](lambda inputs: logits, batch)
+    loss, count, extra = classify(lambda inputs: logits, batch)
     assert count == 3 and int(extra["acc"]) == 2
     assert float(loss) == pytest.approx(
         math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)) + math.log1p(math.exp(3)), rel=1e-6

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from muonlm.config.schema import ModelConfig
 from muonlm.data.batch import IGNORE, Batch
 from muonlm.model import build_model
-from muonlm.training.objectives import DPO, next_token, segment_sums
+from muonlm.training.objectives.dpo import DPO, segment_sums
+from muonlm.training.objectives.next_token import next_token
 
 T = 24
 PAIRS = [[(5, 7), (4, 3)], [(9, 2)], [(6, 6)]]  # tokens of (chosen, rejected), row by row

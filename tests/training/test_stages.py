@@ -290,7 +290,7 @@ def test_going_on_and_starting_anew_are_not_asked_for_at_once(here, capsys):
 def test_a_place_that_cannot_be_written_is_refused_before_data_is_prepared_for_it(here, capsys, monkeypatch):
     (here / "file").write_text("mine")
     monkeypatch.setattr(
-        importlib.import_module("muonlm.training.loop"), "open_data", lambda *_: pytest.fail("data was prepared")
+        importlib.import_module("muonlm.training.setup"), "open_data", lambda *_: pytest.fail("data was prepared")
     )
     for place in ("file/run", "/proc/run"):
         assert f"--out {place} cannot be written" in refused(capsys, *sft("--out", place))
@@ -401,7 +401,7 @@ def test_ctrl_c_before_the_first_step_of_dpo_says_how_to_go_on(here, monkeypatch
         "qa",
     ]
     with monkeypatch.context() as patch:
-        patch.setattr("muonlm.training.dpo.log_probabilities", pressed)
+        patch.setattr("muonlm.training.objectives.dpo.log_probabilities", pressed)
         patch.setenv("MUONLM_CACHE", str(here / "cache"))
         assert main([*argv, "--out", "d"]) == 130
     assert "muonlm train --resume d" in capsys.readouterr().err

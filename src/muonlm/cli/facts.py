@@ -97,7 +97,8 @@ def vocabulary(cfg: Config) -> tuple[int, str]:
 def describe(cfg: Config) -> dict:
     """Facts of a config as one JSON-able dict."""
     from muonlm.model import build_model, count_parameters, describe_layers, train_flops_per_token
-    from muonlm.training.loop import global_rows, make_optimizer, plan_routes
+    from muonlm.training.resolve import rows_per_step
+    from muonlm.training.setup import make_optimizer, plan_routes
 
     size, source = vocabulary(cfg)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
@@ -109,7 +110,7 @@ def describe(cfg: Config) -> dict:
         "parameters": counts,
         "layers": describe_layers(cfg.model),
         "train_flops_per_token": train_flops_per_token(cfg.model),
-        "rows_per_step": global_rows(cfg, 1),
+        "rows_per_step": rows_per_step(cfg, 1),
     }
     facts["tokens_per_step"] = facts["rows_per_step"] * cfg.model.block_size
     facts["steps"] = cfg.train.fixed_steps(facts["tokens_per_step"]) or f"{cfg.train.epochs:g} epochs of the data"

@@ -90,7 +90,7 @@ def train_all(runs: list[tuple], *, resume: bool, json_mode: bool) -> list[dict]
             if scale:
                 shown = ", ".join(f"{name.removesuffix('_bpb')} {bits:.4f}" for name, bits in scale.items())
                 log(f"for scale: {shown} bits per byte")
-            if report["objective"] == "dpo":
+            if "val_pairs" in report:
                 log(preferences(report))
             report = pictures.write(report["run"], log, scale)
             log("\nnext:\n" + "\n".join(f"  {line}" for line in next_steps(report)))
@@ -170,8 +170,10 @@ def seeded_runs(cfg, seeds: str, out: str | None) -> list[tuple]:
 
 def next_steps(report: dict) -> list[str]:
     """Commands to go on with."""
-    run, again = report["run"], f"muonlm train {report['recipe']}"
-    if report["objective"] in ("sft", "dpo"):
+    from muonlm.training.objectives import OBJECTIVES
+
+    run, again, objective = report["run"], f"muonlm train {report['recipe']}", OBJECTIVES[report["objective"]]
+    if objective.converses:
         return [f"muonlm chat {run}     talk to it"]
     if "val_bpb" in report:
         return [
@@ -179,23 +181,22 @@ def next_steps(report: dict) -> list[str]:
             f"muonlm eval {run} --tasks bpb                      held-out bits per byte beside a byte trigram model",
             f"{again} --data YOUR.txt             the same on your own text (.txt, .jsonl, .parquet, folders)",
         ]
-    if "train_acc" not in report:  # recall
-        return [f"{again} --data recall --train.objective recall --data.pairs 16     more to remember"]
     other = "adamw" if report["optimizer"] == "muon" else "muon"
     return [
         f"{again} --optim.name {other} --out {run}-other     another optimizer",
-        f"{again} --data.op x+y --data.prime 97     another task",
+        f"{again} {objective.more}",
     ]
 
 
 def show_mask(cfg, json_mode: bool) -> int:
     """The first example that a run would train, what of it is trained marked; in colour on a terminal."""
     from muonlm.data.text.mask import first_example, marked
-    from muonlm.training.loop import open_data
+    from muonlm.training.objectives import OBJECTIVES
     from muonlm.training.parallel import start
+    from muonlm.training.resolve import open_data
     from muonlm.training.stages import check_tokenizer
 
-    if cfg.train.objective not in ("sft", "dpo"):
+    if not OBJECTIVES[cfg.train.objective].converses:
         raise UserError(
             "--show-mask is for conversations (--train.objective sft or dpo); elsewhere every token is trained."
         )

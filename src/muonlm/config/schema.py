@@ -648,23 +648,6 @@ class Config:
 
     def __post_init__(self):
         _choice("config", track=(self.track, ("none", "wandb", "trackio", "tensorboard")))
-        if self.train.objective in ("sft", "dpo") and (
-            self.model.kind != "lm" or self.data.source in ("modular", "recall")
-        ):
-            raise UserError(
-                f"train.objective = {self.train.objective} needs conversations: --data FILE.jsonl (see docs/data.md)."
-            )
-        if self.model.kind == "modular" and (self.data.source != "modular" or self.train.objective != "classify"):
-            raise UserError("model.kind = modular needs --data modular and --train.objective classify.")
-        if (self.data.source == "recall") != (self.train.objective == "recall"):
-            missing = "--train.objective recall" if self.data.source == "recall" else "--data recall"
-            raise UserError(
-                f"data.source = recall and train.objective = recall go together (only answers are trained); add {missing}."
-            )
-        if self.data.source == "modular" and self.model.kind != "modular":
-            raise UserError(
-                "data.source = modular is arithmetic for model.kind = modular; start from `muonlm train keller/grokking`."
-            )
 
     def to_dict(self) -> dict:
         return json.loads(json.dumps(dataclasses.asdict(self)))

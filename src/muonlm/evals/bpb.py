@@ -28,8 +28,10 @@ def measure(
 ) -> dict:
     """Loss of a checkpoint on a held-out split, of at most `limit` batches (0: all)."""
     from muonlm.training import checkpoint
-    from muonlm.training.loop import evaluate, open_data
+    from muonlm.training.evaluate import evaluate
+    from muonlm.training.objectives import OBJECTIVES
     from muonlm.training.parallel import start
+    from muonlm.training.resolve import open_data
 
     from .trigram import trigram_reference
 
@@ -50,19 +52,12 @@ def measure(
                 f"name what is to be measured: `data` {cfg.data.source}"
             )
         model, _ = checkpoint.load(path, dist.device)
-        result = evaluate(model, _objective(cfg, model, splits, folder, dist), splits, cfg, dist)
+        objective = OBJECTIVES[cfg.train.objective]
+        loss = objective.start(cfg, model, splits, folder, started=True, dist=dist, log=lambda line: None)
+        result = evaluate(model, loss, splits, cfg, dist)
     result |= {"run": str(folder), "checkpoint": path.name, "step": meta["step"]} | trigram_reference(splits)
     record(folder, "bpb", result)
     return result
-
-
-def _objective(cfg, model, splits, folder, dist):
-    from muonlm.training.dpo import dpo_objective
-    from muonlm.training.objectives import OBJECTIVES
-
-    if cfg.train.objective == "dpo":
-        return dpo_objective(cfg, model, splits, folder, started=True, dist=dist, say=lambda line: None)
-    return OBJECTIVES[cfg.train.objective]
 
 
 def lines(result: dict) -> list[str]:

@@ -13,8 +13,8 @@ import torch
 
 from muonlm.data.batch import Splits
 from muonlm.training import checkpoint
-from muonlm.training.loop import open_data
 from muonlm.training.parallel import Dist
+from muonlm.training.resolve import open_data
 
 COUNTED = 1 << 24  # training tokens; more text would not change the counts that matter, and costs seconds
 

@@ -5,17 +5,15 @@
                                     meta.json           step, counters, content hash of every file, checksum of itself
     RUN/checkpoints/latest, best    files that hold the name of one
 
-Save     everything is written into a temporary sibling, synced to disk, then renamed: a kill at any moment leaves the old ones whole.
-Load     every file is hashed before it is read. `latest_valid` skips a damaged directory by name and falls back to the one before it.
-         Nothing is unpickled: safetensors and JSON only. (torch.distributed.checkpoint is not used: its metadata is a pickle.)
+Save     everything is written aside, synced, then renamed: a kill at any moment leaves the old ones whole.
+Load     every file is hashed before it is read. `latest_valid` names a damaged directory and falls back to the one before.
+         Nothing is unpickled: safetensors and JSON only. (torch.distributed.checkpoint's metadata is a pickle: not used.)
 Raises   UserError: no checkpoint, damaged checkpoint (which file, and what else could be used), full disk.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 
 from muonlm.config.schema import Config, nearest, upgrade
 from muonlm.errors import UserError
-from muonlm.storage import sync
+from muonlm.storage import digest, folder_aside, write_atomically
 
 FORMAT_VERSION = 1
 
@@ -43,29 +41,20 @@ def save(
     root = Path(run) / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     target = root / f"step-{step:08d}"
-    work = root / f".{target.name}-{os.getpid()}"
     try:
-        work.mkdir(exist_ok=True)
-        for name, tensors in (("model.safetensors", model), ("state.safetensors", state)):
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, work / name)
-        files = {path.name: _digest(path) for path in sorted(work.iterdir())}
-        body = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}
-        (work / "meta.json").write_text(json.dumps(body | {"checksum": _checksum(body)}, indent=1))
-        for path in work.iterdir():
-            sync(path)
-        sync(work)
-        if target.exists():  # an interrupted run that was resumed before this step writes the same step again
-            shutil.rmtree(target)
-        os.replace(work, target)
+        with folder_aside(target) as work:  # a run resumed from before this step writes the same step again
+            for name, tensors in (("model.safetensors", model), ("state.safetensors", state)):
+                save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, work / name)
+            files = {path.name: _digest(path) for path in sorted(work.iterdir())}
+            body = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}
+            (work / "meta.json").write_text(json.dumps(body | {"checksum": _checksum(body)}, indent=1))
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
         free = shutil.disk_usage(root).free / 2**20
         raise UserError(
-            f"checkpoint {target} could not be written: {getattr(error, 'strerror', None) or error} ({free:.0f} MiB free). "
+            f"checkpoint {target} could not be written: {getattr(error, 'strerror', None) or error} "
+            f"({free:.0f} MiB free). "
             f"Free some space, then go on with: muonlm train --resume {run}"
         ) from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    sync(root)
     for pointer in ["latest"] + ["best"] * best:
         write_atomically(root / pointer, target.name)
     protected = {(root / "best").read_text().strip() if (root / "best").exists() else ""}
@@ -78,17 +67,17 @@ def save(
 
 
 def read(path: Path, *, state: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """(model tensors, optimizer tensors, meta) of one checkpoint directory, verified; UserError names the damaged file."""
+    """(model tensors, optimizer tensors, meta) of a checkpoint directory, verified; UserError names the damaged file."""
     path = Path(path)
     meta = read_meta(path)
-    for name, digest in meta["files"].items():
+    for name, recorded in meta["files"].items():
         if name == "state.safetensors" and not state:
             continue
         try:
             found = _digest(path / name)
         except OSError:
             raise UserError(f"checkpoint {path} is damaged: {name} is missing.") from None
-        if found != digest:
+        if found != recorded:
             raise UserError(f"checkpoint {path} is damaged: {name} does not match its recorded hash.")
     return load_file(path / "model.safetensors"), load_file(path / "state.safetensors") if state else {}, meta
 
@@ -110,7 +99,7 @@ def read_meta(path: Path) -> dict:
 
 
 def latest_valid(run: Path, warn=print):
-    """The newest checkpoint of `run` that reads whole, as `read` returns it; None if there is none. Damaged ones are named."""
+    """The newest checkpoint of `run` that reads whole, as `read` returns it, or None. Damaged ones are told to `warn`."""
     for path in reversed(checkpoints(run)):
         try:
             return read(path)
@@ -167,7 +156,7 @@ def load(source: str | Path, device="cpu", which: str = "best"):
 
 
 def read_config(run: Path) -> Config:
-    """The run's config. Tokenizer and template files are those that lie in the run, wherever it went and they came from."""
+    """The run's config. Tokenizer and template files are those in the run, wherever it went and they came from."""
     try:
         tree = json.loads((Path(run) / "config.json").read_text())
         cfg = Config.from_dict(upgrade(tree), where=f"{run}/config.json")
@@ -199,25 +188,8 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> No
             parameter.copy_(tensors[name])
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` in one rename, so that readers and kills see the old text or the new one."""
-    work = path.with_name(f".{path.name}.{os.getpid()}")
-    with contextlib.ExitStack() as undo:
-        undo.callback(work.unlink, missing_ok=True)
-        try:
-            with open(work, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(work, path)
-        except OSError as error:
-            error.filename = str(path)  # a failed write does not say of which file
-            raise
-
-
 def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return digest(path, lambda: hashlib.blake2b(digest_size=16))
 
 
 def _checksum(body: dict) -> str:

@@ -14,7 +14,9 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,8 +26,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from muonlm import __version__
 from muonlm.config.schema import Config
 from muonlm.errors import UserError
+from muonlm.storage import append_line, write_atomically
 
-from .checkpoint import write_atomically
+from .objectives import OBJECTIVES
 
 BAR = 16  # columns of the progress bar
 
@@ -70,6 +73,15 @@ class Run:
                 )
             raise UserError(f"--out {path} is already in use, and not by a run. Choose another, such as --out {free}")
 
+    @staticmethod
+    def refuse_unwritable(path: Path) -> None:
+        try:
+            tempfile.TemporaryFile(dir=next(p for p in (path, *path.absolute().parents) if p.exists())).close()
+        except OSError as error:
+            raise UserError(
+                f"--out {path} cannot be written: {error.strerror}. Choose another, such as --out /tmp/{path.name}"
+            ) from None
+
     def create(self, device: torch.device) -> None:
         """Make the directory, or complete one that a kill left half made. config.json comes first: with it, the run can be resumed."""
         try:
@@ -98,21 +110,16 @@ class Run:
 
     # --- metrics ----------------------------------------------------------------------------------------------------------
 
-    def log(self, record: dict) -> None:
+    def record(self, record: dict) -> None:
         """Append to metrics.jsonl and pass on to the trackers."""
         record = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **record}
-        try:
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            error.filename = str(self.path / "metrics.jsonl")  # a failed write does not say of which file
-            raise
+        append_line(self.path / "metrics.jsonl", json.dumps(record))
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
         for tracker in list(self.trackers):
             try:
                 tracker(numbers, record["step"])
             except Exception as error:  # a tracker's outage is not the run's
-                self.say(f"tracking with {self.cfg.track} stopped: {error}")
+                self.log(f"tracking with {self.cfg.track} stopped: {error}")
                 self.trackers.remove(tracker)
 
     def start_tracker(self) -> None:
@@ -121,7 +128,7 @@ class Run:
         try:
             self.trackers.append(_open_tracker(self.cfg, self.path))
         except Exception as error:
-            self.say(
+            self.log(
                 f"--track {self.cfg.track} is not available ({error}); going on with metrics.jsonl alone. "
                 f'Install it with: pip install "muonlm[track]"'
             )
@@ -141,27 +148,24 @@ class Run:
         if self.progress:
             self.progress.stop()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.console.print(text, markup=False)
 
     def show(self, record: dict, seconds_left: float) -> None:
         """The live line of a training step."""
-        line = step_line(record, self.steps, seconds_left)
+        line = step_line(record, self.steps, seconds_left, OBJECTIVES[self.cfg.train.objective].metrics)
         if self.progress:
             if len(line) + BAR + 1 > self.console.width:  # a narrow terminal: the rates go into a second line
                 line = line.replace("  lr_", "\nlr_", 1)
             self.progress.update(self.task, completed=record["step"], description=line)
         elif time.monotonic() - self.last_line > 2 or record["step"] == self.steps:  # a log file wants fewer lines
             self.last_line = time.monotonic()
-            self.say(line)
+            self.log(line)
 
 
-def step_line(record: dict, steps: int, seconds_left: float) -> str:
+def step_line(record: dict, steps: int, seconds_left: float, metrics: Mapping[str, str]) -> str:
     parts = [f"step {record['step']:,}/{steps:,}", f"epoch {record['epoch']:.3g}", f"loss {record['loss']:.4f}"]
-    if "acc" in record:
-        parts.append(f"acc {record['acc']:.1%}")
-    if "margin" in record:
-        parts.append(f"margin {record['margin']:.3f}")
+    parts += [form.format(record[name]) for name, form in metrics.items() if name in record]
     parts.append(f"{record['tok_per_s']:,.0f} tok/s")
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.0%}")

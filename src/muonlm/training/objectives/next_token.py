@@ -1,0 +1,9 @@
+"""The likelihood of the next token: pretraining, and SFT, where only the assistant's tokens are trained."""
+
+from torch import Tensor
+
+
+def next_token(model, batch) -> tuple[Tensor, int, dict[str, Tensor]]:
+    """Σ −log p(token t+1 | tokens ≤ t of the same segment) over trained targets: pretraining, and SFT, where the assistant's
+    tokens are trained alone."""
+    return model(batch.inputs, batch.targets, segments=batch.segments), batch.count, {}

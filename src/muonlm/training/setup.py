@@ -1,0 +1,327 @@
+"""From a config and a directory to everything that the loop needs: data, model, optimizer, where the run stands.
+
+`setup` makes a run that begins, goes on from its last checkpoint, or has nothing left to do, and tells what it is.
+
+Raises   UserError before anything is trained: a directory in use, data that changed, weights that do not fit, …
+"""
+
+import contextlib
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from muonlm.config.schema import Config
+from muonlm.data.batch import Splits
+from muonlm.errors import UserError
+from muonlm.model import build_model, count_parameters, scan_choice
+from muonlm.optim import RoutingPlan, build_optimizer, load_named_state, route
+from muonlm.optim.watch.activity import ActivityCheck
+from muonlm.optim.watch.diagnostics import Diagnostics
+from muonlm.optim.watch.qk_clip import qk_clip
+from muonlm.storage import write_atomically
+
+from . import checkpoint, parallel
+from .objectives import OBJECTIVES, Objective
+from .parallel import Dist
+from .resolve import check, open_data, resolve
+from .run import Run, default_directory
+from .stages import check_tokenizer
+from .stages import describe as describe_start
+
+# arguments of Muon that are keys of [muon] by the same name
+MUON_KEYS = (
+    "momentum momentum_form nesterov variant beta2 cautious wd_follows_lr ns_steps coefficients ns_method ns_dtype "
+    "state_dtype lr_mode"
+).split()
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint keeps beside weights and optimizer state."""
+
+    step: int = 0
+    tokens: int = 0  # trained targets so far
+    train_seconds: float = 0.0
+    best_loss: float = math.inf  # held-out
+    best_step: int = 0
+
+    def counters(self) -> dict:
+        return {key: value for key, value in vars(self).items() if key != "step"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    cfg: Config  # resolved
+    dist: Dist
+    run: Run
+    log: Callable[[str], None]  # lines for people, of rank 0
+    data: Splits
+    model: nn.Module
+    net: nn.Module  # the model as it is called: compiled, wrapped for data parallelism
+    optimizer: torch.optim.Optimizer
+    watch: "Watch"
+    objective: Objective
+    loss: Callable
+    progress: Progress
+    resumed_at: int  # step of the checkpoint that the run goes on from; -1: it begins
+
+    @property
+    def ended(self) -> bool:
+        """Nothing is left to train."""
+        return self.progress.step == self.cfg.train.steps or reached_target(self.cfg, self.progress)
+
+
+def setup(cfg: Config, out: str | Path | None, dist: Dist, *, resume: bool, json_mode: bool) -> Setup:
+    check(cfg)
+    path, started = directory(cfg, out, dist, resume)
+    data = open_data(cfg, dist)
+    check_tokenizer(cfg, data.train.tokenizer)
+    cfg = resolve(cfg, data, dist.world, started=started)
+    scan = scan_choice(cfg.model, dist.device)
+    run = Run(path, cfg, steps=cfg.train.steps, json_mode=json_mode)
+    log = run.log if dist.main else (lambda text: None)
+
+    saved = last_checkpoint(path, log) if started else None
+    model = build_model(cfg.model, dist.device, cfg.seed)
+    model.recompute = cfg.train.recompute
+    if cfg.init_from and saved is None:  # also a run that was killed before its first checkpoint
+        tensors, _, _ = checkpoint.read(Path(cfg.init_from), state=False)
+        checkpoint.load_weights(model, tensors, cfg.init_from)
+    plan = plan_routes(cfg, model)
+    optimizer = make_optimizer(cfg, plan, process_group="world" if dist.world > 1 else None)
+    progress = restore(saved, cfg, path, data, model, optimizer) if saved else Progress()
+    prepare(cfg, optimizer)
+    if cfg.train.dtype == "auto":
+        dtype, why = choose_dtype(model, data, cfg, dist)
+        cfg = run.cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, dtype=dtype))
+        log(f"dtype: {dtype} ({why})")
+    watch = Watch(cfg, optimizer, model)
+
+    idle = bool(saved) and (progress.step == cfg.train.steps or reached_target(cfg, progress))
+    if idle:  # the run's record must not name settings that trained nothing
+        run.cfg = checkpoint.read_config(path)
+    if dist.main:
+        begin_run(run, data, progress.step, started, dist)
+        describe_run(run, cfg, plan, optimizer, data, progress.step, started, dist)
+        if scan:
+            log(f"scan: {scan}")
+    if idle:
+        log(nothing_left(cfg, path, progress.step))
+    dist.barrier()
+    objective = OBJECTIVES[cfg.train.objective]
+    try:
+        loss = objective.start(cfg, model, data, path, started=bool(saved), dist=dist, log=log)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted. Go on with: muonlm train --resume {path}") from None
+    net = dist.wrap(torch.compile(model) if cfg.train.compile else model)
+    resumed_at = progress.step if saved else -1
+    return Setup(cfg, dist, run, log, data, model, net, optimizer, watch, objective, loss, progress, resumed_at)
+
+
+def directory(cfg: Config, out: str | Path | None, dist: Dist, resume: bool) -> tuple[Path, bool]:
+    """The run directory, and whether it holds a run that goes on; refuses one that is used or cannot be written."""
+    path = Path(out) if out else default_directory(cfg.recipe or "run")
+    started = resume and (path / "config.json").exists()
+    if not started and not resume:
+        Run.refuse_used(path)
+        Run.refuse_unwritable(path)  # before what may be hours of preparing data
+    dist.barrier()  # nobody creates the directory before all have looked
+    return path, started
+
+
+def last_checkpoint(path: Path, log: Callable[[str], None]):
+    """What checkpoint.read gives of the newest one that reads whole; None for a run that was killed before its first."""
+    saved = checkpoint.latest_valid(path, warn=log)
+    if saved is None and checkpoint.checkpoints(path):
+        raise UserError(f"run {path} has no checkpoint that can be read; start again with another --out.")
+    return saved
+
+
+def restore(saved, cfg: Config, path: Path, data: Splits, model, optimizer) -> Progress:
+    """Weights and optimizer state of a checkpoint are put back; where the run stood is returned."""
+    tensors, state, meta = saved
+    if meta["data"] != data.fingerprint:
+        raise UserError(
+            f"run {path} was trained on other data: {cfg.data.source!r} changed since. Put the old data back, or start "
+            f"a new run from its weights: muonlm train {cfg.recipe} --init-from {path} --out {path}-2"
+        )
+    checkpoint.load_weights(model, tensors, str(path))
+    load_named_state(optimizer, model, state, meta["optimizer"])
+    progress = Progress(step=meta["step"], **meta["counters"])
+    if progress.step > cfg.train.steps:
+        raise UserError(
+            f"run {path} has done {progress.step:,} steps, and --train.steps {cfg.train.steps} is fewer; "
+            "leave it out, or name more."
+        )
+    return progress
+
+
+def reached_target(cfg: Config, progress: Progress) -> bool:
+    return bool(cfg.eval.target) and progress.best_loss <= cfg.eval.target
+
+
+def choose_dtype(model: nn.Module, data: Splits, cfg: Config, dist: Dist) -> tuple[str, str]:
+    """Rank 0 decides for all, by timing at most 4,096 tokens of the first batch."""
+    loss = OBJECTIVES[cfg.train.objective].function()
+    rows = min(cfg.train.micro_batch, max(1, 4096 // cfg.model.block_size))
+    part = data.train.batch(0, dist.rank, dist.world).split(rows)[0].to(dist.device)
+    choice = parallel.choose_dtype(lambda: loss(model, part)[0], dist.device)
+    model.zero_grad()
+    return dist.broadcast(choice)
+
+
+# --- what is told and written when a run begins -------------------------------------------------------------------------------
+
+
+def begin_run(run: Run, data: Splits, step: int, started: bool, dist: Dist) -> None:
+    """Make or continue the run directory."""
+    run.create(dist.device)
+    if started:
+        run.forget_after(step)
+    if data.train.tokenizer:
+        data.train.tokenizer.save(run.path)
+    if data.template.endswith(".toml"):  # a user's own: with it and the tokenizer the run can be moved, its data lost
+        shutil.copyfile(data.template, run.path / Path(data.template).name)
+    run.start_tracker()
+
+
+def describe_run(run, cfg: Config, plan: RoutingPlan, optimizer, data: Splits, step: int, started: bool, dist: Dist):
+    counts, rows, block = (
+        count_parameters(cfg.model),
+        cfg.train.global_batch // cfg.model.block_size,
+        cfg.model.block_size,
+    )
+    table = plan.table(optimizer.param_groups)
+    write_atomically(run.path / "routing.txt", table)
+    run.log(f"run {run.path}" + (f": resumed at step {step:,}" if step else ""))
+    if (cfg.init_from or cfg.parent) and not started:
+        run.log(describe_start(cfg, counts["total"]))
+    run.log(
+        f"model: {counts['total']:,} parameters ({counts['tied']:,} tied, {counts['untied']:,} untied, "
+        f"{counts['without_embeddings']:,} without embeddings)"
+    )
+    if data.vocab_size < cfg.model.vocab_size:
+        run.log(f"vocabulary: {data.vocab_size:,} tokens, padded to {cfg.model.vocab_size:,} rows")
+    if cfg.optim.name == "muon":
+        for line in table.splitlines():
+            if line.startswith(("Muon o", "AdamW o", "Using")):
+                run.log(line)
+        if optimizer.replicas:
+            run.log(optimizer.replicas.describe())
+    for note in data.train.notes:
+        run.log(f"data: {note}")
+    micro = -(-rows // (dist.world * cfg.train.micro_batch))
+    run.log(
+        f"training: {cfg.train.steps:,} steps × {cfg.train.global_batch:,} tokens ({rows} rows of {block}; "
+        f"{micro} micro-batches × {dist.world} ranks) = {cfg.train.steps / data.train.steps_per_epoch:.3g} epochs, "
+        f"{cfg.train.dtype} on {dist.device}"
+    )
+
+
+def nothing_left(cfg: Config, path: Path, step: int) -> str:
+    done = step == cfg.train.steps
+    why = f"has done its {step:,} steps" if done else f"reached eval.target = {cfg.eval.target:g}"
+    more = f"--train.steps {2 * cfg.train.steps}" + ("" if done else " --eval.target 0")
+    return (
+        f"nothing is left to train: run {path} {why}. More steps: muonlm train --resume {path} {more}; "
+        f"another run from its weights: muonlm train {cfg.recipe} --init-from {path}"
+    )
+
+
+# --- the optimizer (until optim's table answers these) ------------------------------------------------------------------------
+
+
+def plan_routes(cfg: Config, model: nn.Module) -> RoutingPlan:
+    overrides = [tuple(rule.rsplit("=", 1)) for rule in cfg.muon.route]
+    return route(model, overrides=overrides, split_fused=cfg.muon.split_fused, per_head=cfg.muon.per_head)
+
+
+def make_optimizer(cfg: Config, plan: RoutingPlan, process_group=None) -> torch.optim.Optimizer:
+    o, m = cfg.optim, cfg.muon
+    roles = {f"{role}_lr": getattr(m, f"{role}_lr") or None for role in ("embed", "head", "scalar")}
+    shared = {key: getattr(o, key) for key in ("name", "lr", "wd", "decay", "betas", "eps")}
+    own = {key: getattr(m, key) for key in ("adamw_lr", "adamw_wd", *MUON_KEYS)}
+    warmup = m.momentum_warmup or None
+    return build_optimizer(plan, momentum_warmup=warmup, process_group=process_group, **shared, **roles, **own)
+
+
+def prepare(cfg: Config, optimizer: torch.optim.Optimizer) -> None:
+    """A method that cannot go with a dtype is known only once the device is."""
+    if cfg.optim.name != "muon":
+        return
+    try:
+        optimizer.assign_owners()  # brings rank 0's choices, too
+        optimizer.choose_methods()
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"[optim] {error}") from None
+
+
+class Watch:
+    """What looks at an optimizer while it works: Muon's activity check, its measurements with their advice, QK-clip."""
+
+    def __init__(self, cfg: Config, optimizer: torch.optim.Optimizer, model: nn.Module):
+        self.clipped, self.tau = layers_to_clip(cfg, model), cfg.muon.qk_clip
+        self.diagnostics = self.check = None
+        if cfg.optim.name != "muon":
+            return
+        every = cfg.log.diagnostics
+        if every or cfg.muon.adaptive_ns:  # which Diagnostics refuses without measurements
+            spectra = -(-cfg.log.spectra // every) * every if every else 0  # the next multiple
+            self.diagnostics = Diagnostics(every, spectra, cfg.log.advice, cfg.muon.adaptive_ns, cfg.seed)
+            self.diagnostics.attach(optimizer)
+        self.check = ActivityCheck(optimizer)
+
+    def step(self, number: int) -> contextlib.AbstractContextManager:
+        """The context of optimizer step `number`, 1, 2, …"""
+        return self.check(number) if self.check else contextlib.nullcontext()
+
+    def clip(self) -> dict[str, float]:
+        """QK-clip after a step; its metrics."""
+        return qk_clip([layer.qk_heads() for layer in self.clipped], tau=self.tau) if self.clipped else {}
+
+    def measure(self, step: int, loss: float) -> tuple[dict, list[str]]:
+        """(measurements, advice) after `step`, where they are due. All ranks call."""
+        if not self.diagnostics:
+            return {}, []
+        found = self.diagnostics.collect() if self.diagnostics.due(step) else {}
+        return found, self.diagnostics.advise(step, loss=loss)
+
+
+def layers_to_clip(cfg: Config, model: nn.Module) -> list[nn.Module]:
+    """Attention layers that QK-clip watches; none if it is off."""
+    if not cfg.muon.qk_clip:
+        return []
+    layers = [module for module in model.modules() if hasattr(module, "qk_heads")]
+    if not layers:
+        raise UserError(f"muon.qk_clip = {cfg.muon.qk_clip:g}, but this model has no attention to clip; leave it out.")
+    for layer in layers:
+        layer.qk_heads()  # refuses QK-norm
+        layer.track_logits = True
+    return layers
+
+
+def current_rates(optimizer: torch.optim.Optimizer) -> dict[str, float | Tensor]:
+    """lr_muon and momentum, lr_adamw: those of the step just taken (the first group of each kind)."""
+    rates = {}
+    for group in optimizer.param_groups:
+        muon = group.get("use_muon", False)
+        rates.setdefault("lr_muon" if muon else "lr_adamw", group["lr"])
+        if muon:
+            rates.setdefault("momentum", group["momentum"])
+    return rates
+
+
+def smaller_rates(cfg: Config) -> str:
+    """What to lower when a loss diverges."""
+    o, aux = cfg.optim, cfg.muon.adamw_lr
+    rates = [f"--optim.lr {o.lr / 2:g} (now {o.lr:g})"]
+    rates += [f"--muon.adamw_lr {aux / 2:g} (now {aux:g})"] * (o.name == "muon")
+    return " or ".join(rates)
