@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
         )
     cfg = resume_config(resumed, args, args.flags) if resumed else begin_config(args, args.flags)
     if args.dry_run:
-        from muonlm.model import check_model
+        from muonlm.training.resolve import check
 
-        check_model(cfg.model)  # no recipe is printed that training would refuse
+        check(cfg)  # no recipe is printed that training would refuse
         print(json.dumps(cfg.to_dict()) if args.json else cfg.to_toml(), end="\n" if args.json else "")
         return 0
     if args.show_mask:
