@@ -1,6 +1,6 @@
 """muonlm: train small language models, from raw text to a model that chats.
 
-The names below are loaded on first use, so that `import muonlm` costs milliseconds and `muonlm --help` does not wait for torch.
+The names below are loaded on first use: `import muonlm` costs milliseconds, `muonlm --help` does not wait for torch.
 """
 
 from importlib import import_module

@@ -97,9 +97,10 @@ def vocabulary(cfg: Config) -> tuple[int, str]:
 def describe(cfg: Config) -> dict:
     """Facts of a config as one JSON-able dict."""
     from muonlm.model import build_model, count_parameters, describe_layers, train_flops_per_token
-    from muonlm.training.resolve import rows_per_step
+    from muonlm.training.resolve import check, rows_per_step
     from muonlm.training.setup import make_optimizer, plan_routes
 
+    check(cfg)
     size, source = vocabulary(cfg)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
     counts = count_parameters(cfg.model)

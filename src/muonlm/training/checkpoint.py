@@ -6,8 +6,8 @@
     RUN/checkpoints/latest, best    files that hold the name of one
 
 Save     everything is written aside, synced, then renamed: a kill at any moment leaves the old ones whole.
-Load     every file is hashed before it is read. `latest_valid` names a damaged directory and falls back to the one before.
-         Nothing is unpickled: safetensors and JSON only. (torch.distributed.checkpoint's metadata is a pickle: not used.)
+Load     every file is hashed before it is read. `latest_valid` names a damaged directory and takes the one before it.
+         Nothing is unpickled: safetensors and JSON only. (The metadata of torch.distributed.checkpoint is a pickle.)
 Raises   UserError: no checkpoint, damaged checkpoint (which file, and what else could be used), full disk.
 """
 
@@ -67,7 +67,7 @@ def save(
 
 
 def read(path: Path, *, state: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """(model tensors, optimizer tensors, meta) of a checkpoint directory, verified; UserError names the damaged file."""
+    """(model tensors, optimizer tensors, meta) of a checkpoint, verified; UserError names the damaged file."""
     path = Path(path)
     meta = read_meta(path)
     for name, recorded in meta["files"].items():
@@ -99,7 +99,7 @@ def read_meta(path: Path) -> dict:
 
 
 def latest_valid(run: Path, warn=print):
-    """The newest checkpoint of `run` that reads whole, as `read` returns it, or None. Damaged ones are told to `warn`."""
+    """The newest checkpoint of `run` that reads whole, as `read` returns it, or None. `warn` hears of damaged ones."""
     for path in reversed(checkpoints(run)):
         try:
             return read(path)

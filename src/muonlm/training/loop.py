@@ -1,12 +1,12 @@
-"""THE loop: pretraining, SFT, DPO, grokking and whatever comes next are this one function with another objective and data.
+"""THE loop: pretraining, SFT, DPO, grokking are this one function with another objective and other data.
 
-    step n:  g = ∇ Σ_{tokens of batch n} loss / (their global count);   clip;   lr ← base_lr · schedule(n);   optimizer step
+    step n:  g = ∇ Σ_{tokens of batch n} loss / their global count;  clip;  lr ← base_lr · schedule(n);  optimizer step
 
-Batch n is a pure function of (seed, n), dropout of (seed, n, rank), rates of n, and the optimizer's state is saved whole: a
-resumed run repeats the unbroken one bit for bit on the same device and number of ranks.
+Batch n is a pure function of (seed, n), dropout of (seed, n, rank), rates of n, and the optimizer's state is saved
+whole: a resumed run repeats the unbroken one bit for bit on the same device and number of ranks.
 
-Raises   UserError before anything is trained (setup.py); RunFailed when the loss is no longer finite (nothing was updated)
-         or the optimizer turns out not to train (optim/watch).
+Raises   UserError before anything is trained (setup.py); RunFailed when the loss is no longer finite (then nothing was
+         updated) or the optimizer turns out not to train (optim/watch).
 """
 
 import contextlib
@@ -32,8 +32,10 @@ from .setup import Setup, current_rates, setup, smaller_rates
 
 
 def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, json_mode: bool = False) -> dict | None:
-    """Train `cfg` in the run directory `out` and return its report (None on ranks other than 0). `resume` continues what
-    `out` holds."""
+    """Train `cfg` in the run directory `out` and return its report; None on ranks other than 0.
+
+    resume   go on with the run that `out` holds     json_mode   lines for people go to stderr
+    """
     with parallel.start(cfg.train.device) as dist:
         job = setup(cfg, out, dist, resume=resume, json_mode=json_mode)
         stopped = loop(job)

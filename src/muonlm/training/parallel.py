@@ -1,8 +1,8 @@
 """Where a step runs: device, process group, gradient synchronisation, clipping, autocast.
 
-One process is the data-parallel path with world 1: the same calls, no collectives. Under `torchrun`, each rank takes its share of the
-global batch, DDP averages gradients, and the loop scales losses by world / global count, so the result is the sum over the
-global batch divided by its count, whatever the number of ranks.
+One process is the data-parallel path with world 1: the same calls, no collectives. Under `torchrun` each rank takes its
+share of the global batch, DDP averages gradients, and the loop scales losses by world / global count: the result is the
+sum over the global batch divided by its count, whatever the number of ranks.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from muonlm.errors import UserError
 from muonlm.optim.muon.distributed import is_sharded, local
 
-# Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets; the key is a part of torch.cuda.get_device_name().
+# Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets; keys are parts of torch.cuda.get_device_name().
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -74,7 +74,7 @@ class Dist:
 
 @contextlib.contextmanager
 def start(device: str = "auto"):
-    """Yield this process's `Dist`; joins the process group that torchrun announces in the environment, and leaves it at the end."""
+    """Yield this process's `Dist`; joins the process group that torchrun announces, and leaves it at the end."""
     rank, world, local = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
@@ -108,7 +108,7 @@ def autocast(device: torch.device, dtype: str):
 
 
 def choose_dtype(step, device: torch.device) -> tuple[str, str]:
-    """(dtype, reason). GPU: bfloat16 where supported. CPU: time `step()`, a forward and backward of the real model, both ways.
+    """(dtype, reason). GPU: bfloat16 where supported. CPU: time `step()`, forward and backward of the model, both ways.
 
     bf16 must win by 10 %: below that the noise of a shared machine decides, and fp32 is the more exact.
     """
@@ -137,10 +137,10 @@ def clip(
 ) -> Tensor:
     """Apply the clip mode to the gradients in place; return their global norm before it.
 
-    scope   what is changed, by a factor that is always that of the norm over all `parameters`, each counted once: "all", or
-            "aux", all but the matrices of Muon, whose step does not depend on the size of a gradient; needs the
-            optimizer's `groups`. "all" still damps a spike in Muon's momentum
-    Called after synchronisation, so every rank sees the same norm (never a local one); of DTensors it is that of the whole.
+    scope   what is changed, by a factor that is always that of the norm over all `parameters`, each counted once:
+            "all", or "aux", all but the matrices of Muon, whose step does not depend on the size of a gradient; needs
+            the optimizer's `groups`. "all" still damps a spike in Muon's momentum
+    Called after synchronisation, so every rank sees the same norm, never a local one; of DTensors that of the whole.
     """
     if scope not in ("all", "aux"):
         raise UserError(
@@ -163,7 +163,7 @@ def clip(
 
 
 def _whole_norms(parameters: list[nn.Parameter], norms: list[Tensor]) -> list[Tensor]:
-    """Norms of whole gradients from those of this rank's shards: one all-reduce for all tensors that are sharded alike."""
+    """Norms of whole gradients from those of this rank's shards: one all-reduce for all tensors sharded alike."""
     norms = list(norms)
     alike = {}
     for i, p in enumerate(parameters):

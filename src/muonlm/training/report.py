@@ -76,7 +76,7 @@ def finish(job: Setup, stopped: bool) -> dict:
 
 
 def sample(job: Setup) -> str:
-    """What the trained model writes: a continuation of eval.prompt, or an answer to it (or to the first held-out prompt)."""
+    """What the trained model writes: eval.prompt continued, or an answer to it or to the first held-out prompt."""
     cfg, model, data, tokenizer = job.cfg, job.model, job.data, job.data.train.tokenizer
     try:
         if not data.template:
@@ -103,7 +103,8 @@ def first_crossing(history: list[dict], metric: str, level: float) -> int | None
 def crossings(history: list[dict]) -> dict:
     """The steps of CROSSINGS and delay_ratio = val_99_step / train_99_step; {} for runs without accuracies.
 
-    (Training accuracy of exactly 1 over the whole split comes late, if at all, while the rate is constant: it is reported, not divided by.)
+    (Training accuracy of exactly 1 over the whole split comes late, if at all, while the rate is constant: it is told,
+    not divided by.)
     """
     if not any("train_acc" in r for r in history):
         return {}
@@ -145,7 +146,7 @@ STYLE = {  # metric -> (label, colour, line width)
 
 
 def draw(history: list[dict], target: Path, *, title: str, crossings: dict) -> Path | None:
-    """Loss over steps as a PNG, and accuracy beside it where there is one; None without matplotlib or anything to draw."""
+    """Loss over steps as a PNG, and accuracy beside it where there is one; None without matplotlib or lines to draw."""
     try:
         import matplotlib
     except ImportError:

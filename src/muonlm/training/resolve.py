@@ -32,7 +32,7 @@ def check(cfg: Config) -> None:
 
 
 def rows_per_step(cfg: Config, world: int) -> int:
-    """Rows of one optimizer step over all ranks, from whichever of budget, global_batch, accum and micro_batch are set."""
+    """Rows of an optimizer step over all ranks, from whichever of budget, global_batch, accum, micro_batch are set."""
     t, block = cfg.train, cfg.model.block_size
     tokens = t.parse_budget()[0] if t.budget and not t.global_batch else t.global_batch
     if tokens:
@@ -44,8 +44,8 @@ def rows_per_step(cfg: Config, world: int) -> int:
         rows = tokens // block
         if t.accum and rows != (t.micro_batch or -(-rows // (t.accum * world))) * t.accum * world:
             raise UserError(
-                f"train.global_batch = {tokens} tokens = {rows} rows, but micro_batch × accum × ranks = {t.micro_batch} × "
-                f"{t.accum} × {world}; leave one of the three at 0."
+                f"train.global_batch = {tokens} tokens = {rows} rows, but micro_batch × accum × ranks = "
+                f"{t.micro_batch} × {t.accum} × {world}; leave one of the three at 0."
             )
     else:
         rows = (t.micro_batch or 8) * (t.accum or 1) * world

@@ -47,7 +47,7 @@ def default_directory(recipe: str) -> Path:
 
 class OurConsole(Console):
     def on_broken_pipe(self) -> None:
-        """`muonlm train | head`: whoever read the lines has gone, the run goes on in silence (rich's own answer is to exit)."""
+        """`muonlm train | head`: the reader has gone, the run goes on in silence (rich's own answer is to exit)."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -60,7 +60,7 @@ class Run:
         self.trackers = []
         self.last_line = 0.0
 
-    # --- the directory ----------------------------------------------------------------------------------------------------
+    # --- the directory ------------------------------------------------------------------------------------------------
 
     @staticmethod
     def refuse_used(path: Path) -> None:
@@ -68,8 +68,8 @@ class Run:
             free = path.with_name(path.name + "-2")
             if (path / "config.json").exists():
                 raise UserError(
-                    f"--out {path} is already in use. Continue it with `muonlm train --resume {path}`, or choose another, "
-                    f"such as --out {free}"
+                    f"--out {path} is already in use. Continue it with `muonlm train --resume {path}`, or choose "
+                    f"another, such as --out {free}"
                 )
             raise UserError(f"--out {path} is already in use, and not by a run. Choose another, such as --out {free}")
 
@@ -83,7 +83,8 @@ class Run:
             ) from None
 
     def create(self, device: torch.device) -> None:
-        """Make the directory, or complete one that a kill left half made. config.json comes first: with it, the run can be resumed."""
+        """Make the directory, or complete one that a kill left half made. With config.json, which comes first, the run
+        can be resumed."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / "config.json", json.dumps(self.cfg.to_dict(), indent=1))
@@ -92,11 +93,12 @@ class Run:
                 write_atomically(self.path / "environment.json", json.dumps(environment(device), indent=1))
         except OSError as error:
             raise UserError(
-                f"--out {self.path} cannot be written: {error.strerror}. Choose another, such as --out /tmp/{self.path.name}"
+                f"--out {self.path} cannot be written: {error.strerror}. Choose another, such as --out "
+                f"/tmp/{self.path.name}"
             ) from None
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics of steps that are about to be repeated, and a last line that a kill cut short. From step 0, all is repeated."""
+        """Drop metrics of steps that will be repeated (from step 0: all), and a last line that a kill cut short."""
         path = self.path / "metrics.jsonl"
         if path.exists():
             kept = []
@@ -108,7 +110,7 @@ class Run:
                     continue
             write_atomically(path, "".join(kept))
 
-    # --- metrics ----------------------------------------------------------------------------------------------------------
+    # --- metrics ------------------------------------------------------------------------------------------------------
 
     def record(self, record: dict) -> None:
         """Append to metrics.jsonl and pass on to the trackers."""
@@ -133,7 +135,7 @@ class Run:
                 f'Install it with: pip install "muonlm[track]"'
             )
 
-    # --- console ----------------------------------------------------------------------------------------------------------
+    # --- console ------------------------------------------------------------------------------------------------------
 
     def __enter__(self):
         if self.console.is_terminal and os.environ.get("RANK", "0") == "0":

@@ -136,7 +136,7 @@ def directory(cfg: Config, out: str | Path | None, dist: Dist, resume: bool) -> 
 
 
 def last_checkpoint(path: Path, log: Callable[[str], None]):
-    """What checkpoint.read gives of the newest one that reads whole; None for a run that was killed before its first."""
+    """What checkpoint.read gives of the newest that reads whole; None for a run that was killed before its first."""
     saved = checkpoint.latest_valid(path, warn=log)
     if saved is None and checkpoint.checkpoints(path):
         raise UserError(f"run {path} has no checkpoint that can be read; start again with another --out.")
@@ -176,7 +176,7 @@ def choose_dtype(model: nn.Module, data: Splits, cfg: Config, dist: Dist) -> tup
     return dist.broadcast(choice)
 
 
-# --- what is told and written when a run begins -------------------------------------------------------------------------------
+# --- what is told and written when a run begins -----------------------------------------------------------------------
 
 
 def begin_run(run: Run, data: Splits, step: int, started: bool, dist: Dist) -> None:
@@ -234,7 +234,7 @@ def nothing_left(cfg: Config, path: Path, step: int) -> str:
     )
 
 
-# --- the optimizer (until optim's table answers these) ------------------------------------------------------------------------
+# --- the optimizer (until optim's table answers these) ----------------------------------------------------------------
 
 
 def plan_routes(cfg: Config, model: nn.Module) -> RoutingPlan:

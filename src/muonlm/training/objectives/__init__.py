@@ -2,9 +2,9 @@
 
     loss(model, batch) -> (loss_sum, count, metrics)
 
-`loss_sum` is the differentiable sum over what is trained (nats), `count` how many of the unit there are (tokens, rows, pairs),
-`metrics` detached sums over the same. The loop divides by the count of the whole global step, so accumulation and data
-parallelism equal one big batch. A new objective is one file with its loss, and one line. Nothing here waits for torch.
+`loss_sum` is the differentiable sum over what is trained (nats), `count` how many units that is (tokens, rows, pairs),
+and `metrics` are detached sums over the same. The loop divides by the count of the whole global step: accumulation and
+data parallelism equal one big batch. A new objective is one file with its loss, and one line. No torch is needed here.
 """
 
 import importlib
@@ -27,7 +27,7 @@ class Objective:
     metrics: Mapping[str, str] = field(default_factory=dict)
     """Of the metrics, those in the live line, and how: {"acc": "acc {:.1%}"}."""
     begin: str = ""
-    """Makes the loss of one run, begin(cfg, model, data, run, started=, dist=, log=), where that needs more than a function."""
+    """begin(cfg, model, data, run, started=, dist=, log=) -> the loss of a run, where a function alone will not do."""
     report: str = ""
     """report(means, count) -> what else an evaluation tells of a split."""
     converses: bool = False

@@ -12,7 +12,10 @@ def classify(model, batch) -> tuple[Tensor, int, dict[str, Tensor]]:
 
 
 def recall(model, batch) -> tuple[Tensor, int, dict[str, Tensor]]:
-    """Σ −log p(value | row so far) over the questions of data/synthetic/recall.py; `acc` counts those whose most likely token is the value."""
+    """Σ −log p(value | row so far) over the questions of data/synthetic/recall.py.
+
+    `acc` counts those whose most likely token is the value.
+    """
     logits, _ = model(batch.inputs)
     asked = batch.targets >= 0
     logits, targets = logits[asked].float(), batch.targets[asked]

@@ -1,10 +1,10 @@
 """Direct preference optimization: the loss over pairs, and the frozen reference that it compares with.
 
-The reference is the model as it was when the run began. Its log-probabilities of every answer are computed once, before the
-first step, kept in the cache (for the next run on the same data from the same weights) and in the run (for resuming). With
+The reference is the model as it was when the run began. Its log-probabilities of every answer are computed once, before
+the first step, kept in the cache (for the next run on the same data and weights) and in the run (for resuming). With
 dpo.reference = model the model itself stays in memory instead.
 
-    RUN/reference.safetensors   {split: (pairs, 2) fp32}: Σ log π_ref over the trained tokens of chosen and rejected, in nats
+    RUN/reference.safetensors   {split: (pairs, 2) fp32}: Σ log π_ref over the trained tokens of chosen, rejected; nats
 
 Raises   UserError: what the run started from is gone, or the sums cannot be written.
 """
@@ -32,11 +32,12 @@ TIE = 1e-5  # margins below it are rounding: fp32 sums of some hundred nats, in 
 
 
 class DPO:
-    """Σ over pairs of −(1 − ε) log σ(m) − ε log σ(−m),   m = β (r_chosen − r_rejected),   r = log π(y|x) − log π_ref(y|x)
+    """Σ over pairs of −(1 − ε) log σ(m) − ε log σ(−m),  m = β (r_chosen − r_rejected),  r = log π(y|x) − log π_ref(y|x)
 
-    log π(y|x) sums over the trained tokens of a segment (`length_normalize`: their mean, for both models). π_ref is frozen:
-    its sums come with the batch, or from `reference`, a model in memory. Metrics are sums over pairs: `acc` (m > 0; a tie
-    counts half), `margin` m, and the rewards `chosen` β r_chosen and `rejected` β r_rejected. At π = π_ref the loss is ln 2.
+    log π(y|x) sums over the trained tokens of a segment (`length_normalize`: their mean, for both models). π_ref is
+    frozen: its sums come with the batch, or from `reference`, a model in memory. Metrics are sums over pairs: `acc`
+    (m > 0; a tie counts half), `margin` m, and the rewards `chosen` β r_chosen and `rejected` β r_rejected.
+    At π = π_ref the loss is ln 2.
     Source: Rafailov et al. 2023 (2305.18290); ε: Mitchell, "A note on DPO with noisy preferences" (cDPO, 2023).
     """
 
@@ -67,7 +68,7 @@ class DPO:
 
 
 def segment_sums(model, batch) -> Tensor:
-    """(B, S): log-probability of each segment's trained tokens; S is the batch's largest number of segments, made even."""
+    """(B, S): log-probability of each segment's trained tokens; S: the most segments of a row, made even."""
     nats = model(batch.inputs, batch.targets, segments=batch.segments, per_token=True)
     return _by_segment(
         -nats, batch.segments, batch.reference.shape[1] if batch.reference is not None else _width(batch)
@@ -89,7 +90,7 @@ def number_of_pairs(means: dict[str, float], count: float) -> dict[str, float]:
     return {"pairs": int(count)}
 
 
-# --- the reference ------------------------------------------------------------------------------------------------------------
+# --- the reference ----------------------------------------------------------------------------------------------------
 
 
 def begin(cfg: Config, model, data, run: Path, *, started: bool, dist, log) -> DPO:
@@ -128,8 +129,8 @@ def _frozen(cfg: Config, model, started: bool):
         if cfg.init_from:
             if not Path(cfg.init_from).is_dir():
                 raise UserError(
-                    f"{cfg.init_from} is gone, and its weights are the reference of this run; put it back where it was, or start "
-                    "a new run from this one's weights: --init-from RUN"
+                    f"{cfg.init_from} is gone, and its weights are the reference of this run; put it back where it "
+                    "was, or start a new run from this one's weights: --init-from RUN"
                 )
             load_weights(frozen, read(Path(cfg.init_from), state=False)[0], cfg.init_from)
     return frozen.requires_grad_(False).eval()

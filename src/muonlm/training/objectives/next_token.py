@@ -4,6 +4,5 @@ from torch import Tensor
 
 
 def next_token(model, batch) -> tuple[Tensor, int, dict[str, Tensor]]:
-    """Σ −log p(token t+1 | tokens ≤ t of the same segment) over trained targets: pretraining, and SFT, where the assistant's
-    tokens are trained alone."""
+    """Σ −log p(token t+1 | tokens ≤ t of the same segment) over trained targets."""
     return model(batch.inputs, batch.targets, segments=batch.segments), batch.count, {}
