@@ -166,7 +166,7 @@ def put_in_place(new: Path, to: Path, *, aside: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """One process at a time is inside; the file `path` is made if need be. The lock ends with its process.
+    """One process at a time is inside; the file `path` and its folder are made if need be. It ends with its process.
 
     Whoever is inside may remove the file: those who waited for it then wait for a new one of that name. On file systems
     without locks all are let in.
@@ -177,6 +177,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 
     # The lock file is never a mere marker, which would outlive a killed process.
     lock = FileLock(path, timeout=-1 if wait else 0, fallback_to_soft=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire()
     except Timeout:

@@ -286,9 +286,9 @@ def test_an_unknown_template_is_answered_with_those_there_are():
 
 def test_a_tokenizer_without_any_stop_token_is_refused():
     tok = resolve_tokenizer("char", ["<|im_start|>Question: 2+2?\nAnswer 4#"])
-    with pytest.raises(UserError, match="neither <.endoftext.> nor.*--data.tokenizer bpe:4096 or byte$"):
+    with pytest.raises(UserError, match="neither <.endoftext.> nor.*`tokenizer` bpe:4096 or byte$"):
         TEMPLATES["qa"].encode(SUM, tok)
-    with pytest.raises(UserError, match=r"--data.special '<\|im_end\|>'"):
+    with pytest.raises(UserError, match=r"`special` '<\|im_end\|>'"):
         TEMPLATES["minimind-chatml"].prompt(SUM[:1], tok)
     assert TEMPLATES["qa"].stop_id(tok.with_special([EOT])) == tok.vocab_size
     begins = dataclasses.replace(TEMPLATES["minimind-chatml"], begin=EOT, default_system="")
@@ -354,12 +354,6 @@ def test_a_seed_task_gives_one_conversation_an_instance():
     assert found == [[user("plural", input="leaf"), says("leaves")], [user("plural"), says("s")]]
 
 
-def test_calculator_marks_go_on_request():
-    row = {"question": "a", "answer": "2*3=<<2*3=6>>6 << 7\n#### 6"}
-    [(found, _)] = read_conversations([(row, "f:1")], strip_calc=True)
-    assert found[1] == says("6", rationale="2*3=6 << 7")
-
-
 HH = "\n\nHuman: a\n\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:"
 
 
@@ -415,8 +409,8 @@ def test_word_problems_are_preferences_and_conversations():
             {"text": "a"},
             r"^f:1: no conversation in the columns text\. Known are conversations; .*output",
         ),
-        (read_conversations, {"chosen": "a", "rejected": "b"}, "they are for --train.objective dpo"),
-        (read_preferences, {"instruction": "a", "output": "b"}, "no preference .*they are for --train.objective sft"),
+        (read_conversations, {"chosen": "a", "rejected": "b"}, "they are for `objective` dpo"),
+        (read_preferences, {"instruction": "a", "output": "b"}, "no preference .*they are for `objective` sft"),
         (read_conversations, {}, "columns none"),
         (
             read_conversations,

@@ -179,15 +179,13 @@ def test_columns_of_other_names_are_read_when_they_are_named(tmp_path):
         prepare_cot(path, tmp_path / "more", columns=["ask", "reply"])
 
 
-def test_gsm8k_marks_stay_unless_they_are_to_go_and_dialogues_are_left_out(tmp_path):
+def test_gsm8k_marks_stay_and_dialogues_are_left_out(tmp_path):
     records = [{"question": "3 bags of 4 nuts. How many?", "answer": "3*4 = <<3*4=12>>12\n#### 12"},
                {"conversations": [{"role": r, "content": "1 + 1 = 2. The answer is 2."} for r in ("user", "assistant") * 2]},
     ]  # fmt: skip
     path = write(tmp_path / "gsm.jsonl", records)
     said = prepare_cot(path, tmp_path / "kept")
-    prepare_cot(path, tmp_path / "stripped", strip_calc=True)
     assert made(tmp_path / "kept")[0]["rationale"] == "3*4 = <<3*4=12>>12"
-    assert made(tmp_path / "stripped")[0]["rationale"] == "3*4 = 12"
     assert said["dropped"]["dialogue"] == 1
 
 
@@ -195,7 +193,7 @@ def test_a_target_is_replaced_only_if_it_is_ours_and_a_failure_leaves_nothing(tm
     source, out = write(tmp_path / "math.jsonl", MATH), tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite`"):
         prepare_cot(source, out)
     with pytest.raises(UserError, match="delete something else"):
         prepare_cot(source, out, overwrite=True)

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,12 +18,14 @@ from hypothesis import strategies as st
 from muonlm.data.batch import IGNORE, Batch
 from muonlm.data.examples import ExampleData, plan
 from muonlm.data.prep import examples as module
+from muonlm.data.prep import sealed
 from muonlm.data.prep.examples import prepare_examples, prepared_examples
-from muonlm.data.prep.index import read_examples
+from muonlm.data.prep.index import read_examples, verify
 from muonlm.data.prep.text import prepare
 from muonlm.data.text.templates import TEMPLATES, template
 from muonlm.data.text.tokenizer import Tokenizer
 from muonlm.errors import UserError
+from muonlm.storage import Growing
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is absent: it holds the third-party texts")
@@ -486,10 +490,10 @@ def test_an_altered_folder_is_refused_by_name(tmp_path, damage):
 def test_a_failure_leaves_nothing_and_the_older_folder_stands(tmp_path, monkeypatch):
     folder = make(tmp_path / "d", replies(3, 4, 5))
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with pytest.raises(UserError, match="exists already; add --overwrite"):
+    with pytest.raises(UserError, match="exists already; add `overwrite`"):
         make(tmp_path / "d", replies(7, 8))
-    monkeypatch.setattr(module._Writer, "close", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(module._Writer, "close", lambda self: (_ for _ in ()).throw(RuntimeError()))
+    with pytest.raises(RuntimeError):
         make(tmp_path / "d", replies(7, 8), overwrite=True)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert not (tmp_path / ".d.partial").exists()
@@ -498,6 +502,100 @@ def test_a_failure_leaves_nothing_and_the_older_folder_stands(tmp_path, monkeypa
     make(tmp_path / "d", replies(7, 8), overwrite=True)
     assert read_examples(folder)["splits"]["train"]["examples"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "d.jsonl"]
+
+
+def same(a, b) -> bool:
+    """Equal files but for the moment that an index names."""
+
+    def content(folder):
+        found = {p.name: p.read_bytes() for p in folder.iterdir()}
+        index = json.loads(found.pop("index.json"))
+        return found, {k: v for k, v in index.items() if k not in ("created", "checksum")}
+
+    return content(a) == content(b)
+
+
+def break_at(patch, number: int, error: BaseException) -> list[str]:
+    """Make the number-th of the calls that change the disk raise instead; the names of all that were made."""
+    calls = []
+    for owner, name in ((os, "replace"), (os, "rename"), (os, "fsync"), (Growing, "write"), (Growing, "close")):
+
+        def call(*args, _plain=getattr(owner, name), _name=name):
+            calls.append(_name)
+            if len(calls) == number:
+                raise error
+            return None if _name == "fsync" else _plain(*args)
+
+        patch.setattr(owner, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("val", ["hash:0.3", "tail:0.3", "PATH"])
+@pytest.mark.parametrize("kind", ["sft", "preferences"])
+def test_stopped_before_any_change_of_the_disk_it_goes_on_to_the_same_bytes(kind, val, tmp_path, monkeypatch):
+    made = replies(*range(2, 22)) if kind == "sft" else pairs(*((n, n + 1, n + 2) for n in range(2, 22)))
+    source = jsonl(tmp_path / "a.jsonl", made)
+    rule = str(jsonl(tmp_path / "v.jsonl", made[3:9])) if val == "PATH" else val
+    options = dict(kind=kind, template="qa", tokenizer="bpe:300", val=rule)
+    monkeypatch.setattr(sealed, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(module, "BATCH", 400)
+    with monkeypatch.context() as patch:
+        calls = break_at(patch, 0, KeyboardInterrupt())
+        prepare_examples(source, tmp_path / "whole", **options)
+    resumed = 0
+    for number in range(1, len(calls) + 1, 17):
+        out, told = tmp_path / f"out{number}", []
+        with monkeypatch.context() as patch:
+            break_at(patch, number, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                prepare_examples(source, out, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda handle: None)
+            index = prepare_examples(source, out, **options, log=told.append)
+        resumed += any("going on" in line for line in told)
+        assert same(out, tmp_path / "whole") and not sealed.partial_path(out).exists(), calls[number - 1]
+        assert index == read_examples(out) and verify(out)
+    assert resumed > len(calls) / 20
+
+
+KILLED = """
+import os, pathlib, random, shutil, signal, sys, time
+from muonlm.data.prep import examples, sealed
+examples.BATCH, sealed.SAVE_SECONDS = 1 << 14, 0.01
+folder, kind = pathlib.Path(sys.argv[1]), sys.argv[2]
+
+def begin(to):
+    child = os.fork()
+    if not child:
+        log = lambda line: print(line, file=sys.stderr, flush=True)
+        examples.prepare_examples("word_problems:4000:1-3", to, kind=kind, template="qa", tokenizer="bpe:400", log=log)
+        os._exit(0)
+    return child
+
+start = time.monotonic()
+os.waitpid(begin(folder / "whole"), 0)
+gap, rng, kills = (time.monotonic() - start) / 4, random.Random(5), 0
+while kills < 8:
+    child = begin(folder / "out")
+    time.sleep(rng.uniform(0, gap))
+    os.kill(child, signal.SIGKILL)
+    kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    if (folder / "out").exists():  # done too early: once more, killed more often
+        shutil.rmtree(folder / "out")
+        gap, kills = gap / 2, 0
+child = begin(folder / "out")
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["sft", "preferences"])
+def test_killed_at_random_moments_and_run_again_it_makes_the_same_bytes(kind, tmp_path):
+    """Real processes, real SIGKILL; forked from one that has imported everything."""
+    run = subprocess.run([sys.executable, "-c", KILLED, tmp_path, kind], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("going on where") >= 3, run.stderr
+    assert same(tmp_path / "out", tmp_path / "whole") and verify(tmp_path / "out")
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
@@ -521,9 +619,11 @@ def test_other_folders_and_kinds_are_refused_before_anything_is_made(tmp_path):
         prepared_examples(tmp_path / "packed", kind="sft", template="qa")
     folder = make(tmp_path / "d", replies(3, 4, 5))
     assert prepared_examples(str(folder), kind="sft", template="think") == folder
-    with pytest.raises(UserError, match=r"holds examples \(sft\), but pairs \(preferences\) are wanted.*objective sft"):
+    with pytest.raises(
+        UserError, match=r"holds examples \(sft\), but pairs \(preferences\) are wanted.*`objective` sft"
+    ):
         prepared_examples(folder, kind="preferences", template="qa")
-    with pytest.raises(UserError, match="kind 'dpo'"):
+    with pytest.raises(UserError, match="`kind` = 'dpo'"):
         prepare_examples(tmp_path / "d.jsonl", tmp_path / "e", kind="dpo", template="qa")
     with pytest.raises(UserError, match="neither .* nor another end-of-text"):  # before a row is read
         Tokenizer.char("ab", eot=False).save(tmp_path)

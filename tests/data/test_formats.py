@@ -73,7 +73,7 @@ def test_nanogpt_files_are_read_and_their_pickle_never_opened(tmp_path):
     (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "opened").encode() + b"'\ntR.")
     assert stream(tmp_path, "train") == [5, 6, 7] and stream(tmp_path, "val") == [8, 9]
     for spec in ("", "bpe:4096", "char"):
-        with pytest.raises(UserError, match="does not say whose .*meta.pkl is not opened.*--data.tokenizer gpt2:PATH"):
+        with pytest.raises(UserError, match="does not say whose .*meta.pkl is not opened.*`tokenizer` gpt2:PATH"):
             read_index(tmp_path, spec)
     assert not (tmp_path / "opened").exists()
     (tmp_path / "meta.pkl").unlink()
@@ -183,13 +183,13 @@ def test_a_vocabulary_too_large_for_rows_is_refused(tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text("some text " * 100)
     tok = resolve_tokenizer("byte")
     tok.dtype = np.dtype(np.uint32)
-    monkeypatch.setattr("muonlm.data.prep.text.resolve_tokenizer", lambda *a, **k: tok)
-    with pytest.raises(UserError, match="holds uint16 ids and this tokenizer has 257 tokens; use --as packed"):
+    monkeypatch.setattr("muonlm.data.prep.options.resolve_tokenizer", lambda *a, **k: tok)
+    with pytest.raises(UserError, match="holds uint16 ids and this tokenizer has 257 tokens; use `layout` packed"):
         prepare(tmp_path / "t.txt", tmp_path / "out", tokenizer="byte", layout="rows", block_size=8)
 
 
 def test_less_than_one_row_is_refused(tmp_path):
     (tmp_path / "t.txt").write_text("some text " * 100)
-    with pytest.raises(UserError, match=r"less than one row of 4097 tokens.*--block-size 256"):
+    with pytest.raises(UserError, match=r"less than one row of 4097 tokens.*`block_size` 256"):
         prepare(tmp_path / "t.txt", tmp_path / "out", tokenizer="byte", layout="litpkds")
     assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from muonlm.cli import main as cli
 from muonlm.data.packed import PackedData, bpb
-from muonlm.data.prep import build, formats, held_out, shards
+from muonlm.data.prep import encode, formats, held_out, sealed, shards, text
 from muonlm.data.prep.examples import prepare_examples, prepared_examples
 from muonlm.data.prep.index import read_index, verify
-from muonlm.data.prep.partial import Partial, partial_path
+from muonlm.data.prep.sealed import partial_path
 from muonlm.data.prep.text import prepare, prepared
 from muonlm.data.sources import expand as sources_module
 from muonlm.data.text.tokenizer import Tokenizer
@@ -60,12 +60,12 @@ MANY = [f"document {i}: {'é' * (i % 7)} ends\n" for i in range(400)]
 @settings(max_examples=40, deadline=None)
 def test_the_packer_loses_no_token_and_keeps_the_order(tmp_path_factory, documents, shard):
     base = tmp_path_factory.mktemp("pack")
-    old = formats.SHARD, build.BATCH
-    formats.SHARD, build.BATCH = shard, 20
+    old = formats.SHARD, encode.BATCH
+    formats.SHARD, encode.BATCH = shard, 20
     try:
         index = prepare(jsonl(base / "a.jsonl", documents), base / "out", tokenizer="byte", val="hash:0.3")
     finally:
-        formats.SHARD, build.BATCH = old
+        formats.SHARD, encode.BATCH = old
     train, val = texts(base / "out", "train"), texts(base / "out", "val")
     if index["val"]["fallback"]:
         assert "".join(train + val) == "".join(documents)
@@ -105,7 +105,7 @@ def test_one_file_of_one_line_works_end_to_end(tmp_path):
 @pytest.mark.parametrize("text", ["a", "ab", "abc"])
 def test_a_corpus_too_short_for_two_splits_is_refused_and_leaves_nothing(text, tmp_path):
     (tmp_path / "s.txt").write_text(text)
-    with pytest.raises(UserError, match=r"split has \d tokens, at least 2 are needed: .*--data.val PATH"):
+    with pytest.raises(UserError, match=r"split has \d tokens, at least 2 are needed: .*`val` PATH"):
         prepare(tmp_path / "s.txt", tmp_path / "out", tokenizer="char")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s.txt"]
 
@@ -174,7 +174,7 @@ def test_a_long_text_in_pieces_gives_the_tokens_of_the_whole(tmp_path, monkeypat
 
 
 def test_num_tokens_stops_at_the_document_that_reaches_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "BATCH", 50)
+    monkeypatch.setattr(encode, "BATCH", 50)
     source = jsonl(tmp_path / "a.jsonl", MANY)
     index = prepare(source, tmp_path / "out", tokenizer="byte", val="hash:0.3", num_tokens=300)
     train = texts(tmp_path / "out", "train")
@@ -286,8 +286,8 @@ def test_stopped_before_any_change_of_the_disk_it_goes_on_to_the_same_bytes(layo
     monkeypatch.setattr(formats, "ROWS", {"train": 100, "val": 40})
     monkeypatch.setattr(formats, "LITPKDS_ROWS", 60)
     monkeypatch.setattr(shards, "RAW_SHARD", 4000)
-    monkeypatch.setattr(build, "BATCH", 1200)
-    monkeypatch.setattr(build, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(encode, "BATCH", 1200)
+    monkeypatch.setattr(sealed, "SAVE_SECONDS", 0)
     rule = str(jsonl(tmp_path / "v.jsonl", [MANY[3], *MANY[200:240]])) if val == "PATH" else val
     options = dict(layout=layout, tokenizer="char", block_size=15) | ({} if layout == "raw" else {"val": rule})
     sources = [source, tmp_path / "b.txt"]
@@ -304,7 +304,7 @@ def test_stopped_before_any_change_of_the_disk_it_goes_on_to_the_same_bytes(layo
                 prepare(sources, out, **options)
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", lambda handle: None)
-            index = prepare(sources, out, **options, say=said.append)
+            index = prepare(sources, out, **options, log=said.append)
         resumed += any("going on" in line for line in said)
         assert same(out, tmp_path / "whole") and not partial_path(out).exists(), calls[number - 1]
         assert index == json.loads(
@@ -328,7 +328,7 @@ def test_a_stop_while_an_older_target_is_replaced_loses_neither(tmp_path, monkey
 
             patch.setattr(os, "rename" if number == 1 else "replace", stop)
             prepare(source, out, tokenizer="char", overwrite=True)
-        with Partial(out) as work:  # whoever opens it next puts the old one back
+        with sealed.sealed(out) as work:  # whoever opens it next puts the old one back
             work.keep = True
             assert verify(out) == old
             raise_after = work.path
@@ -338,7 +338,7 @@ def test_a_stop_while_an_older_target_is_replaced_loses_neither(tmp_path, monkey
         prepare(source, out, tokenizer="char", overwrite=True)
     assert verify(out)["tokenizer"]["kind"] == "char"  # stopped after the exchange: the same command finds it finished
     said = []
-    assert prepare(source, out, tokenizer="char", say=said.append) == verify(out) and "was finished" in said[0]
+    assert prepare(source, out, tokenizer="char", log=said.append) == verify(out) and "was finished" in said[0]
     assert not partial_path(out).exists()
 
 
@@ -348,8 +348,8 @@ def stop_now():
 
 def test_other_settings_or_sources_begin_again_and_say_so(tmp_path, monkeypatch):
     source, said = jsonl(tmp_path / "a.jsonl", MANY), []
-    monkeypatch.setattr(build, "BATCH", 1000)
-    monkeypatch.setattr(build, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(encode, "BATCH", 1000)
+    monkeypatch.setattr(sealed, "SAVE_SECONDS", 0)
 
     def stopped(**options):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -357,11 +357,11 @@ def test_other_settings_or_sources_begin_again_and_say_so(tmp_path, monkeypatch)
             prepare(source, tmp_path / "out", tokenizer="byte", **options)
 
     stopped()
-    prepare(source, tmp_path / "out", tokenizer="byte", val="hash:0.3", say=said.append)
+    prepare(source, tmp_path / "out", tokenizer="byte", val="hash:0.3", log=said.append)
     assert said == ["what an earlier command left unfinished is of other settings or sources: beginning again"]
     stopped(overwrite=True)
     jsonl(source, MANY[:-1] + ["document 399 is now another"])
-    prepare(source, tmp_path / "out", tokenizer="byte", overwrite=True, say=said.append)
+    prepare(source, tmp_path / "out", tokenizer="byte", overwrite=True, log=said.append)
     assert len(said) == 2 and said[1] == said[0]
     texts_now = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
     assert "document 399 is now another" in texts_now
@@ -381,8 +381,8 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
 
 def test_a_disk_that_is_full_from_the_start_keeps_nothing_and_does_not_say_so(tmp_path, monkeypatch):
     source = jsonl(tmp_path / "a.jsonl", MANY)
-    monkeypatch.setattr(Partial, "save", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space")))
-    with pytest.raises(UserError, match="disk is full.*run the same command again, or choose another --to"):
+    monkeypatch.setattr(sealed.Work, "save", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space")))
+    with pytest.raises(UserError, match="disk is full.*run the same command again, or choose another `to`"):
         prepare(source, tmp_path / "out", tokenizer="byte")
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
@@ -395,7 +395,7 @@ def test_a_link_as_target_leads_to_what_is_made_and_a_mount_point_is_refused(tmp
         prepare(source, tmp_path / "link", tokenizer="byte", overwrite=True)
         assert (tmp_path / "link").is_symlink() and verify(tmp_path / "real")
     assert not list(tmp_path.glob(".*"))
-    with pytest.raises(UserError, match="/proc is a mount point, which cannot be replaced; .*--to /proc/data"):
+    with pytest.raises(UserError, match="/proc is a mount point, which cannot be replaced; .*`to` /proc/data"):
         prepare(source, "/proc", tokenizer="byte")
 
 
@@ -408,13 +408,13 @@ def test_overwrite_never_takes_an_index_json_of_someone_else_for_ours(tmp_path):
 
 
 def test_held_out_text_on_standard_input_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--val - would read standard input several times; save it first"):
+    with pytest.raises(UserError, match="`val` - would read standard input several times; save it first"):
         prepare(jsonl(tmp_path / "a.jsonl", MANY), tmp_path / "out", tokenizer="byte", val="-")
 
 
 def test_a_tokenizer_learns_from_a_row_that_is_longer_than_its_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "SAMPLE", 2000)
-    monkeypatch.setattr(build, "PIECE", 100)
+    monkeypatch.setattr(text, "SAMPLE", 2000)
+    monkeypatch.setattr(text, "PIECE", 100)
     for n in range(4):  # whole, the row would be left out in each case with a chance of more than a half
         row = " ".join(f"words {n} and {i} more" for i in range(300))
         prepare(jsonl(tmp_path / "a.jsonl", [row]), tmp_path / "out", tokenizer="bpe:300", overwrite=n > 0)
@@ -540,7 +540,7 @@ def test_the_command_makes_each_form_of_conversations_and_names_a_flag_it_does_n
 
 def test_a_second_process_at_the_same_target_is_refused(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", MANY)
-    with Partial(tmp_path / "out"):
+    with sealed.sealed(tmp_path / "out"):
         with pytest.raises(UserError, match="another process is making .*out right now"):
             prepare(source, tmp_path / "out", tokenizer="byte")
     assert prepare(source, tmp_path / "out", tokenizer="byte")
@@ -548,14 +548,14 @@ def test_a_second_process_at_the_same_target_is_refused(tmp_path):
 
 KILLED = """
 import os, pathlib, random, shutil, signal, sys, time
-from muonlm.data.prep import build, shards, text as prepare
-build.BATCH, build.SAVE_SECONDS = 1 << 17, 0
+from muonlm.data.prep import encode, sealed, shards, text as prepare
+encode.BATCH, sealed.SAVE_SECONDS = 1 << 17, 0
 folder, sources = pathlib.Path(sys.argv[1]), sys.argv[2:]
 
 def begin(to):
     child = os.fork()
     if not child:
-        prepare.prepare(sources, to, tokenizer=str(folder / "words"), say=lambda line: print(line, file=sys.stderr, flush=True))
+        prepare.prepare(sources, to, tokenizer=str(folder / "words"), log=lambda line: print(line, file=sys.stderr, flush=True))
         os._exit(0)
     return child
 
@@ -604,7 +604,7 @@ def test_killed_at_ten_random_moments_and_run_again_it_makes_the_same_bytes(tmp_
 
 
 def test_weights_are_realised_and_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "BATCH", 500)
+    monkeypatch.setattr(encode, "BATCH", 500)
     a = jsonl(tmp_path / "a.jsonl", [f"a {i} " + "x" * 40 for i in range(500)])
     b = jsonl(tmp_path / "b.jsonl", [f"b {i} " + "y" * 90 for i in range(500)])
     index = prepare([f"{a}=3", f"{b}=1"], tmp_path / "out", tokenizer="byte", num_tokens=12_000)
@@ -619,7 +619,7 @@ def test_num_tokens_leaves_no_split_empty_and_is_the_same_for_any_batch(tmp_path
     for rule in ("hash:0.01", "tail:0.2", "last:0.2"):
         made = []
         for batch in (60, 3000, 1 << 20):
-            monkeypatch.setattr(build, "BATCH", batch)
+            monkeypatch.setattr(encode, "BATCH", batch)
             made.append(prepare(source, tmp_path / f"{rule[:4]}{batch}", tokenizer="byte", val=rule, num_tokens=200))
         assert len({m["fingerprint"] for m in made}) == 1
         train, val = (made[0]["splits"][n]["tokens"] for n in ("train", "val"))
@@ -677,13 +677,13 @@ def test_more_special_tokens_are_put_into_a_tokenizer_made_here(tmp_path):
 def test_an_existing_target_is_refused_without_overwrite_and_replaced_with_it(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", MANY)
     prepare(source, tmp_path / "out", tokenizer="byte")
-    with pytest.raises(UserError, match="out exists already; add --overwrite"):
+    with pytest.raises(UserError, match="out exists already; add `overwrite`"):
         prepare(source, tmp_path / "out", tokenizer="char")
     assert prepare(source, tmp_path / "out", tokenizer="char", overwrite=True)["tokenizer"]["kind"] == "char"
     assert verify(tmp_path / "out")["tokenizer"]["kind"] == "char"
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="is not prepared data, so --overwrite would delete something else"):
+    with pytest.raises(UserError, match="is not prepared data, so `overwrite` would delete something else"):
         prepare(source, tmp_path / "precious", tokenizer="char", overwrite=True)
     assert (tmp_path / "precious" / "thesis.txt").exists()
 
@@ -711,7 +711,7 @@ def test_a_bad_setting_is_refused_before_any_work(settings, message, tmp_path):
 def test_a_char_tokenizer_that_lacks_a_character_names_the_file(tmp_path):
     prepare(jsonl(tmp_path / "a.jsonl", MANY), tmp_path / "out", tokenizer="char")
     other = jsonl(tmp_path / "b.jsonl", ["end", "send", "Zen"] * 3)
-    with pytest.raises(UserError, match=r"b.jsonl:3: the character 'Z' .*at position 0.*--data.tokenizer byte"):
+    with pytest.raises(UserError, match=r"b.jsonl:3: the character 'Z' .*at position 0.*`tokenizer` byte"):
         prepare(other, tmp_path / "new", tokenizer=str(tmp_path / "out"), val="tail:0.2")
 
 
@@ -757,7 +757,7 @@ def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight(tmp_path):
 
 
 def test_progress_reports_the_bytes_of_text_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "BATCH", 2000)
+    monkeypatch.setattr(encode, "BATCH", 2000)
     calls = []
     index = prepare(
         jsonl(tmp_path / "a.jsonl", MANY), tmp_path / "out", tokenizer="byte", progress=lambda *a: calls.append(a)

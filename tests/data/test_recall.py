@@ -129,7 +129,7 @@ def test_an_epoch_of_training_counts_as_65536_rows():
 @pytest.mark.parametrize(
     "options, fix",
     [
-        ({"pairs": 22, "length": 64}, "--data.pairs 21 or --model.block_size 66"),
+        ({"pairs": 22, "length": 64}, "`pairs` 21 or `block_size` 66"),
         ({"pairs": 8, "vocab": 16}, "at least 17"),
         ({"pairs": 0}, "at least 1"),
         ({"rows": 0}, "at least 1"),

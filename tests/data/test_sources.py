@@ -151,12 +151,12 @@ WRONG = [
     (
         "null.jsonl",
         b'{"text": null, "a": "x", "n": 1, "b": "y"}\n',
-        r"null.jsonl:1: column 'text' holds NoneType 'None', not text; choose text columns: --data.columns a,b",
+        r"null.jsonl:1: column 'text' holds NoneType 'None', not text; choose text columns: `columns` a,b",
     ),
     (
         "col.jsonl",
         b'{"texts": "a", "b": 1}\n',
-        r"col.jsonl:1: no column 'text'; found texts, b; try --data.columns texts",
+        r"col.jsonl:1: no column 'text'; found texts, b; try `columns` texts",
     ),
     ("bad.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"bad.jsonl:2: not UTF-8 \(0xff at byte 24\)"),
     ("half.jsonl", b'{"text": "\\ud800"}\n', r"half.jsonl:1: a lone surrogate"),
@@ -176,7 +176,7 @@ def test_a_bad_file_is_answered_with_file_line_and_remedy(name, content, message
 
 
 def test_parquet_mistakes_name_the_row_and_the_columns(tmp_path):
-    with pytest.raises(UserError, match=r"a.parquet:1: no column 'text'; found context, n; try --data.columns context"):
+    with pytest.raises(UserError, match=r"a.parquet:1: no column 'text'; found context, n; try `columns` context"):
         list(documents(parquet(tmp_path / "a.parquet", context=["x"], n=[1])))
     with pytest.raises(UserError, match=r"b.parquet:3: column 'text' holds NoneType"):
         list(documents(parquet(tmp_path / "b.parquet", text=["x", "y", None])))
@@ -310,9 +310,9 @@ def test_a_folder_saved_by_datasets_reads_without_that_library(tmp_path, monkeyp
     assert [row for row, _ in rows(tmp_path / "one")] == [row for row, _ in rows(tmp_path / "many")] == made
     assert texts(tmp_path / "many", split="test") == ["row 7", "row 2"]
     assert [row for row, _ in rows(tmp_path / "one", columns="n", start=8)] == [{"n": 8}, {"n": 9}]
-    with pytest.raises(UserError, match=r"no split 'val'; found train, test; try --data.split train"):
+    with pytest.raises(UserError, match=r"no split 'val'; found train, test; try `split` train"):
         documents(tmp_path / "many", split="val")
-    with pytest.raises(UserError, match=r"no column 'txt'; found text, n; try --data.columns text"):
+    with pytest.raises(UserError, match=r"no column 'txt'; found text, n; try `columns` text"):
         list(documents(tmp_path / "one", columns="txt"))
     next((tmp_path / "one").glob("*2*of*.arrow")).unlink()
     with pytest.raises(UserError, match=r"one lacks data-00002-of-00003.arrow"):
@@ -521,7 +521,7 @@ from muonlm.data.sources import hub
 hub.PROBE = 2
 sys.exit(main(['prep', 'openai/gsm8k', '--to', {to!r}]))
 """
-ALTERNATIVES = (".parquet or .jsonl", "tinyshakespeare.txt", "--data sotu", "--data word_problems")
+ALTERNATIVES = (".parquet or .jsonl", "tinyshakespeare.txt", "sotu)", "word_problems)")
 
 
 def check_refusal(answer, why: str, within: float, to: Path):
@@ -567,7 +567,7 @@ def test_a_hanging_name_server_is_given_up(monkeypatch):
 def test_without_the_library_its_installation_is_named(monkeypatch):
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match=r'HuggingFaceFW/fineweb-edu .* pip install "muonlm\[hf\]"\. Local .*--data sotu'
+        UserError, match=r'HuggingFaceFW/fineweb-edu .* pip install "muonlm\[hf\]"\. Local .*sotu'
     ):
         documents("HuggingFaceFW/fineweb-edu")
 
@@ -795,10 +795,10 @@ def test_a_data_set_of_the_hub_streams_goes_on_from_any_place_and_gives_parts(fa
     assert found["parts"] == parts and found["part"] == texts[120:150]
     assert found["row"] == [{"text": "row 0", "n": 0}, "owner/set/train:1"]
     assert found["terms"] == "licence of owner/set: mit" and COMMIT in json.dumps(found["identity"])
-    assert "Available splits: ['train']" in found["no split"] and "--data.split" in found["no split"]
+    assert "Available splits: ['train']" in found["no split"] and "`split`" in found["no split"]
     assert "has no split 'test' to take a part of; found train" in found["no part"]
-    assert "nosuch" in found["no name"] and "default" in found["no name"] and "--data.name" in found["no name"]
-    assert "no column 'txt'; found text, n; try --data.columns text" in found["no column"]
+    assert "nosuch" in found["no name"] and "default" in found["no name"] and "`name`" in found["no name"]
+    assert "no column 'txt'; found text, n; try `columns` text" in found["no column"]
     assert "train[:1%] is empty: 2 files in all" in found["empty part"]
     assert "owner/other is no path here, and the hub shows no data set of this name (HTTP 404)" in found["no set"]
     assert "owner/forbidden" in found["forbidden"] and "HTTP 403" in found["forbidden"]

@@ -246,7 +246,7 @@ def test_encode_batch_gives_small_integer_arrays():
 
 def test_an_unknown_character_is_named_with_its_position():
     tokenizer = resolve_tokenizer("char", ["abc\n"])
-    with pytest.raises(UserError, match=r"'Z' \(U\+005A\) at position 5 \(line 2, column 2\).*--data.tokenizer byte"):
+    with pytest.raises(UserError, match=r"'Z' \(U\+005A\) at position 5 \(line 2, column 2\).*`tokenizer` byte"):
         tokenizer.encode("abc\naZ")
     with pytest.raises(UserError, match=r"U\+1F642"):
         tokenizer.encode("🙂")

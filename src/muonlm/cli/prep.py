@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         with progress_bar() as progress:
             made = prepare(args, progress, lambda line: print(line, file=sys.stderr, flush=True))
     except KeyboardInterrupt:
-        from muonlm.data.prep.partial import kept_work
+        from muonlm.data.prep.sealed import kept_work
 
         if (kept := kept_work(args.to)) is None:
             raise
@@ -108,7 +108,7 @@ def prepare(args: argparse.Namespace, progress: Callable | None, log: Callable[[
         "tokenizer": args.tokenizer or "bpe:4096",
         "special": [name.strip() for name in (args.special or "").split(",") if name.strip()],
         "progress": progress,
-        "say": log,
+        "log": log,
     }
     if args.layout in ("sft", "preferences"):
         from muonlm.data.prep.examples import prepare_examples

@@ -295,7 +295,7 @@ def _until_last_trained(trained: np.ndarray, begin: np.ndarray, length: np.ndarr
 
 
 def _template_of(path: Path, index: dict) -> str:
-    """What --data.template would have to be: a built-in name, or the definition that lies in the folder."""
+    """What `template` would have to be: a built-in name, or the definition that lies in the folder."""
     definition = index["template"]
     known = TEMPLATES.get(definition["name"])
     if known is not None and find_template(definition) == known:
@@ -317,13 +317,13 @@ def _open(cfg: Config, kind: str, rows: int, dist) -> Splits:
     if not d.source:
         raise UserError(
             f"recipe {cfg.recipe} brings no {'preferences' if kind == 'preferences' else 'conversations'} of its own. "
-            "Name some: --data FILE.jsonl (docs/data.md shows the forms), or --data word_problems:20000:1-3, which are "
+            "Name some: `source` FILE.jsonl (docs/data.md shows the forms), or `source` word_problems:20000:1-3, which are "
             "made here."
         )
     if d.num_tokens:
         raise UserError(
             f"data.num_tokens = {d.num_tokens:,} is for text; conversations are read whole. Leave it out, and say how "
-            "long to train with --train.steps or --train.epochs."
+            "long to train with `steps` or `epochs`."
         )
     options = said(cfg) | {"kind": kind, "template": d.template or "qa"}
     folder = by_one_rank(lambda: prepared_examples(d.source, **options), dist)
@@ -333,6 +333,6 @@ def _open(cfg: Config, kind: str, rows: int, dist) -> Splits:
     if d.template and find_template(d.template) != find_template(own):  # a folder made by prep brings its own
         raise UserError(
             f"{folder} was prepared with template {own}, and {d.template} is wanted; take it as it is with "
-            f"--data.template {own}, or prepare it again: muonlm prep … --template {d.template}"
+            f"`template` {own}, or prepare it again: muonlm prep … --template {d.template}"
         )
     return Splits(made["train"], {"val": made["val"]})

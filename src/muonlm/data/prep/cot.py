@@ -16,7 +16,7 @@
 Written  to/train.jsonl (all rows) · examples.json (the first 10) · metadata.json (counts of everything kept and
          dropped, sources, licences, checksum). Nothing random: the same rows give the same bytes. In bounded memory:
          the words of the excluded questions are all that is held
-Safety   written aside, synced, renamed (partial.py): the folder is whole or absent
+Safety   written aside, synced, renamed (sealed.py): the folder is whole or absent
 Raises   UserError: unknown schema or column (with what was found), no usable row, a target that exists
 Source   X. Yue et al., MAmmoTH, arXiv:2309.05653 (MathInstruct: CoT and PoT rows); 13-word overlap: T. Brown et al.,
          arXiv:2005.14165, appendix C
@@ -26,18 +26,20 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from muonlm.errors import UserError
-from muonlm.storage import Growing, full_disk_told, write
+from muonlm.storage import Growing, digest, write
 
 from ..sources import expand as src
 from ..text.conversations import read_conversations
-from .partial import Partial, refuse_target
+from .options import PrepOptions, as_list
+from .sealed import Log, refuse_early, sealed
 
 SHINGLE = 13  # words in a row that two questions may not share
 TEST_SET = "openai/gsm8k"  # what is excluded by itself where the hub is in use
+EXCLUDED_SPLIT = "test"  # of what is excluded, where it has splits
 TYPES = ("percentage", "equation", "geometry", "arithmetic", "word_problem", "default")
 DROPPED = ("program", "overlap", "no answer", "no reasoning", "dialogue")
 
@@ -68,83 +70,71 @@ STORY = re.compile(r"\bhow (?:many|much|far|long|old|fast)\b", re.IGNORECASE)
 
 
 def prepare_cot(
-    sources: str | Iterable[str],
+    sources,
     to,
     *,
-    columns: str | list[str] | None = None,
-    name: str = "",
-    split: str = "train",
-    exclude: str | Iterable[str] | None = None,
-    exclude_split: str = "test",
-    max_examples: int = 0,
-    drop_programs: bool = True,
-    strip_calc: bool = False,
     overwrite: bool = False,
-    progress=None,
+    log: Log | None = None,
+    progress: Callable[[int], None] | None = None,
+    **settings,
 ) -> dict:
     """Write the folder `to`; returns its metadata.
 
-    columns        question and solution column, for rows of no known schema
-    exclude        data whose questions may not occur (of hub data sets split `exclude_split`); None: GSM8K's test set
-                   if a source is of the hub, else none (the metadata says which)
-    max_examples   rows kept of each source; 0 = all        strip_calc     take GSM8K's <<…>> marks out
-    progress       called with the number of rows read
+    settings: of PrepOptions. `columns` are two, of the question and the solution, for rows of no known schema. Without
+    `exclude`, the test set of GSM8K is excluded if a source is of the hub, else nothing (the metadata says which).
+    progress: called with the number of rows read. log: see `sealed`.
     """
-    specs, to = [str(s) for s in _many(sources)], Path(to).expanduser()
-    refuse_target(to, overwrite)
-    names = _question_and_solution(columns)
-    if max_examples < 0:
-        raise UserError(f"--max-examples {max_examples} must be 0 (all) or more")
-    files = [source for spec in specs for source in src.expand(spec, name=name, split=split)]  # refused before any work
-    if exclude is None:
-        exclude = [TEST_SET] if any(source.form == "hub" for source in files) else []
-    forbidden = _Forbidden(_many(exclude), exclude_split)
+    options, specs = PrepOptions(**settings), [str(s) for s in as_list(sources)]
+    refuse_early(to, overwrite)
+    names = _question_and_solution(options)
+    files = [source for spec in specs for source in src.expand(spec, name=options.name, split=options.split)]
+    src.refuse_text(files)
+    exclude = as_list(options.exclude or [])
+    if options.exclude is None and any(source.form == "hub" for source in files):
+        exclude = [TEST_SET]
+    forbidden = _Forbidden(exclude)
+    what = {"specs": specs, "exclude": exclude, "settings": [names, options.max_examples, options.drop_programs]}
+    with sealed(to, overwrite=overwrite, log=log) as work:
+        if finished := work.begin(files, [], what):
+            return finished
+        return work.complete(
+            lambda: _write(work.out, specs, files, names, options, forbidden, progress), "metadata.json", ascii=False
+        )
 
-    with full_disk_told(to, lambda: "Make room, or choose another --to"), Partial(to) as work:
-        refuse_target(to, overwrite)  # it may have appeared since
-        work.load("")  # nothing is taken up: what an earlier kill left is emptied
-        settings = (names, name, split, forbidden, max_examples, drop_programs, strip_calc)
-        metadata = _write(work.out, specs, files, *settings, progress)
-        work.put_in_place()
-        return metadata
 
-
-def _write(
-    out: Path, specs, files, names, name, split, forbidden, max_examples, drop_programs, strip_calc, progress
-) -> dict:
-    """The three files; returns the metadata."""
-    counts, examples, digest, read = Counter(), [], hashlib.sha256(), 0
+def _write(out: Path, specs, files, names, options: PrepOptions, forbidden: "_Forbidden", progress) -> dict:
+    """The rows and the first ten of them; returns the metadata."""
+    counts, examples, read = Counter(), [], 0
     with Growing(out / "train.jsonl") as rows:
         for spec in specs:
             kept = 0
-            for record, where in src.rows([spec], name=name, split=split):
+            for record, where in src.rows([spec], name=options.name, split=options.split):
                 read += 1
                 if progress:
                     progress(read)
-                for row in _examples(record, where, names, strip_calc):
-                    fate = _fate(row, forbidden, drop_programs)
+                for row in _examples(record, where, names):
+                    fate = _fate(row, forbidden, options.drop_programs)
                     counts[fate] += 1
                     if fate == "kept":
                         counts[row["type"]] += 1
                         kept += 1
-                        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-                        digest.update(line)
-                        rows.write(line)
+                        rows.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                         examples += [row] if len(examples) < 10 else []
-                if kept >= max_examples > 0:
+                if kept >= options.max_examples > 0:
                     break
     if not counts["kept"]:
         why = ", ".join(f"{counts[fate]} {fate}" for fate in DROPPED if counts[fate]) or "there are none"
         raise UserError(
             f"{', '.join(specs)}: of {read} rows none can be used ({why}); other columns are named by "
-            "--columns QUESTION,SOLUTION"
+            "`columns` QUESTION,SOLUTION"
         )
-    metadata = {
+    write(out / "examples.json", json.dumps(examples, ensure_ascii=False, indent=1))
+    return {
         "format_version": 1,
         "layout": "cot",
         "sources": specs,
-        "name": name,
-        "split": split,
+        "name": options.name,
+        "split": options.split,
         "columns": names,
         "licences": sorted({text for source in files if (text := src.licence(source))}),
         "rows_read": read,
@@ -152,14 +142,10 @@ def _write(
         "types": {kind: counts[kind] for kind in TYPES},
         "dropped": {fate: counts[fate] for fate in DROPPED},
         "excluded": {"sources": forbidden.specs, "questions": forbidden.count, "words_in_a_row": SHINGLE},
-        "drop_programs": drop_programs,
-        "strip_calc": strip_calc,
-        "max_examples": max_examples,
-        "sha256": digest.hexdigest(),
+        "drop_programs": options.drop_programs,
+        "max_examples": options.max_examples,
+        "sha256": digest(out / "train.jsonl", "sha256"),
     }
-    for file, content in (("examples.json", examples), ("metadata.json", metadata)):
-        write(out / file, json.dumps(content, ensure_ascii=False, indent=1))
-    return metadata
 
 
 def number(text: str) -> str | None:
@@ -206,17 +192,17 @@ def is_program(solution: str, source: str = "") -> bool:
     return len(lines) >= 2 and 3 * sum(bool(ASSIGNMENT.match(line)) for line in lines) >= 2 * len(lines)
 
 
-def _examples(record: dict, where: str, names: list[str], strip_calc: bool) -> Iterator[dict]:
+def _examples(record: dict, where: str, names: list[str]) -> Iterator[dict]:
     """The rows of a record; "answer" is None where none is found, "dialogue" is set where there are more turns."""
     if names:
         lacking = [column for column in names if column not in record]
         if lacking:
             raise UserError(
                 f"{where}: no column {lacking[0]!r}; found {', '.join(record)}; give two of them: "
-                "--columns QUESTION,SOLUTION"
+                "`columns` QUESTION,SOLUTION"
             )
         record = {"question": record[names[0]], "answer": record[names[1]], "source": record.get("source")}
-    for turns, _ in read_conversations([(record, where)], strip_calc=strip_calc):
+    for turns, _ in read_conversations([(record, where)]):
         turns = [turn for turn in turns if turn["role"] != "system"]
         if [turn["role"] for turn in turns] != ["user", "assistant"]:
             yield {"dialogue": True}
@@ -257,11 +243,11 @@ def _normal(answer: str) -> str:
 class _Forbidden:
     """The words of questions that may not occur: whole, and every SHINGLE of them in a row."""
 
-    def __init__(self, specs: Iterable[str], split: str):
-        self.specs, self.count = [str(s) for s in specs], 0
+    def __init__(self, specs: list[str]):
+        self.specs, self.count = specs, 0
         self._whole: set[int] = set()
         self._shingles: set[int] = set()
-        for record, where in src.rows(self.specs, split=split) if self.specs else ():
+        for record, where in src.rows(self.specs, split=EXCLUDED_SPLIT) if self.specs else ():
             for turns, _ in read_conversations([(record, where)]):
                 asked = next((turn["content"] for turn in turns if turn["role"] == "user"), "")
                 words = _words(asked)
@@ -286,14 +272,10 @@ def _digest(words: list[str]) -> int:
     return int.from_bytes(hashlib.blake2b(" ".join(words).encode("utf-8", "replace"), digest_size=8).digest())
 
 
-def _many(given: str | Iterable[str]) -> list[str]:
-    return [given] if isinstance(given, str | Path) else list(given)
-
-
-def _question_and_solution(columns) -> list[str]:
-    names = [n.strip() for part in _many(columns or []) for n in part.split(",") if n.strip()]
+def _question_and_solution(options: PrepOptions) -> list[str]:
+    names = options.column_names
     if names and len(names) != 2:
         raise UserError(
-            f"--columns {','.join(names)}: chain-of-thought data has two columns; give --columns QUESTION,SOLUTION"
+            f"`columns` {','.join(names)}: chain-of-thought data has two columns; give `columns` QUESTION,SOLUTION"
         )
     return names

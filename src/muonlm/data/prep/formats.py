@@ -112,7 +112,7 @@ def foreign_tokenizer(path, tokenizer: str) -> Tokenizer:
         )
     raise UserError(
         f"{path} holds token ids and does not say whose{said}; name the tokenizer it was made with: "
-        "--data.tokenizer gpt2:PATH/merges.txt, PATH/tokenizer.json or byte"
+        "`tokenizer` gpt2:PATH/merges.txt, PATH/tokenizer.json or byte"
     )
 
 
@@ -195,7 +195,7 @@ def _check_rows(files: list[tuple[Path, int]], block_size: int) -> None:
     file, tokens = next(f for f in files if f[1] % most)
     raise UserError(
         f"{file} has {tokens} tokens, no whole number of rows of {most}; copy or make it again, or set "
-        f"--model.block_size to the row length − 1. {EXPECTED}"
+        f"`block_size` to the row length − 1. {EXPECTED}"
     )
 
 
@@ -217,7 +217,7 @@ def _check_ids(file: Path, ids: np.ndarray, tok: Tokenizer) -> None:
     if (most := int(ids.max())) >= tok.vocab_size:
         raise UserError(
             f"{file} holds the id {most}, the tokenizer {tok.kind} has {tok.vocab_size}: it was made with another one "
-            f"(--data.tokenizer) or is no uint16; {EXPECTED}"
+            f"(`tokenizer`) or is no uint16; {EXPECTED}"
         )
 
 

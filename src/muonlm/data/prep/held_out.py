@@ -63,14 +63,14 @@ def parse(val: str) -> HeldOut:
     rule = re.fullmatch(r"(hash|last|tail):(.*)", str(val))
     if rule is None:
         if str(val) in ("hash", "last", "tail") or re.fullmatch(r"[0-9.]+", str(val)):
-            raise UserError(f"--data.val {val} is incomplete; write hash:0.01, tail:0.1 or the path of held-out text")
+            raise UserError(f"`val` {val} is incomplete; write hash:0.01, tail:0.1 or the path of held-out text")
         return HeldOut("path", 0.0, str(val))
     try:
         fraction = float(rule[2])
     except ValueError:
         fraction = math.nan
     if not 0 < fraction < 1:
-        raise UserError(f"--data.val {val}: the fraction must lie between 0 and 1, like {rule[1]}:0.1")
+        raise UserError(f"`val` {val}: the fraction must lie between 0 and 1, like {rule[1]}:0.1")
     return HeldOut(rule[1], fraction, str(val))
 
 

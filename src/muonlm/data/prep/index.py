@@ -23,8 +23,7 @@ from .formats import foreign_index, foreign_tokenizer, is_foreign
 
 FORMAT_VERSION = 1
 INDEX_NAMES = ("index.json", "meta.json")  # of token files
-INDEX_FILES = (*INDEX_NAMES, "raw.json")
-OURS = (*INDEX_FILES, "metadata.json")
+OURS = (*INDEX_NAMES, "raw.json", "metadata.json")
 KINDS = {"sft": "examples", "preferences": "pairs"}  # kinds of examples, and what a message calls their items
 
 
@@ -54,7 +53,7 @@ def has_tokens(path: Path) -> bool:
 
 def stored(folder: Path) -> dict | None:
     """The index in a folder of any layout, unchecked."""
-    for name in INDEX_FILES:
+    for name in OURS:
         try:
             return json.loads((folder / name).read_text("utf-8"))
         except (OSError, ValueError):

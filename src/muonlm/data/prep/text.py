@@ -9,242 +9,290 @@ follow each other unmarked; that is usual in rows and litpkds.
 
 Held out  a rule of held_out.py: "hash:0.01" where none is given; in rows and litpkds "last:0.05", as published, except
           from the hub or under num_tokens: "hash:0.05"
-Units     tokens, bytes of UTF-8 text (EOT counts as a token of no bytes), documents. Bits per byte: see `bpb`
-Memory    a few batches of text, whatever the corpus (build.py)
-Safety    all is made aside and renamed at the end (partial.py). After a kill or Ctrl-C the same call goes on where the
-          last save was, SAVE_SECONDS ago at most, to the same bytes as an undisturbed one; another command or changed
-          sources begin again. An error removes the work, but not a full disk nor an error while a hub is read
-Raises    UserError: bad sources, bad settings, existing target, full disk, splits of fewer than two tokens or of no row
+Units     tokens, bytes of UTF-8 text (EOT counts as a token of no bytes), documents. Bits per byte: packed.bpb
+Memory    a few batches of text, whatever the corpus (encode.py); BPE trains on ≤ SAMPLE characters
+Safety    all is made aside and renamed at the end (sealed.py). Held-out rule, tokenizer, place in the stream and the
+          length of every file are written down in this order, each after what it stands for is on the disk. After a kill
+          or Ctrl-C the same call goes on where the last save was, SAVE_SECONDS ago at most, to the same bytes as an
+          undisturbed one; another command or changed sources begin again. An error removes the work, but not a full
+          disk nor an error while a hub is read
+Raises    UserError: bad sources, bad settings, existing target, full disk, bad text, splits of fewer than two tokens or
+          of no row, a vocabulary that rows cannot hold
 """
 
-import json
-import shutil
-import sys
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
-from muonlm.errors import UserError
-from muonlm.storage import Growing, full_disk_told, is_full, write
+import numpy as np
 
-from ..sources.expand import Source, expand, identity, licence
-from ..text.tokenizer import made_from_text, resolve_tokenizer
-from . import formats
-from .build import Job, Progress, build, build_raw, is_file
+from muonlm.errors import UserError
+from muonlm.storage import fingerprint
+
+from ..sources.expand import PIECE, advance, expand, size
+from ..text.tokenizer import Tokenizer, resolve_tokenizer
+from . import formats, sealed
 from .cache import in_cache
-from .held_out import parse
-from .index import FORMAT_VERSION, checksum, has_tokens, read_index, stored
-from .partial import Partial, kept_work, partial_path, refuse_target
+from .encode import Job, Progress, State, encode
+from .held_out import HeldOut, Sides, digest, digests, limit, settle
+from .index import checksum, has_tokens, read_index
+from .options import PrepOptions, as_list
+from .sealed import Log, refuse_early, tell_licences
+from .shards import RawShards, TokenShards
+
+SAMPLE = 1 << 25  # characters that BPE is trained on: merges of common words settle long before
 
 
 def prepare(
     sources,
     to,
     *,
-    tokenizer: str = "bpe:4096",
-    columns=None,
-    val: str | None = None,
-    num_tokens: int | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
-    layout: str = "packed",
-    special: Iterable[str] = (),
-    name: str = "",
-    split: str = "train",
-    eod: bool | None = None,
-    block_size: int = 4096,
     wait: bool = False,
+    log: Log | None = None,
+    progress: Progress | None = None,
+    **settings,
 ) -> dict:
     """Make the sealed folder `to`; returns its index. Interrupted work of the same call is taken up again.
 
-    num_tokens: stop with the piece (≤ 1 MB) of text that brings the training split to so many tokens, and go on only as
-    long as the held-out split is empty (under tail and last: shorter than its fraction). name, split: of hub data sets.
-    eod: mark documents; None = as usual in the layout. block_size: rows of rows and litpkds hold one token more.
-    say: hears what is worth a line (licences, going on, beginning again). wait: for another process at the same target.
+    settings: of PrepOptions. Under num_tokens the work goes on only as long as the held-out split is empty (under tail
+    and last: shorter than its fraction). wait, log: see `sealed`.
     """
-    to, tell = Path(to).expanduser(), say or (lambda line: None)
-    _check_settings(layout, val, num_tokens, block_size)
-    if not partial_path(to).exists():
-        refuse_target(to, overwrite)
-    files = expand(sources, name=name, split=split)
-    hub, special = any(s.form == "hub" for s in files), tuple(special)
-    held = parse(val or _usual_rule(layout, hub, num_tokens))
+    options = PrepOptions(**settings)
+    refuse_early(to, overwrite)
+    files = expand(sources, name=options.name, split=options.split)
+    hub, held = any(s.form == "hub" for s in files), options.held(hub=any(s.form == "hub" for s in files))
     if held.rule == "-":
         raise UserError(
-            "--val - would read standard input several times; save it first and name the file: --val FILE.txt"
+            "`val` - would read standard input several times; save it first and name the file: `val` FILE.txt"
         )
-    fixed = None if layout == "raw" or made_from_text(tokenizer) else resolve_tokenizer(tokenizer, special=special)
-    if hub and layout != "raw" and tokenizer == "char":
+    fixed = None if options.layout == "raw" else options.fixed_tokenizer()
+    if hub and options.layout != "raw" and options.tokenizer == "char":
         raise UserError(
             "the tokenizer char needs all characters of the text first, and a data set of the hub is too long to be "
-            "read twice; take --tokenizer byte, or save a part of it: muonlm prep ID --raw-only --split 'train[:1%]' "
+            "read twice; take `tokenizer` byte, or save a part of it: muonlm prep ID --raw-only --split 'train[:1%]' "
             "--to FOLDER"
         )
-    job = Job(
-        files=files,
-        val_files=expand(held.rule) if held.kind == "path" else [],
-        held=held,
-        tokenizer=fixed or tokenizer,
-        columns=columns,
-        num_tokens=num_tokens,
-        layout=layout,
-        special=special,
-        eod=layout not in ("rows", "litpkds") if eod is None else eod,
-        block_size=block_size,
-        report=progress or (lambda stage, done, total: None),
-    )
-    for line in dict.fromkeys(filter(None, map(licence, job.files + job.val_files))):
-        tell(line)
-
-    def remedy() -> str:
-        kept = kept_work(to)
-        goes_on = f": it goes on from {kept}; or remove that folder and" if kept else ", or"
-        return f"Make room and run the same command again{goes_on} choose another --to"
-
-    with full_disk_told(to, remedy), Partial(to, wait=wait) as job.work:
-        return _make(job, overwrite, hub, tell)
+    val_files = expand(held.rule) if held.kind == "path" else []
+    tell_licences(files + val_files, log)
+    with sealed.sealed(to, overwrite=overwrite, wait=wait, log=log) as work:
+        report = progress or (lambda stage, done, total: None)
+        files = work.spool_stdin(files)
+        job = Job(options, files, val_files, held, fixed or options.tokenizer, work, report)
+        if finished := work.begin(job.files, val_files, _what(job), keep=hub):
+            return finished
+        sizes = [size(s) for s in job.files + val_files]
+        job.total = sum(sizes) if all(sizes) else 0
+        job.state = State(**work.state)
+        if done := job.state.splits:
+            tokens, texts = (sum(s.get(unit, 0) for s in done.values()) for unit in ("tokens", "documents"))
+            work.log(f"going on where the command was stopped: {texts:,} documents, {tokens:,} tokens are done")
+        make = _make_raw if options.layout == "raw" else _make
+        return work.complete(
+            lambda: make(job), {"raw": "raw.json", "bin": "meta.json"}.get(options.layout, "index.json")
+        )
 
 
-def _make(job: Job, overwrite: bool, hub: bool, tell) -> dict:
-    """Under the lock: take up earlier work or begin, build, put in place."""
-    work = job.work
-    work.keep = begun = work.begun  # until it is certain that this command may dispose of it
-    job.files = _spool_stdin(job.files, work.path)
-    sizes = _stat(job.files + job.val_files)
-    job.look_at_sources()
-    key = job.key()
-    if (state := work.peek(key)) and "sealed" in state and not work.out.exists():
-        index = stored(work.to)
-        if index and index["checksum"] == state["sealed"]:  # killed right after the rename
-            tell(f"{work.to} was finished when the command was stopped")
-            return index
-    refuse_target(work.to, overwrite)
-    job.state = work.load(key) or {"key": key}
-    work.keep = hub
-    if "splits" in job.state:
-        tokens = sum(s.get("tokens", 0) for s in job.state["splits"].values())
-        texts = sum(s["documents"] for s in job.state["splits"].values())
-        tell(f"going on where the command was stopped: {texts:,} documents, {tokens:,} tokens are done")
-    elif begun and len(job.state) == 1:
-        tell("what an earlier command left unfinished is of other settings or sources: beginning again")
-    try:
-        if "sealed" not in job.state:
-            index = build_raw(job) if job.layout == "raw" else build(job)
-            for source, found in _stat(job.files + job.val_files).items():
-                if sizes[source] != found:
-                    raise UserError(f"{source} was changed while it was read; run the command again")
-            index["checksum"] = checksum(index)
-            file = work.out / {"raw": "raw.json", "bin": "meta.json"}.get(job.layout, "index.json")
-            write(file, json.dumps(index, indent=1))
-            job.save(sealed=index["checksum"])
-        work.put_in_place()
-        work.keep = False
-        return stored(work.to)
-    except OSError as error:
-        work.keep |= is_full(error)
-        raise
-    except UserError as error:
-        if work.keep:
-            raise UserError(f"{error}. What is done is kept: the same command goes on from there") from None
-        raise
+def _what(job: Job) -> dict:
+    """What decides the content of the folder beside the content of its sources."""
+    o, tok = job.options, job.tokenizer
+    return {
+        "order": [[s.group, s.weight] for s in job.files],
+        "val": job.held.rule,
+        "tokenizer": tok.fingerprint if isinstance(tok, Tokenizer) else tok,
+        "settings": [o.column_names, o.num_tokens, o.layout, o.special, o.marks, o.block_size, formats.SHARD],
+    }
 
 
-def prepared(
-    source,
-    *,
-    tokenizer: str = "bpe:4096",
-    columns=None,
-    val: str = "hash:0.01",
-    num_tokens: int | None = None,
-    special: Iterable[str] = (),
-    name: str = "",
-    split: str = "train",
-    cache=None,
-    progress: Progress | None = None,
-) -> Path:
-    """The prepared folder behind `--data`: `source` itself if it is one (ours or of another format that is read), else
-    made once in the cache and found there again.
+def prepared(source, *, cache=None, progress: Progress | None = None, **settings) -> Path:
+    """The prepared folder behind `data.source`: itself if it is one (ours or of another format that is read), else made
+    once in the cache and found there again.
 
-    The cache key covers the content of all sources and every setting. Processes may race: one works, the others wait
-    and use its folder.
+    settings: of PrepOptions. The cache key covers the content of all sources and every setting. Processes may race: one
+    works, the others wait and use its folder.
     """
-    many = [source] if isinstance(source, (str, Path)) else list(source)
+    options, many = PrepOptions(**settings), as_list(source)
     one = Path(many[0]).expanduser() if len(many) == 1 else ""
     if one and (formats.is_foreign(one) or has_tokens(one)):
-        if read_index(one, tokenizer)["layout"] == "examples":
-            raise UserError(f"{one} holds conversations, not text; train on them with --train.objective sft or dpo")
+        if read_index(one, options.tokenizer)["layout"] == "examples":
+            raise UserError(f"{one} holds conversations, not text; train on them with `objective` sft or dpo")
         return one
-    held, special = parse(val), tuple(special)
     try:
-        files = expand(many, name=name, split=split)
+        files = expand(many, name=options.name, split=options.split)
     except UserError:
         if one and one.is_dir() and formats.token_files(one):
             raise UserError(f"{one} holds .bin files of unknown names; {formats.EXPECTED}") from None
         raise
     if any(s.name == "-" for s in files):
         raise UserError(
-            "standard input can be read only once; save it first: muonlm prep - --to FOLDER, then --data FOLDER"
+            "standard input can be read only once; save it first: muonlm prep - --to FOLDER, then `source` FOLDER"
         )
-    if num_tokens is None and any(s.form == "hub" for s in files):
+    if options.num_tokens is None and any(s.form == "hub" for s in files):
         raise UserError(
             f"{one or 'a data set of the hub'} may have no end for this machine; say how much of it: "
-            "--data.num_tokens 1e7, or prepare it once: muonlm prep ID --num-tokens 1e8 --to FOLDER"
+            "`num_tokens` 1e7, or prepare it once: muonlm prep ID --num-tokens 1e8 --to FOLDER"
         )
-    key = {
-        "format": FORMAT_VERSION,
-        "sources": [identity(s) for s in files],
+    key = options.cache_key(files) | {
         "groups": [[*dict.fromkeys(s.group for s in files)].index(s.group) for s in files],  # what shares a weight
-        "tokenizer": tokenizer if made_from_text(tokenizer) else resolve_tokenizer(tokenizer).fingerprint,
-        "columns": columns if isinstance(columns, str) or columns is None else ",".join(columns),
-        "val": [identity(s) for s in expand(val)] if held.kind == "path" else held.rule,
-        "more": [num_tokens, special],
+        "more": [options.num_tokens, options.special],
     }
-    settings = dict(tokenizer=tokenizer, columns=columns, val=val, num_tokens=num_tokens, special=special)
 
     def make(to: Path) -> None:
-        prepare(files, to, **settings, progress=progress, wait=True)
+        prepare(files, to, progress=progress, wait=True, **settings)
 
     return in_cache("data", key, read_index, make, cache)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# small steps
+# ---------------------------------------------------------------------------------------------------------- the steps
 
 
-def _check_settings(layout: str, val: str | None, num_tokens: int | None, block_size: int) -> None:
-    if layout not in (*formats.LAYOUTS, "raw"):
-        raise UserError(f"layout {layout!r} is unknown; it is {', '.join(formats.LAYOUTS)} or raw")
-    if num_tokens is not None and num_tokens < 2:
-        raise UserError(f"num_tokens={num_tokens}: at least 2 are needed")
-    if block_size < 1:
-        raise UserError(f"block_size={block_size}: at least 1 is needed; 4096 is usual")
-    if layout == "raw" and (val or num_tokens):
+def _make(job: Job) -> dict:
+    """Fill work.out with token files and the tokenizer; returns the index."""
+    options, held = job.options, _decide(job)
+    tok = _tokenizer(job)
+    if options.in_rows and tok.dtype != np.uint16:
         raise UserError(
-            "layout raw holds whole documents without tokens or splits: leave --val and --num-tokens to the command "
-            "that makes tokens of it (from the hub, --split 'train[:1%]' takes a part)"
+            f"the layout {options.layout} holds uint16 ids and this tokenizer has {tok.vocab_size} tokens; use "
+            "`layout` packed"
         )
+    splits = {
+        name: TokenShards(job.work.out, name, options.layout, tok.dtype, options.block_size, job.state.splits.get(name))
+        for name in ("train", "val")
+    }
+    try:
+        overlap = _encode_splits(job, held, splits, tok)
+        job.report("tokenise", job.state.done, job.state.done)
+        for part in splits.values():
+            part.finish(tok)
+    finally:
+        for part in splits.values():
+            part.files.abandon()
+    _check_splits(job, splits)
+    return _index(job, tok, splits, overlap)
 
 
-def _usual_rule(layout: str, hub: bool, num_tokens: int | None) -> str:
-    if layout not in ("rows", "litpkds"):
-        return "hash:0.01"
-    return "hash:0.05" if hub or num_tokens else "last:0.05"
+def _encode_splits(job: Job, held: HeldOut, splits: dict[str, TokenShards], tok: Tokenizer) -> int:
+    """All text into the files of its split; returns how many training documents equal a held-out one."""
+    if held.kind == "path" and job.state.phase == "val":
+        whole = Sides(held, state=job.state.sides or {"side": "val"})
+        encode(job, "val", job.read_val(job.state.place), whole, splits, tok)
+        job.save(phase="train", place=None, sides=None, splits={n: s.sync() for n, s in splits.items()})
+    known = None
+    if held.kind == "path":
+        known = digests(job.read_val())
+    elif held.kind == "last":
+        known = digests(job.read(), after=held.cut)
+    sides = Sides(held, known, job.state.sides)
+    return encode(job, "train", job.read(job.state.place), sides, splits, tok)
 
 
-def _stat(sources: list[Source]) -> dict[str, tuple[int, int]]:
-    """File -> (bytes, time of the last change)."""
-    found = {str(s.path): s.path.stat() for s in sources if is_file(s)}
-    return {path: (info.st_size, info.st_mtime_ns) for path, info in found.items()}
+def _index(job: Job, tok: Tokenizer, splits: dict[str, TokenShards], overlap: int) -> dict:
+    options, held = job.options, job.held
+    val = {"rule": held.rule, "fallback": held.fallback}
+    if held.kind != "tail":
+        val["overlap"] = overlap
+    index = job.work.header(options.layout) | {
+        "sources": job.work.records,
+        "tokenizer": tok.record(),
+        "vocab_size": tok.vocab_size,
+        "dtype": tok.dtype.name,
+        "eod": options.marks and tok.eot_id is not None,
+        "splits": {name: part.record() for name, part in splits.items()},
+        "val": val,
+    }
+    if options.in_rows:
+        index["block_size"] = options.block_size
+    if weights := {s.group: s.weight for s in job.files if s.weight is not None}:
+        taken = job.state.mixture
+        everything = max(1, sum(taken.values()))
+        index["mixture"] = [
+            {"source": g, "weight": w, "characters": taken.get(g, 0), "share": taken.get(g, 0) / everything}
+            for g, w in weights.items()
+        ]
+    # What training sees: content, not where it lies or when it was made.
+    content = {n: [part.tokens, [s["blake2b"] for s in part.files.shards]] for n, part in splits.items()}
+    index["fingerprint"] = fingerprint([tok.fingerprint, index["dtype"], content])
+    index["checksum"] = checksum(index)
+    return index
 
 
-def _spool_stdin(files: list[Source], folder: Path) -> list[Source]:
-    """Standard input is read several times below: keep it beside the output until that is sealed."""
-    if not any(s.name == "-" for s in files):
-        return files
-    spool = folder / "stdin.txt"
-    with Growing(spool) as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
-    if not spool.stat().st_size:
-        raise UserError("-:1: standard input is empty; pipe some text: cat FILE | muonlm prep - --to FOLDER")
-    return [replace(s, path=spool) if s.name == "-" else s for s in files]
+def _make_raw(job: Job) -> dict:
+    """Fill work.out with the documents as JSON lines; returns the index."""
+    shards = RawShards(job.work.out, job.state.splits.get("raw"))
+    place, saved = copy.deepcopy(job.state.place) or {}, time.monotonic()
+    try:
+        for document in job.read(job.state.place):
+            advance(place, document)
+            shards.write(document.text, document.last)
+            if time.monotonic() - saved >= sealed.SAVE_SECONDS:
+                job.save(place=copy.deepcopy(place), splits={"raw": shards.sync()})
+                job.report("write", shards.bytes, job.total)
+                saved = time.monotonic()
+        shards.finish()
+        job.report("write", shards.bytes, shards.bytes)
+    finally:
+        shards.files.abandon()
+    index = job.work.header("raw") | {"sources": job.work.records} | shards.record()
+    return index | {"checksum": checksum(index)}
+
+
+def _decide(job: Job) -> HeldOut:
+    """The held-out rule, settled once: what is written down stays."""
+    if job.state.held:
+        job.held = HeldOut(**job.state.held)
+    else:
+        settle(job.held, job.read, endless=any(s.form == "hub" for s in job.files))
+        job.save(held=asdict(job.held))
+    return job.held
+
+
+def _tokenizer(job: Job) -> Tokenizer:
+    if job.state.tokenizer:  # written down after the file was whole
+        return Tokenizer.load(job.work.out / "tokenizer.json")
+    tok = job.tokenizer
+    if not isinstance(tok, Tokenizer):
+        job.report("make tokenizer", 0, job.total)
+        texts = _sample(job)
+        if tok == "char":  # the characters of both splits, else held-out text could not be encoded
+            texts = chain(job.read(), job.read_val() if job.val_files else ())
+        tok = resolve_tokenizer(tok, texts, special=job.options.special)
+    tok.save(job.work.out)
+    job.save(tokenizer=tok.fingerprint)
+    return tok
+
+
+def _sample(job: Job) -> Iterator[str]:
+    """Training text for BPE: all of it, or pieces spread over the corpus by their hash, SAMPLE characters at most; the
+    first ones where the length of the corpus is unknown."""
+    most = SAMPLE if job.options.num_tokens is None or job.total else min(SAMPLE, 8 * job.options.num_tokens)
+    sides, taken = Sides(job.held), 0
+    for document in job.read():
+        for split, piece, _ in sides.parts(document):
+            if split != "train":
+                continue
+            for at in range(0, len(piece.text), 2 * PIECE):  # a row comes whole, however long it is
+                text = piece.text[at : at + 2 * PIECE]
+                if job.total > SAMPLE and digest(text, b"muonlm sample") >= limit(SAMPLE / job.total):
+                    continue
+                taken += len(text)
+                if taken > most and taken > len(text):
+                    return
+                yield text
+
+
+def _check_splits(job: Job, splits: dict[str, TokenShards]) -> None:
+    for name, part in splits.items():
+        which = "training" if name == "train" else "held-out"
+        if job.options.in_rows and part.tokens == 0:
+            raise UserError(
+                f"the {which} split has less than one row of {job.options.block_size + 1} tokens; give more text, shorter rows "
+                f"(`block_size` 256) or a larger fraction (`val` last:0.2)"
+            )
+        if part.tokens < 2:
+            raise UserError(
+                f"the {which} split has {part.tokens} tokens, at least 2 are needed: the corpus is too short for "
+                f"`val` {job.held.rule}; give more text, a larger fraction (tail:0.5), or a file: `val` PATH"
+            )

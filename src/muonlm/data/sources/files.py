@@ -276,7 +276,7 @@ def chosen(columns: list[str] | None, found, where: str) -> list[str]:
     for column in columns:
         if column not in found:
             near = (difflib.get_close_matches(column, list(found), 1, 0.5) or list(found))[:1]
-            remedy = f"try --data.columns {near[0]}" if near else "give a file with such a column"
+            remedy = f"try `columns` {near[0]}" if near else "give a file with such a column"
             raise UserError(f"{where}: no column {column!r}; found {', '.join(found) or 'none'}; {remedy}")
     return columns
 
@@ -290,7 +290,7 @@ def join(row: dict, columns: list[str], where: str) -> str:
             others = ",".join(k for k, v in row.items() if isinstance(v, str)) or "NAME"
             raise UserError(
                 f"{where}: column {column!r} holds {type(value).__name__} {str(value)[:40]!r}, not text; choose text "
-                f"columns: --data.columns {others}"
+                f"columns: `columns` {others}"
             )
         values.append(value)
     try:

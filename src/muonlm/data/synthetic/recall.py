@@ -109,7 +109,7 @@ def _check(pairs: int, length: int, vocab: int, rows: int, split: str, power: fl
             raise UserError(f"{name}={value} must be at least 1")
     if 3 * pairs > length:
         raise UserError(f"pairs={pairs} need {3 * pairs} tokens (key, value and question each), but a row has length={length};"
-                        f" use --data.pairs {max(1, length // 3)} or --model.block_size {3 * pairs}")  # fmt: skip
+                        f" use `pairs` {max(1, length // 3)} or `block_size` {3 * pairs}")  # fmt: skip
     if (vocab - 1) // 2 < pairs:
         raise UserError(f"vocab={vocab} holds {max(0, (vocab - 1) // 2)} keys, fewer than pairs={pairs};"
                         f" use a vocabulary of at least {2 * pairs + 1}")  # fmt: skip

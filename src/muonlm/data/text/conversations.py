@@ -50,13 +50,10 @@ PREFERENCES = (
     ("question", "rationale", "answer", "wrong_rationale", "wrong_answer"),
 )
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of hh-rlhf
-CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
-def read_conversations(
-    rows: Iterable[tuple[dict, str]], *, strip_calc: bool = False
-) -> Iterator[tuple[Conversation, str]]:
-    """(conversation, where) of each row (record, where). strip_calc takes the <<…>> marks out of GSM8K's reasoning."""
+def read_conversations(rows: Iterable[tuple[dict, str]]) -> Iterator[tuple[Conversation, str]]:
+    """(conversation, where) of each row (record, where)."""
     for row, where in rows:
         schema = _schema(row, SCHEMAS, where)
         if schema in (("conversations",), ("messages",)):
@@ -73,7 +70,6 @@ def read_conversations(
             yield [_turn("user", _text(row, "question", where)), answer], where
         elif schema == ("question", "answer"):
             reasoning, mark, number = _text(row, "answer", where).rpartition("####")
-            reasoning = CALCULATOR.sub("", reasoning) if strip_calc else reasoning
             answer = _answer(number.strip() if mark else number, reasoning.rstrip())
             yield [_turn("user", _text(row, "question", where)), answer], where
         else:
@@ -117,9 +113,9 @@ def _schema(row: dict, known: tuple[tuple[str, ...], ...], where: str) -> tuple[
     listed = "; ".join("+".join(columns) for columns in known)
     other = ""
     if known is SCHEMAS and {"chosen", "rejected"} <= set(row):
-        other = " These are preferences: they are for --train.objective dpo."
+        other = " These are preferences: they are for `objective` dpo."
     elif known is PREFERENCES and any(set(columns) <= set(row) for columns in SCHEMAS):
-        other = " These are conversations: they are for --train.objective sft."
+        other = " These are conversations: they are for `objective` sft."
     kind = "conversation" if known is SCHEMAS else "preference"
     raise UserError(f"{where}: no {kind} in the columns {found}.{other} Known are {listed}; rename the columns to one")
 

@@ -133,10 +133,10 @@ class Template:
         if self.stop != EOT and self.stop in tok.special:
             return tok.special[self.stop]
         if tok.eot_id is None:
-            more = "" if self.stop == EOT else f", or add the token: --data.special '{self.stop}'"
+            more = "" if self.stop == EOT else f", or add the token: `special` '{self.stop}'"
             raise UserError(
                 f"template {self.name!r}: this {tok.kind} tokenizer has neither {self.stop} nor another end-of-text "
-                f"token, so no reply could learn to stop; prepare the data with --data.tokenizer bpe:4096 or byte{more}"
+                f"token, so no reply could learn to stop; prepare the data with `tokenizer` bpe:4096 or byte{more}"
             )
         return tok.eot_id
 

@@ -148,14 +148,14 @@ class Tokenizer:
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
-            raise UserError(f"no tokenizer at {file}; --data.tokenizer takes {SPECS}")
+            raise UserError(f"no tokenizer at {file}; `tokenizer` takes {SPECS}")
         try:
             stored = json.loads(file.read_text("utf-8"))
             if not isinstance(stored, dict) or not ("muonlm" in stored or "model" in stored):
                 raise ValueError("no field 'model'")
             return cls(stored)
         except Exception as error:  # noqa: BLE001, `tokenizers` raises bare Exception for a JSON it does not understand
-            raise UserError(f"{file} is not a tokenizer.json ({error}); --data.tokenizer takes {SPECS}") from None
+            raise UserError(f"{file} is not a tokenizer.json ({error}); `tokenizer` takes {SPECS}") from None
 
     def record(self) -> dict:
         """What the index of prepared data says of its tokenizer."""
@@ -207,7 +207,7 @@ class Tokenizer:
                 f"is not in "
                 f"the vocabulary of this char tokenizer ({len(self._stored['chars'])} characters); take it out, or "
                 f"prepare the "
-                "data with --data.tokenizer byte"
+                "data with `tokenizer` byte"
             )
         return ids.astype(self.dtype)
 
@@ -337,7 +337,7 @@ def _special_names(names: Iterable[str]) -> list[str]:
         if not SPECIAL_NAME.fullmatch(name):
             raise UserError(
                 f"special token {name!r}: a name stands in <> or [], without blanks and commas; "
-                "try --data.special '<|im_start|>,<|im_end|>'"
+                "try `special` '<|im_start|>,<|im_end|>'"
             )
     return distinct
 
@@ -376,7 +376,7 @@ def gpt2_tokenizer(merges_file: Path) -> Tokenizer:
     """Vocabulary by construction: the 256 byte characters in the order of _byte_alphabet, each merge in turn, then
     EOT."""
     if not merges_file.is_file():
-        raise UserError(f"no merges file at {merges_file}; --data.tokenizer gpt2:PATH wants GPT-2's merges.txt")
+        raise UserError(f"no merges file at {merges_file}; `tokenizer` gpt2:PATH wants GPT-2's merges.txt")
     merges = []
     try:
         lines = merges_file.read_text("utf-8").splitlines()
