@@ -95,7 +95,7 @@ def python(code: str, *argv: str) -> str:
 def test_what_needs_no_tensor_does_not_wait_for_torch(code):
     heavy = python(
         code
-        + "\nimport sys; print('LOADED', *(m for m in ('torch', 'numpy', 'tokenizers', 'pyarrow', 'rich') if m in sys.modules))"
+        + "\nimport sys; print('LOADED', *(m for m in ('torch', 'numpy', 'tokenizers', 'pyarrow') if m in sys.modules))"
     )
     assert heavy.splitlines()[-1] == "LOADED"
 

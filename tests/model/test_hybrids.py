@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from muonlm.cli.facts import as_text, describe
+from muonlm.cli.facts import describe
+from muonlm.cli.tables import config_rows
 from muonlm.config.schema import ModelConfig, load_recipe
 from muonlm.engine import map_state, stream
 from muonlm.errors import UserError
@@ -292,6 +293,6 @@ def test_flops_count_every_application_and_only_attention_grows_with_the_context
 
 
 def test_info_names_every_layer_with_its_write_gain():
-    text = as_text(describe(load_recipe("muonssm/muonlonghorn-cpu")))
-    assert "layer 1        muon_longhorn, 540,288 parameters, write gain 0.7010" in text
-    assert "1,081,344 without embeddings" in text
+    rows = dict(config_rows(describe(load_recipe("muonssm/muonlonghorn-cpu"))))
+    assert rows["layers"] == "2 × muon_longhorn, 540,288 parameters each, write gain 0.7010"
+    assert "1,081,344 without embeddings" in rows["parameters"]

@@ -12,7 +12,7 @@ from muonlm.config.schema import keys
 ARGUMENT = re.compile(r"`([a-z_][a-z0-9_]*)`(?P<equals> = )?")
 SHORT = {"data.source": "--data"}  # keys with a flag of their own
 ARGUMENTS = {"backend": "scan"}  # arguments whose key has another name
-SECTIONS = {  # room that raised -> the section meant by a name that several have: data.name, optim.name; log.every, eval.every
+SECTIONS = {  # room that raised -> the sections it means by a name that several have: data.name, optim.name
     "data": ("data",),
     "model": ("model",),
     "scan": ("model",),
@@ -36,7 +36,7 @@ def in_flags(error: BaseException, parser) -> str:
 
 
 def _keys(sections: tuple[str, ...]) -> dict[str, str]:
-    """Last part of a key -> its flag; of several, the one in the first of these sections, else the first of the config."""
+    """Last part of a key -> its flag; of several, that in the first of these sections, else the first of the config."""
     found = {}
     ranked = sorted(keys(), key=lambda key: _rank(key.partition(".")[0], sections))
     for key in reversed(ranked):

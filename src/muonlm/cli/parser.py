@@ -88,7 +88,7 @@ def field_docs(cls) -> dict[str, str]:
 
 
 def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Split off --section.key VALUE (or =VALUE); `--data X` is data.source. A boolean key may stand alone; the last wins."""
+    """Split off --section.key VALUE (or =VALUE); the last wins. A boolean key may stand alone."""
     kinds, rest, flags = keys(), [], {}
     words = iter(range(len(argv)))
     for i in words:

@@ -1,4 +1,4 @@
-"""`muonlm train`: what was typed becomes a config and a directory, or one of each for every seed; the loop does the rest."""
+"""`muonlm train`: what was typed becomes a config and a directory, or one of each a seed; the loop does the rest."""
 
 import argparse
 import json
@@ -18,8 +18,8 @@ def parser() -> Parser:
         "train",
         "Train a recipe (quickstart if none is named) on a CPU or GPU; with torchrun, on many.",
         takes_keys=True,
-        epilog="--init-from RUN starts at step 0 from another run's weights, with its model and tokenizer (a stage such\n"
-        "as minimind/sft finds its parent's newest run itself). Any config key is a flag:\n"
+        epilog="--init-from RUN starts at step 0 from another run's weights, with its model and tokenizer (a stage\n"
+        "such as minimind/sft finds its parent's newest run itself). Any config key is a flag:\n"
         "--optim.lr 0.01 --train.steps 500 --data my.txt --seed 7   (all: muonlm info --keys)",
     )
     parser.add_argument("recipe", nargs="?", help="name of a recipe (muonlm info lists them) or path of a .toml file")
@@ -151,7 +151,7 @@ def resume_config(run: str, args, flags: dict):
 
 
 def seeded_runs(cfg, seeds: str, out: str | None) -> list[tuple]:
-    """(config, directory) for each seed of '1,2,3'; all directories are known to be free before the first run begins."""
+    """(config, directory) for each seed of '1,2,3'; all directories are free, seen before the first run begins."""
     from muonlm.training.run import Run, default_directory
 
     try:
