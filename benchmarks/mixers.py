@@ -27,7 +27,8 @@ from pathlib import Path
 
 from learning import Trainer, mean_sd, say, short
 
-from muonlm.config.schema import Config, flatten, load_recipe
+from muonlm.config.recipes import load_recipe
+from muonlm.config.schema import Config, flatten
 from muonlm.errors import UserError
 from muonlm.model import count_parameters
 from muonlm.training.evaluate import evaluate

@@ -54,7 +54,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muonlm.config.schema import load_recipe
+from muonlm.config.recipes import load_recipe
 from muonlm.model import build_model
 from muonlm.optim import Muon, build_optimizer, route
 from muonlm.training import parallel

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from muonlm.config.schema import load_recipe
+from muonlm.config.recipes import load_recipe
 from muonlm.data.packed import PackedData
 from muonlm.data.prep.text import prepare
 from muonlm.model import build_model

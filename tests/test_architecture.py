@@ -10,7 +10,7 @@ import pytest
 
 import muonlm
 from muonlm.cli.main import main
-from muonlm.config.schema import load_recipe, recipe_names
+from muonlm.config.recipes import load_recipe, recipe_names
 
 ROOT = Path(muonlm.__file__).parent
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))

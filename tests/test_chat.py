@@ -18,7 +18,8 @@ import torch
 from muonlm import build_model
 from muonlm.chat import Chat
 from muonlm.cli.main import main
-from muonlm.config.schema import ModelConfig, load_recipe
+from muonlm.config.recipes import load_recipe
+from muonlm.config.schema import ModelConfig
 from muonlm.data.text.templates import Template, template
 from muonlm.data.text.tokenizer import Tokenizer, resolve_tokenizer
 from muonlm.engine import pick

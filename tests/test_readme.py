@@ -10,7 +10,7 @@ import pytest
 
 from muonlm import load_recipe
 from muonlm.cli.main import VERBS, main
-from muonlm.config.schema import recipe_names
+from muonlm.config.recipes import recipe_names
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from muonlm.config.schema import nearest
+from muonlm.config.spelling import nearest
 from muonlm.data.text.templates import TEMPLATES, Template
 from muonlm.data.text.templates import template as find_template
 from muonlm.engine import Prefix, decode, need_words

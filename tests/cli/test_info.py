@@ -10,7 +10,7 @@ import pytest
 
 from muonlm.cli.facts import describe_keys, describe_recipes
 from muonlm.cli.main import main
-from muonlm.config.schema import RECIPES, load_recipe, recipe_names
+from muonlm.config.recipes import RECIPES, load_recipe, recipe_names
 from muonlm.data.open import vocabulary
 from muonlm.model import count_parameters
 

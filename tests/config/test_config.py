@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muonlm.cli.facts import describe_keys
-from muonlm.config.schema import RECIPES, Config, keys, load_recipe, recipe_names
+from muonlm.config.recipes import RECIPES, load_recipe, recipe_names
+from muonlm.config.schema import Config, keys
 from muonlm.errors import UserError
 
 

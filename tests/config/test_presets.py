@@ -6,7 +6,8 @@ import pytest
 
 from muonlm.cli.main import main
 from muonlm.config.presets import FILE, PUBLISHED, user_presets
-from muonlm.config.schema import RECIPES, Config, flatten, load_recipe, read_recipe
+from muonlm.config.recipes import RECIPES, load_recipe, read_recipe
+from muonlm.config.schema import Config, flatten
 from muonlm.errors import UserError
 
 RECIPE = "mamba_trainer/small"

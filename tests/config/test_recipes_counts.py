@@ -4,7 +4,7 @@ import tomllib
 
 import pytest
 
-from muonlm.config.schema import RECIPES, load_recipe
+from muonlm.config.recipes import RECIPES, load_recipe
 from muonlm.errors import UserError
 from muonlm.model import count_parameters
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from muonlm.cli.facts import describe
 from muonlm.cli.tables import config_rows
-from muonlm.config.schema import ModelConfig, load_recipe
+from muonlm.config.recipes import load_recipe
+from muonlm.config.schema import ModelConfig
 from muonlm.engine import map_state, stream
 from muonlm.errors import UserError
 from muonlm.model import build_model, check_model, count_parameters, layer_parameters, lm, train_flops_per_token
@@ -251,7 +252,7 @@ def test_names_and_letters_of_a_pattern_are_the_same():
         ({"kind": "modular", "n_head": 3}, "use `d_model` 33"),
         ({"beta": 1.0}, "beta"),
         ({"write_eps": 1e-25}, "1e-18"),
-        ({"alpha": math.inf}, "finite"),
+        ({"alpha": math.inf}, "a number"),
         ({"gated_delta_per_layer": 0}, "-1"),
         ({"pattern": "mmma"}, "Write A for a"),
         ({"pattern": "S", "attention_scales": [1, 128]}, "from 1 to `block_size` = 64"),

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from muonlm.config.schema import ModelConfig, load_recipe
+from muonlm.config.recipes import load_recipe
+from muonlm.config.schema import ModelConfig
 from muonlm.engine import map_state
 from muonlm.model import build_model, count_parameters, lm
 from muonlm.model.mixers import attention

@@ -9,7 +9,8 @@ import torch
 import muonlm
 from muonlm.cli.facts import as_text, describe
 from muonlm.cli.main import main
-from muonlm.config.schema import ModelConfig, load_recipe
+from muonlm.config.recipes import load_recipe
+from muonlm.config.schema import ModelConfig
 from muonlm.errors import UserError
 from muonlm.model import build_model, check_model, count_parameters, describe_layers, train_flops_per_token
 from muonlm.model.mixers import MIXERS, Entry

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from muonlm.config.schema import ModelConfig, load_recipe
+from muonlm.config.recipes import load_recipe
+from muonlm.config.schema import ModelConfig
 from muonlm.errors import UserError
 from muonlm.model import build_model
 from muonlm.optim import Muon, build_optimizer, load_named_state, named_state, route

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from muonlm.config.schema import load_recipe
+from muonlm.config.recipes import load_recipe
 from muonlm.training.loop import train
 
 GOLDEN = {

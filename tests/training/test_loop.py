@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from muonlm import train as train_function
 from muonlm.cli.main import main
-from muonlm.config.schema import load_recipe
+from muonlm.config.recipes import load_recipe
 from muonlm.training.objectives import next_token
 from muonlm.training.objectives.answers import classify
 from muonlm.training.resolve import resolve

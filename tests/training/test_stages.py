@@ -15,7 +15,7 @@ import torch
 
 from muonlm.cli.facts import describe
 from muonlm.cli.main import main
-from muonlm.config.schema import load_recipe, read_recipe, recipe_names
+from muonlm.config.recipes import load_recipe, read_recipe, recipe_names
 from muonlm.data.prep.examples import prepare_examples
 from muonlm.data.sources.expand import expand
 from muonlm.data.sources.expand import rows as source_rows

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from muonlm.config.schema import nearest
+from muonlm.config.spelling import nearest
 from muonlm.errors import UserError
 from muonlm.evals import TASKS, load_task
 

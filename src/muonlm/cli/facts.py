@@ -10,9 +10,11 @@ import math
 import re
 from pathlib import Path
 
-from muonlm.config import schema as config
+from muonlm.config import recipes as config
 from muonlm.config.presets import user_presets
-from muonlm.config.schema import Config, load_recipe, nearest, recipe_names
+from muonlm.config.recipes import load_recipe, recipe_names
+from muonlm.config.schema import Config, flatten
+from muonlm.config.spelling import nearest
 from muonlm.errors import UserError
 
 from .parser import field_docs
@@ -37,7 +39,7 @@ def describe_keys() -> list[dict]:
 def _keys_of(recipe: dict) -> set[str]:
     """Dotted keys that a recipe sets, its presets, [smoke] and [baseline] included."""
     keys = set()
-    for key in config.flatten(recipe):
+    for key in flatten(recipe):
         words = key.split(".")
         words = words[2:] if words[0] == "preset" else words
         words = words[1:] if words[0] in ("smoke", "baseline") else words
@@ -75,7 +77,7 @@ def describe_presets(recipe: str | None = None) -> list[dict]:
     names = [recipe] if recipe else recipe_names()
     packaged = [(name, preset) for name in names for preset in config.read_recipe(name).get("preset", {}).items()]
     mine = [("muonlm.toml", preset) for preset in user_presets(recipe=recipe or "").items()]
-    return [{"recipe": name, "preset": key, "sets": config.flatten(table)} for name, (key, table) in mine + packaged]
+    return [{"recipe": name, "preset": key, "sets": flatten(table)} for name, (key, table) in mine + packaged]
 
 
 def find(what: str, flags: dict, *, preset: str = "", smoke: bool = False) -> Config:

@@ -67,7 +67,7 @@ def answer(word: str) -> str:
         return HELP.format(version=__version__, verbs="\n".join(lines))
     if word in ("-V", "--version"):
         return __version__
-    from muonlm.config.schema import nearest  # which --help need not wait for
+    from muonlm.config.spelling import nearest  # which --help need not wait for
 
     raise UserError(f"unknown verb {word!r}.{nearest(word, VERBS) or ' Verbs: ' + ', '.join(VERBS) + '.'}")
 

@@ -5,7 +5,8 @@ import ast
 import dataclasses
 import inspect
 
-from muonlm.config.schema import keys, nearest
+from muonlm.config.schema import keys
+from muonlm.config.spelling import nearest
 from muonlm.errors import UserError
 
 SHORT = {"--data": "data.source", "--seed": "seed", "--track": "track"}
@@ -81,7 +82,7 @@ def field_docs(cls) -> dict[str, str]:
     """Field -> the string under it."""
     body = ast.parse(inspect.getsource(cls)).body[0].body
     return {
-        field.target.id: doc.value.value
+        field.target.id: " ".join(doc.value.value.split())
         for field, doc in zip(body, body[1:])
         if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
     }

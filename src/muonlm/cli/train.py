@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from muonlm.config.schema import nearest
+from muonlm.config.spelling import nearest
 from muonlm.errors import UserError
 
 from .parser import Parser
@@ -103,7 +103,7 @@ def train_all(runs: list[tuple], *, resume: bool, json_mode: bool) -> list[dict]
 def begin_config(args, flags: dict):
     """The config of a new run: its recipe, the user's presets, and what the run it starts from hands down."""
     from muonlm.config.presets import in_effect, user_presets
-    from muonlm.config.schema import read_recipe
+    from muonlm.config.recipes import read_recipe
     from muonlm.training.stages import load_recipe
 
     name = args.recipe or "quickstart"
@@ -119,7 +119,8 @@ def begin_config(args, flags: dict):
 
 def resume_config(run: str, args, flags: dict):
     """The run's own config with flags on top; what would make it another run is refused."""
-    from muonlm.config.schema import LENGTHS, Config, flatten
+    from muonlm.config.recipes import LENGTHS
+    from muonlm.config.schema import Config, flatten
     from muonlm.training.checkpoint import read_config, runs_in
 
     if not (Path(run) / "config.json").exists():

@@ -24,7 +24,9 @@ from pathlib import Path
 
 from muonlm.errors import UserError
 
-from .schema import LENGTHS, SIZES, Config, MuonConfig, OptimConfig, flatten, keys, nearest, read_recipe
+from .recipes import LENGTHS, SIZES, read_recipe
+from .schema import Config, MuonConfig, OptimConfig, flatten, keys
+from .spelling import nearest
 
 FILE = "muonlm.toml"
 PUBLISHED = {  # name -> keys that it sets

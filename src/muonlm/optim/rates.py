@@ -56,7 +56,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from muonlm.config.schema import nearest
+from muonlm.config.spelling import nearest
 from muonlm.errors import UserError
 
 from .muon.blocks import LR_MODES, block_shapes, shape_factor

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from muonlm.config.schema import Config, nearest, upgrade
+from muonlm.config.schema import Config, upgrade
+from muonlm.config.spelling import nearest
 from muonlm.errors import UserError
 from muonlm.storage import digest, folder_aside, write_atomically
 

@@ -15,8 +15,9 @@ import contextlib
 import json
 from pathlib import Path
 
-from muonlm.config import schema as config
-from muonlm.config.schema import Config, flatten, read_recipe
+from muonlm.config import recipes as config
+from muonlm.config.recipes import read_recipe
+from muonlm.config.schema import Config, flatten
 from muonlm.errors import UserError
 
 NONE = "none"

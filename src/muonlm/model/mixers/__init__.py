@@ -7,7 +7,7 @@ It is read without torch: an entry names its class as text, loaded when it is fi
 from dataclasses import dataclass, field
 from importlib import import_module
 
-from muonlm.config.schema import nearest
+from muonlm.config.spelling import nearest
 from muonlm.errors import UserError
 
 
