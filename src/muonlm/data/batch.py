@@ -90,6 +90,10 @@ class Dataset(Protocol):
         """The means over this split ("loss" in nats per item, and more), with what follows from them."""
         return means
 
+    def first_prompt(self) -> list[int]:
+        """The tokens before the first reply of the first conversation; none in any other data."""
+        return []
+
     def text(self, tokens: int) -> bytes:
         """UTF-8 of the first `tokens` tokens of a split of plain text; empty for any other data."""
         return b""

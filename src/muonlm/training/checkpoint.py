@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def save(
-    run: Path, step: int, model: dict[str, Tensor], state: dict[str, Tensor], meta: dict, *, best: bool, keep: int
+    run: Path, step: int, model: Mapping[str, Tensor], state: Mapping[str, Tensor], meta: dict, *, best: bool, keep: int
 ) -> Path:
     """Write one checkpoint, point `latest` (and `best`) at it, drop all but the newest `keep` and the best."""
     root = Path(run) / "checkpoints"

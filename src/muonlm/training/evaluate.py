@@ -17,7 +17,7 @@ from .parallel import Dist
 def evaluate(net: nn.Module, loss: Callable, data: Splits, cfg: Config, dist: Dist) -> dict[str, float]:
     """{"val_loss": …} in nats per unit of the objective, its metrics, and what objective and data make of them
     (val_perplexity, val_bpb …), for each split of `data.evaluated` (or for cfg.eval.iters batches of it)."""
-    model = net.module if dist.world > 1 else net
+    model = dist.unwrap(net)
     model.eval()
     result = {}
     for name, split in data.evaluated.items():

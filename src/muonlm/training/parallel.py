@@ -9,6 +9,7 @@ import contextlib
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,9 +68,14 @@ class Dist:
             model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
+    def unwrap(self, net: nn.Module) -> nn.Module:
+        """The inverse of `wrap`."""
+        return net.module if isinstance(net, nn.parallel.DistributedDataParallel) else net
+
     def sync(self, net: nn.Module, last: bool):
         """Context of one micro-batch's backward: gradients cross the wire with the last one only."""
-        return net.no_sync() if self.world > 1 and not last else contextlib.nullcontext()
+        several = isinstance(net, nn.parallel.DistributedDataParallel)
+        return net.no_sync() if several and not last else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -147,8 +153,8 @@ def clip(
             f'muon.clip_scope = {scope!r} is unknown; use "all", or "aux" to leave Muon\'s matrices as they are'
         )
     parameters = [p for p in dict.fromkeys(parameters) if p.grad is not None]
-    grads = [local(p.grad) for p in parameters]
-    norms = _whole_norms(parameters, torch._foreach_norm(grads))
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
+    norms = _whole_norms(parameters, list(torch._foreach_norm(grads)))
     total = torch.linalg.vector_norm(torch.stack(norms))
     if scope == "aux" and mode == "clip":
         matrices = {p for group in groups if group.get("use_muon") for p in group["params"]}
@@ -162,13 +168,12 @@ def clip(
     return total
 
 
-def _whole_norms(parameters: list[nn.Parameter], norms: list[Tensor]) -> list[Tensor]:
+def _whole_norms(parameters: Sequence[Tensor], norms: list[Tensor]) -> list[Tensor]:
     """Norms of whole gradients from those of this rank's shards: one all-reduce for all tensors sharded alike."""
-    norms = list(norms)
-    alike = {}
+    alike: dict[tuple, list[int]] = {}
     for i, p in enumerate(parameters):
-        if is_sharded(p):
-            alike.setdefault((p.device_mesh, p.placements), []).append(i)
+        if is_sharded(p):  # a DTensor
+            alike.setdefault((getattr(p, "device_mesh"), getattr(p, "placements")), []).append(i)
     for (mesh, placements), places in alike.items():
         squares = torch.stack([norms[i] for i in places]).square()
         for dim, placement in enumerate(placements):

@@ -78,6 +78,7 @@ def finish(job: Setup, stopped: bool) -> dict:
 def sample(job: Setup) -> str:
     """What the trained model writes: eval.prompt continued, or an answer to it or to the first held-out prompt."""
     cfg, model, data, tokenizer = job.cfg, job.model, job.data, job.data.train.tokenizer
+    assert tokenizer is not None
     try:
         if not data.template:
             options = {"max_tokens": cfg.eval.sample, "seed": cfg.seed}
@@ -115,7 +116,8 @@ def crossings(history: list[dict]) -> dict:
 
 def write(run: str | Path, log=print, facts: dict | None = None) -> dict:
     """Add `facts` and the crossings to report.json, draw the curves, and return the completed report."""
-    run, history = Path(run), read_metrics(run)
+    run = Path(run)
+    history = read_metrics(run)
     report = json.loads((run / "report.json").read_text())
     found = crossings(history)
     report |= (facts or {}) | found

@@ -224,14 +224,14 @@ def _open_tracker(cfg: Config, path: Path):
         writer = SummaryWriter(path / "tensorboard")
         return lambda numbers, step: [writer.add_scalar(key, value, step) for key, value in numbers.items()]
     if cfg.track == "wandb":
-        import wandb as service
+        import wandb as service  # pyright: ignore[reportMissingImports]
 
         options = (
             {"mode": "offline"} if not os.environ.get("WANDB_API_KEY") else {}
         )  # a login prompt would block the run
         handle = service.init(project=project, name=name, dir=path, config=cfg.to_dict(), **options)
     else:
-        import trackio as service
+        import trackio as service  # pyright: ignore[reportMissingImports]
 
         handle = service.init(project=project, name=name, config=cfg.to_dict())
     return lambda numbers, step: handle.log(numbers, step=step) if cfg.track == "wandb" else service.log(numbers)

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ def setup(cfg: Config, out: str | Path | None, dist: Dist, *, resume: bool, json
         loss = objective.start(cfg, model, data, path, started=bool(saved), dist=dist, log=log)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted. Go on with: muonlm train --resume {path}") from None
-    net = dist.wrap(torch.compile(model) if cfg.train.compile else model)
+    net = dist.wrap(cast(nn.Module, torch.compile(model)) if cfg.train.compile else model)
     resumed_at = progress.step if saved else -1
     return Setup(cfg, dist, run, log, data, model, net, optimizer, watch, objective, loss, progress, resumed_at)
 

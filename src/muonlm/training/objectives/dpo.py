@@ -100,12 +100,12 @@ def begin(cfg: Config, model, data, run: Path, *, started: bool, dist, log) -> D
         return DPO(*options, reference=_frozen(cfg, model, started))
     splits = {"train": data.train, **data.evaluated}
     kept = run / "reference.safetensors"  # a resumed run needs neither the cache nor where it started from
-    found = _read(kept, splits) if started else None
-    if dist.sum(torch.tensor(float(found is None))) > 0:  # what one rank lacks, all compute
+    found = _read(kept, splits) if started else {}
+    if lacking(found, dist):
         frozen = _frozen(cfg, model, started)
         path = _cache_path(cfg, frozen, splits)
         found = _read(path, splits)
-        if dist.sum(torch.tensor(float(found is None))) > 0:
+        if lacking(found, dist):
             log(f"reference: log-probabilities of {sum(s.num_examples for s in splits.values()):,} pairs …")
             found = {name: log_probabilities(frozen, split, cfg, dist) for name, split in splits.items()}
             if dist.main:
@@ -118,14 +118,18 @@ def begin(cfg: Config, model, data, run: Path, *, started: bool, dist, log) -> D
     return DPO(*options)
 
 
+def lacking(found: dict[str, Tensor], dist) -> bool:
+    """Whether any rank found nothing: what one lacks, all compute."""
+    return bool(dist.sum(torch.tensor(float(not found))) > 0)
+
+
 def _frozen(cfg: Config, model, started: bool):
     """A frozen copy of `model` with the weights that the run started from."""
     if not started:
         frozen = copy.deepcopy(model)
     else:
-        frozen = build_model(
-            cfg.model, next(model.parameters()).device, cfg.seed
-        )  # also the start of a run from fresh weights
+        # fresh weights, as the run began with, unless it took those of another
+        frozen = build_model(cfg.model, next(model.parameters()).device, cfg.seed)
         if cfg.init_from:
             if not Path(cfg.init_from).is_dir():
                 raise UserError(
@@ -150,14 +154,14 @@ def _cache_path(cfg: Config, frozen, splits: dict) -> Path:
     return storage.cache_home() / "reference" / f"{name}.safetensors"
 
 
-def _read(path: Path, splits: dict):
-    """The sums in `path` if it is whole and holds those of all splits, else None."""
+def _read(path: Path, splits: dict) -> dict[str, Tensor]:
+    """The sums in `path` if it is whole and holds those of all splits, else none."""
     try:
         found = load_file(path)
     except (OSError, SafetensorError):
-        return None
+        return {}
     fits = found.keys() == splits.keys() and all(len(found[n]) == s.num_examples for n, s in splits.items())
-    return found if fits else None
+    return found if fits else {}
 
 
 def _write(path: Path, tensors: dict) -> None:
