@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
 
 from muonlm.errors import UserError
@@ -175,13 +176,16 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # 60 ms, which commands that lock nothing need not wait for
 
-    # The lock file is never a mere marker, which would outlive a killed process.
-    lock = FileLock(path, timeout=-1 if wait else 0, fallback_to_soft=False)
+    # A mere marker in place of a lock would outlive a killed process. (filelock before 3.25 has none to fall back to.)
+    never = {"fallback_to_soft": False} if "fallback_to_soft" in signature(FileLock.__init__).parameters else {}
+    lock = FileLock(path, timeout=-1 if wait else 0, **never)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire()
     except Timeout:
         raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(path)) from None
+    except NotImplementedError:  # as filelock before 3.25 tells of a file system without locks
+        pass
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
