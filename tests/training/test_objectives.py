@@ -1,14 +1,17 @@
-"""DPO from its definition: loss, gradients, metrics, and the batch that carries pairs."""
+"""DPO from its definition: loss, gradients, metrics, and the batch that carries pairs. The table of objectives."""
 
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from muonlm.cli.main import main
 from muonlm.config.schema import ModelConfig
 from muonlm.data.batch import IGNORE, Batch
 from muonlm.model import build_model
+from muonlm.training.objectives import OBJECTIVES, Objective
 from muonlm.training.objectives.dpo import DPO, segment_sums
 from muonlm.training.objectives.next_token import next_token
 
@@ -115,3 +118,36 @@ def test_sft_is_the_loss_of_the_trained_tokens_alone():
         loss, F.cross_entropy(logits[kept], batch.targets[kept], reduction="sum")
     )
     assert sum(part.count for part in batch.split(2)) == count
+
+
+TOY = """
+import torch
+
+def likelihood_of_the_same(model, batch):
+    # the input again, in place of the next token
+    copied = torch.where(batch.targets >= 0, batch.inputs, batch.targets)
+    return model(batch.inputs, copied, segments=batch.segments), batch.count, {"half": torch.tensor(batch.count / 2)}
+
+def twice(means, count):
+    return {"twice": 2 * means["loss"], "number": int(count)}
+"""
+
+
+def test_a_new_objective_is_one_file_and_one_line_of_the_table(smoke, tmp_path, monkeypatch, capsys):
+    (tmp_path / "toy_objective.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    metrics = {"half": "half {:.2f}"}
+    line = Objective(
+        "toy_objective:likelihood_of_the_same", "text", metrics=metrics, report="toy_objective:twice", unit="copy"
+    )
+    monkeypatch.setitem(OBJECTIVES, "copy", line)
+    assert main(["info", "quickstart", "--train.objective", "copy", "--json"]) == 0
+    capsys.readouterr()
+    assert main(smoke(tmp_path / "run", "--train.objective", "copy", "--train.steps", "30")) == 0
+    told = capsys.readouterr().out
+    assert "half 0.50" in told and "nats per copy" in told
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["val_twice"] == 2 * report["val_loss"] and report["val_number"] > 0 and report["val_half"] == 0.5
+    assert report["val_loss"] < 1 < report["val_bpb"] + 1  # copying is learned in no time
+    assert main(["train", "quickstart", "--train.objective", "copie", "--dry-run"]) == 2
+    assert "'copy'" in capsys.readouterr().err
