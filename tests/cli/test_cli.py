@@ -15,7 +15,7 @@ from muonlm.cli.main import VERBS, main
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch, finished, text):
-    """A directory with what the mistakes below need; `runs/done` is a finished run, `good.txt` and `good.jsonl` are fine."""
+    """A directory with what the mistakes below need; `runs/done` is a finished run, the good files are fine."""
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     Path("runs/done").symlink_to(finished)
@@ -202,7 +202,7 @@ def test_a_resolved_recipe_can_be_printed_edited_and_used(desk, capsys):
     assert tree["model"]["n_layer"] == 3 and tree["model"]["res_scale"] == "attn"
 
 
-# --- real processes: signals, pipes, places that cannot be written -------------------------------------------------------------
+# --- real processes: signals, pipes, places that cannot be written ---------------------------------------------------
 
 
 def start(*argv, **kwargs) -> subprocess.Popen:
@@ -236,7 +236,7 @@ def test_ctrl_c_while_text_is_prepared_ends_in_one_line_and_leaves_nothing_but_w
     with open("big.txt", "w") as file:
         file.write("many different words make a tokenizer work for a while. " * 200_000)
     run = start("prep", "big.txt", "--to", "out/data", "--tokenizer", "byte")
-    wait_for(lambda: list(Path("out").glob(".data*")), run)
+    wait_for(lambda: list(Path("out").glob(".data*/out")), run)
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 130 and err.count("\n") == 1 and err.startswith("muonlm: interrupted")
@@ -245,7 +245,8 @@ def test_ctrl_c_while_text_is_prepared_ends_in_one_line_and_leaves_nothing_but_w
 
 
 def test_a_reader_that_goes_away_does_not_end_a_run(desk):
-    line = f"{shlex.quote(sys.executable)} -m muonlm train {SMALL} --train.steps 3 --out piped | head -1; exit ${{PIPESTATUS[0]}}"
+    train = f"{shlex.quote(sys.executable)} -m muonlm train {SMALL} --train.steps 3 --out piped"
+    line = f"{train} | head -1; exit ${{PIPESTATUS[0]}}"
     run = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0 and run.stdout.count("\n") == 1 and not run.stderr
     assert Path("piped/report.json").exists()
@@ -253,12 +254,11 @@ def test_a_reader_that_goes_away_does_not_end_a_run(desk):
 
 @pytest.mark.parametrize("size, file", [(3100, "routing.txt"), (20_000, "step-00000004")])
 def test_a_disk_that_fills_up_is_one_message(desk, size, file):
-    """A real limit of the system on the size of a file: at the first number the routing table does not fit, at the second the weights."""
+    """A real limit of the system on the size of a file: first the routing table does not fit, then the weights."""
     import resource
 
-    assert (
-        main([*shlex.split(f"train {SMALL} --train.steps 1 --eval.sample 1 --out warm")]) == 0
-    )  # the text is prepared
+    prepare = f"train {SMALL} --train.steps 1 --eval.sample 1 --out warm"
+    assert main(shlex.split(prepare)) == 0
     assert 3100 < Path("warm/routing.txt").stat().st_size < 20_000 and Path("warm/config.json").stat().st_size < 3100
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
     run = start("train", *shlex.split(SMALL), "--train.steps", "4", "--out", "full", preexec_fn=limit)

@@ -114,12 +114,8 @@ def config(found: dict) -> list[RenderableType]:
         rms = "–".join(dict.fromkeys(f"{rms:.1e}" for rms in row["update_rms"] or ()))
         who = {"muon": "Muon", "adamw": "AdamW"}.get(row["route"], row["route"])
         made.add_row(row["kind"], shape, str(row["tensors"]), short(row["values"]), who, rate, rms)
-    return [
-        *shown,
-        "",
-        made,
-        f"\nupdate: RMS that is predicted for a step of Muon. Every tensor, and why: muonlm info {found['recipe']} --routing",
-    ]
+    more = f"Every tensor, and why: muonlm info {found['recipe']} --routing"
+    return [*shown, "", made, f"\nupdate: RMS that is predicted for a step of Muon. {more}"]
 
 
 def every_tensor(found: dict) -> list[RenderableType]:

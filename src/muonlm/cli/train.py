@@ -61,7 +61,10 @@ def run(args: argparse.Namespace) -> int:
     if args.seeds and resumed:
         raise UserError("--seeds starts several runs; resume them one by one.")
     if args.seeds:
-        runs = seeded_runs(cfg, args.seeds, args.out)
+        from muonlm.training.run import directories
+
+        seeds = numbers_of(args.seeds)
+        runs = [(replace(cfg, seed=seed), out) for seed, out in directories(cfg.recipe, seeds, args.out).items()]
     else:
         runs = [(cfg, resumed or args.out and args.out.replace("{seed}", str(cfg.seed)))]
     reports = train_all(runs, resume=bool(resumed), json_mode=args.json)
@@ -151,22 +154,14 @@ def resume_config(run: str, args, flags: dict):
     return cfg
 
 
-def seeded_runs(cfg, seeds: str, out: str | None) -> list[tuple]:
-    """(config, directory) for each seed of '1,2,3'; all directories are free, seen before the first run begins."""
-    from muonlm.training.run import Run, default_directory
-
+def numbers_of(seeds: str) -> list[int]:
     try:
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         numbers = []
     if not numbers or len(set(numbers)) < len(numbers):
         raise UserError(f"--seeds {seeds!r} should be different whole numbers separated by commas, as in 1,2,3")
-    pattern = out or f"{default_directory(cfg.recipe)}-seed{{seed}}"
-    pattern = pattern if "{seed}" in pattern else pattern + "-seed{seed}"
-    runs = [(replace(cfg, seed=number), pattern.replace("{seed}", str(number))) for number in numbers]
-    for _, path in runs:
-        Run.refuse_used(Path(path))
-    return runs
+    return numbers
 
 
 def next_steps(report: dict) -> list[str]:

@@ -29,7 +29,7 @@ def for_scale(run: str | Path) -> dict:
 
 
 def trigram_reference(splits: Splits) -> dict:
-    """{"trigram_bpb": …}, counted on the training split (its first tokens), charged on the held-out; {} without text."""
+    """{"trigram_bpb": …}: counted on the first of the training split, charged on the held-out one; {} without text."""
     train, held_out = (split.text(COUNTED) for split in (splits.train, splits.evaluated["val"]))
     if not train:
         return {}

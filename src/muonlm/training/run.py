@@ -45,6 +45,16 @@ def default_directory(recipe: str) -> Path:
     return path
 
 
+def directories(recipe: str, seeds: list[int], out: str | None = None) -> dict[int, str]:
+    """A free directory for each seed: `out` with {seed} in it replaced, or with -seedN behind it."""
+    pattern = out or str(default_directory(recipe))
+    pattern = pattern if "{seed}" in pattern else pattern + "-seed{seed}"
+    found = {seed: pattern.replace("{seed}", str(seed)) for seed in seeds}
+    for path in found.values():
+        Run.refuse_used(Path(path))
+    return found
+
+
 class OurConsole(Console):
     def on_broken_pipe(self) -> None:
         """`muonlm train | head`: the reader has gone, the run goes on in silence (rich's own answer is to exit)."""
