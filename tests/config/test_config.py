@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from muonlm.cli.facts import describe_keys
+from muonlm.config.model import ModelConfig
 from muonlm.config.recipes import RECIPES, load_recipe, recipe_names
-from muonlm.config.schema import Config, keys
+from muonlm.config.schema import Config, keys, upgrade
 from muonlm.errors import UserError
 
 
@@ -111,10 +112,21 @@ def test_every_key_has_help():
 
 
 def test_the_number_of_keys_does_not_grow_unnoticed():
-    assert len(keys()) == 141
+    assert len(keys()) == 138
 
 
 @given(st.integers(1, 9999), st.integers(1, 64), st.sampled_from("MB"), st.integers(1, 999))
 def test_budgets_parse(rows, length, unit, total):
     cfg = load_recipe("quickstart", {"train.budget": f"tsz{rows}x{length}k_{total}{unit}"})
     assert cfg.train.parse_budget() == (rows * length * 1024, total * {"M": 10**6, "B": 10**9}[unit])
+
+
+def test_the_config_of_an_older_run_is_read():
+    """Muon's settings stood in [optim]; selectors, always at -1 in a resolved config, beside the pattern."""
+    old = Config(model=ModelConfig(pattern="LW")).to_dict()
+    old["optim"] |= {"qk_clip": 50.0} | {key: value for key, value in old.pop("muon").items() if key != "qk_clip"}
+    old["model"] |= {"gated_delta_per_layer": -1, "muon_longhorn_per_layer": -1, "longhorn_per_layer": -1}
+    new = Config.from_dict(upgrade(old))
+    assert (new.model.pattern, new.muon.qk_clip) == ("LW", 50.0)
+    with pytest.raises(UserError, match="Did you mean 'model.pattern'"):
+        load_recipe("quickstart", {"model.longhorn_per_layer": "2"})

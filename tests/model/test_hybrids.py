@@ -219,23 +219,11 @@ def test_a_small_model_of_each_letter_learns_a_repeated_batch_by_heart(letter, o
     assert loss < 0.1, loss
 
 
-def test_selectors_of_the_muonssm_family_choose_the_layers():
-    of = lambda **keys: ModelConfig(**SMALL | {"n_layer": 5} | keys).layers  # noqa: E731
-    assert of(gated_delta_per_layer=2) == "GWGWG" and of(muon_longhorn_per_layer=1) == "lllll"
-    assert of(longhorn_per_layer=3, window=0) == "LAALA" and of(pattern="A", longhorn_per_layer=-1) == "AAAAA"
-    with pytest.raises(UserError, match="gated_delta_per_layer and model.longhorn_per_layer"):
-        of(gated_delta_per_layer=2, longhorn_per_layer=2)
-
-
 def test_names_and_letters_of_a_pattern_are_the_same():
     assert ModelConfig(**SMALL | {"pattern": "mamba, mamba,attention"}).pattern == "MMA"
     assert ModelConfig(**SMALL | {"pattern": "Muon_Longhorn"}).pattern == "l"
     assert ModelConfig(**SMALL | {"pattern": "M,attention"}).pattern == "MA"
-    again = ModelConfig(**SMALL | {"longhorn_per_layer": 2, "n_layer": 4})
-    assert (again.pattern, again.longhorn_per_layer) == ("LW", -1)  # an edited pattern of the resolved recipe counts
-    assert (
-        ModelConfig(**SMALL | {"pattern": "M", "d_model": 33}).layers == "MM"
-    )  # heads and RoPE concern attention alone
+    check_model(ModelConfig(**SMALL | {"pattern": "M", "d_model": 33}))  # heads and RoPE concern attention alone
 
 
 @pytest.mark.parametrize(
@@ -253,7 +241,6 @@ def test_names_and_letters_of_a_pattern_are_the_same():
         ({"beta": 1.0}, "beta"),
         ({"write_eps": 1e-25}, "1e-18"),
         ({"alpha": math.inf}, "a number"),
-        ({"gated_delta_per_layer": 0}, "-1"),
         ({"pattern": "mmma"}, "Write A for a"),
         ({"pattern": "S", "attention_scales": [1, 128]}, "from 1 to `block_size` = 64"),
         ({"loop_blocks": "1:9"}, "n_layer = 2"),

@@ -31,17 +31,14 @@ YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 @dataclass(frozen=True)
 class Ge:
-    """At least `low`. off: a smaller value that is allowed all the same."""
+    """At least `low`."""
 
     low: float
-    off: float | None = None
     usual: str = ""
 
     def problem(self, value: float) -> str:
-        if value >= self.low or value == self.off:
+        if value >= self.low:
             return ""
-        if self.off is not None:
-            return f"must be {self.off} (off), or {self.low} or more."
         return f"must be at least {self.low}{_usual(self.usual)}."
 
 

@@ -13,7 +13,6 @@ MIXERS = "muonlm.model.mixers"  # the table of an upper room, read without torch
 
 AtLeast0 = Annotated[int, Ge(0)]
 AtLeast1 = Annotated[int, Ge(1)]
-PerLayer = Annotated[int, Ge(1, off=-1)]
 
 
 @dataclass(kw_only=True)
@@ -60,13 +59,6 @@ class ModelConfig(Section):
     """As norm_eps, for qk_norm."""
     window: AtLeast0 = 256
     """Keys that a W layer sees, itself included. 0 = all."""
-    gated_delta_per_layer: PerLayer = -1
-    """j > 0: layer i is gated_deltanet if j divides i, else attention (window attention if window > 0). Replaces
-    pattern."""
-    muon_longhorn_per_layer: PerLayer = -1
-    """The same for muon_longhorn."""
-    longhorn_per_layer: PerLayer = -1
-    """The same for longhorn."""
     d_state: AtLeast0 = 0
     """State (key) width N of M, L and D layers. 0 = 16, or 128 for mamba2."""
     d_conv: AtLeast1 = 4
@@ -132,7 +124,7 @@ class ModelConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        self.pattern = self._selected() or import_module(MIXERS).letters(self.pattern)
+        self.pattern = import_module(MIXERS).letters(self.pattern)
         if self.loop_blocks:
             match = re.fullmatch(r"(\d+):(\d+)", self.loop_blocks)
             if not match or not int(match[1]) < int(match[2]) <= self.n_layer:
@@ -140,21 +132,6 @@ class ModelConfig(Section):
                     f"model.loop_blocks = {self.loop_blocks!r} must be FIRST:END with 0 <= FIRST < END <= n_layer = "
                     f"{self.n_layer}, such as 0:{self.n_layer}."
                 )
-
-    def _selected(self) -> str:
-        """The pattern that one of the *_per_layer selectors asks for; empty if none does."""
-        selectors = {"G": "gated_delta_per_layer", "l": "muon_longhorn_per_layer", "L": "longhorn_per_layer"}
-        active = {letter: key for letter, key in selectors.items() if getattr(self, key) > 0}
-        if len(active) > 1:
-            raise UserError(
-                f"model.{' and model.'.join(active.values())} both choose the mixers; set all but one to -1."
-            )
-        pattern = "".join(
-            letter + ("W" if self.window else "A") * (getattr(self, key) - 1) for letter, key in active.items()
-        )
-        for key in active.values():
-            setattr(self, key, -1)  # said once: from here on the pattern alone counts
-        return pattern
 
     @property
     def layers(self) -> str:

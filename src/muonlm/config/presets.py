@@ -155,7 +155,7 @@ def in_effect(name: str, layer: dict, cfg: Config, *, mine: bool) -> list[str]:
     )
     shown = []
     for key, value in wanted.items():
-        if key in LENGTHS | SIZES and not value or key.endswith("_per_layer") or not muon and key == "muon.adamw_wd":
+        if key in LENGTHS | SIZES and not value or not muon and key == "muon.adamw_wd":
             continue
         now, said = _text(tree[key]), _text(value)
         shown.append(f"{key} {now}" + (f" (the preset says {said})" if now != said and key != "model.pattern" else ""))

@@ -128,8 +128,6 @@ def load_recipe(
         layer["data.source"] = "sotu"  # a recipe that brings no text is tried on the speeches
     if inherited:
         layer |= {key: value for key, value in inherited.items() if key != "data.template" or not layer.get(key)}
-    if "model.pattern" in given:
-        layer = {key: value for key, value in layer.items() if not key.endswith("_per_layer")}
     if LENGTHS.keys() & given.keys():  # a flag that sets the run's length replaces the recipe's way of saying it
         layer = {key: value for key, value in layer.items() if key not in LENGTHS}
     if SIZES.keys() & given.keys() or given.get("train.budget"):

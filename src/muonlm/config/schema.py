@@ -319,11 +319,15 @@ class Config(Section):
 
 
 def upgrade(tree: dict) -> dict:
-    """The config.json of an older run in today's keys: until 2026-11-26 Muon's own settings stood in [optim]."""
+    """The config.json of an older run in today's keys.
+
+    Until 2026-11-26 Muon's own settings stood in [optim], and selectors stood beside the pattern that they had become.
+    """
+    model = {key: value for key, value in tree.get("model", {}).items() if not key.endswith("_per_layer")}
     own = typing.get_type_hints(MuonConfig).keys()
     optim, muon = dict(tree.get("optim", {})), dict(tree.get("muon", {}))
     muon |= {key: optim.pop(key) for key in list(optim) if key in own}
-    return tree | {"optim": optim, "muon": muon}
+    return tree | {"model": model, "optim": optim, "muon": muon}
 
 
 def _toml_value(value) -> str:
