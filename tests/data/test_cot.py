@@ -57,10 +57,12 @@ def test_a_solution_without_an_answer_has_none():
 
 @pytest.mark.parametrize(
     "text, found",
-    [("1,200", "1200"), ("$5.", "5"), ("-3", "-3"), ("−3", "-3"), ("-$4", "-4"), ("x = 5", "5"), ("10%", "10"),
-     ("12 apples", "12"), ("$ 1,200.00 in all.", "1200.00"), ("72.0", "72.0"), ("3/4", None), ("5x", None), ("(B)", None), ("2 or 3", None),
-     ("", None)],
-)  # fmt: skip
+    {
+        **{"1,200": "1200", "$5.": "5", "-3": "-3", "−3": "-3", "-$4": "-4", "x = 5": "5", "10%": "10"},
+        **{"12 apples": "12", "$ 1,200.00 in all.": "1200.00", "72.0": "72.0"},
+        **dict.fromkeys(("3/4", "5x", "(B)", "2 or 3", "")),
+    }.items(),
+)
 def test_a_number_loses_what_is_written_around_it_and_nothing_else_becomes_a_number(text, found):
     assert number(text) == found
 
@@ -180,9 +182,11 @@ def test_columns_of_other_names_are_read_when_they_are_named(tmp_path):
 
 
 def test_gsm8k_marks_stay_and_dialogues_are_left_out(tmp_path):
-    records = [{"question": "3 bags of 4 nuts. How many?", "answer": "3*4 = <<3*4=12>>12\n#### 12"},
-               {"conversations": [{"role": r, "content": "1 + 1 = 2. The answer is 2."} for r in ("user", "assistant") * 2]},
-    ]  # fmt: skip
+    turns = [{"role": role, "content": "1 + 1 = 2. The answer is 2."} for role in ("user", "assistant") * 2]
+    records = [
+        {"question": "3 bags of 4 nuts. How many?", "answer": "3*4 = <<3*4=12>>12\n#### 12"},
+        {"conversations": turns},
+    ]
     path = write(tmp_path / "gsm.jsonl", records)
     said = prepare_cot(path, tmp_path / "kept")
     assert made(tmp_path / "kept")[0]["rationale"] == "3*4 = <<3*4=12>>12"

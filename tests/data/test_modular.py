@@ -1,4 +1,4 @@
-"""The grokking data and model: the arithmetic against Python integers, the fast model against the plain one written twice as long."""
+"""The grokking data and model: arithmetic against Python integers, the fast model against a plain one."""
 
 import numpy as np
 import pytest
@@ -81,7 +81,7 @@ def test_the_split_depends_on_split_seed_alone_and_looks_drawn_at_random():
     count = np.zeros(97, int)
     for a, _, _ in rows_of(ModularData(prime=97)):
         count[a] += 1
-    # 48 ± 4.9 of 96 for each a, were it 97 coins thrown 96 times: 5 standard deviations, for 97 values and one fixed draw
+    # 48 ± 4.9 of 96 for each a, were it 97 coins thrown 96 times: 5 standard deviations, for 97 values and one draw
     assert abs(count - 48).max() < 25 and count.std() > 2.5
 
 
@@ -124,7 +124,7 @@ def test_micro_batches_of_a_batch_keep_all_rows_and_counts():
     [
         ({"op": "/"}, "did you mean 'x/y'"),
         ({"op": "x^2+y2"}, "did you mean 'x^2+y^2'"),
-        ({"op": "x^3+xy", "operations": 6}, "unknown operation"),
+        ({"op": "x^3+xy", "operations": 6}, "is no operation"),
         ({"prime": 221}, "not a prime number; the nearest is 223"),
         ({"prime": -5}, "nearest is 2"),
         ({"prime": 5003}, "largest prime taken is 4093"),

@@ -555,7 +555,8 @@ folder, sources = pathlib.Path(sys.argv[1]), sys.argv[2:]
 def begin(to):
     child = os.fork()
     if not child:
-        prepare.prepare(sources, to, tokenizer=str(folder / "words"), log=lambda line: print(line, file=sys.stderr, flush=True))
+        log = lambda line: print(line, file=sys.stderr, flush=True)
+        prepare.prepare(sources, to, tokenizer=str(folder / "words"), log=log)
         os._exit(0)
     return child
 

@@ -1,4 +1,4 @@
-"""The recall data: rows are what the definition says, read back token by token; nothing depends on ranks or on history."""
+"""The recall data: rows are what the definition says, read back by token; nothing depends on ranks or on history."""
 
 import numpy as np
 import pytest
@@ -130,7 +130,7 @@ def test_an_epoch_of_training_counts_as_65536_rows():
     "options, fix",
     [
         ({"pairs": 22, "length": 64}, "`pairs` 21 or `block_size` 66"),
-        ({"pairs": 8, "vocab": 16}, "at least 17"),
+        ({"pairs": 8, "vocab": 16}, "`symbols` 17 or more"),
         ({"pairs": 0}, "at least 1"),
         ({"rows": 0}, "at least 1"),
         ({"power": 0.0}, "above 0"),

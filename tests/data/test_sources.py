@@ -566,9 +566,7 @@ def test_a_hanging_name_server_is_given_up(monkeypatch):
 
 def test_without_the_library_its_installation_is_named(monkeypatch):
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r'HuggingFaceFW/fineweb-edu .* pip install "muonlm\[hf\]"\. Local .*sotu'
-    ):
+    with pytest.raises(UserError, match=r'HuggingFaceFW/fineweb-edu .* pip install "muonlm\[hf\]"\. Local .*sotu'):
         documents("HuggingFaceFW/fineweb-edu")
 
 
@@ -660,7 +658,7 @@ COMMIT = "a" * 40
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
-    """As much of huggingface.co as streaming one data set of two Parquet files takes, one of them forbidden on demand."""
+    """As much of huggingface.co as streaming a data set of two Parquet files takes, one of them forbidden on demand."""
 
     protocol_version = "HTTP/1.1"
     files: dict[str, bytes] = {}
@@ -765,7 +763,8 @@ out["parts"] = {s: ours(split=s) for s in ("train[:50%]", "train[100:150]")}
 out["part"] = ours({"taken": {"0": [20, 0]}, "open": None}, split="train[100:150]")
 out["row"] = next(rows("owner/set"))
 source = expand("owner/set")[0]
-out["signs"] = [item if item is None else item[0]["text"] for item in hub._rows(source.options, ["text"], 120, None)][:4]
+items = hub._rows(source.options, ["text"], 120, None)
+out["signs"] = [item if item is None else item[0]["text"] for item in items][:4]
 out["terms"] = licence(source)
 out["identity"] = identity(source)
 out["no split"] = refusal("owner/set", split="test")

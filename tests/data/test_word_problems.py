@@ -49,7 +49,7 @@ def test_every_right_solution_is_true_leads_from_step_to_step_and_ends_in_the_an
 
 
 def read(question, names):
-    """The story as a second reader understands it, from its words alone: the first number, and the equations' (op, b)."""
+    """The story as a second reader understands it, from its words alone: the first number, the equations' (op, b)."""
     first, *events, ask = re.findall(r"[^.?]+[.?]", question)
     cast = [[word for word in re.findall(r"[A-Z][a-z]+", s) if word in names] for s in (first, *events, ask)]
     (holder,) = cast[0]
@@ -171,8 +171,9 @@ def test_a_row_is_found_at_once_and_depends_on_seed_split_and_number_alone():
 def test_rows_do_not_change_between_machines_or_versions():
     # Written down on 2026-11-22: another generator would silently make other data under the same name.
     assert problem(0)["text"] == (
-        "Lucy has 42 ships at home. Next Lucy buys another 20 ships. After that Lucy finds 21 more of them. Later Ralph takes 30 of "
-        "them. How many ships does Lucy have now? 42 + 20 = 62, then 62 + 21 = 83, then 83 - 30 = 53. The answer is 53."
+        "Lucy has 42 ships at home. Next Lucy buys another 20 ships. After that Lucy finds 21 more of them. "
+        "Later Ralph takes 30 of them. How many ships does Lucy have now? 42 + 20 = 62, then 62 + 21 = 83, "
+        "then 83 - 30 = 53. The answer is 53."
     )
     assert problem(0)["mistake"] == "number in step 3"
 

@@ -317,8 +317,8 @@ def _open(cfg: Config, kind: str, rows: int, dist) -> Splits:
     if not d.source:
         raise UserError(
             f"recipe {cfg.recipe} brings no {'preferences' if kind == 'preferences' else 'conversations'} of its own. "
-            "Name some: `source` FILE.jsonl (docs/data.md shows the forms), or `source` word_problems:20000:1-3, which are "
-            "made here."
+            "Name some: `source` FILE.jsonl (docs/data.md shows the forms), or `source` word_problems:20000:1-3, which "
+            "are made here."
         )
     if d.num_tokens:
         raise UserError(

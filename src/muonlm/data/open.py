@@ -1,6 +1,6 @@
 """THE table of data: what `data.source` may be, the kind of data it gives, and what opens it.
 
-Nothing here waits for torch. A new source of training data is one file with the two functions of `Source`, and one line.
+Nothing here waits for torch. A new source of training data is one file with the two functions of `Source`, and a line.
 """
 
 import importlib
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """`name` is that of data.source; "" stands for any other: a file, a folder, a data set of the hub, a text generator.
+    """`name` is that of data.source; "" stands for any other: a file, a folder, a data set of the hub, …
 
     The functions are text, "module:function": opens, (cfg, rows, dist) -> Splits; vocabulary, cfg -> (tokens, where the
     number comes from), before any data is read.
@@ -40,7 +40,7 @@ SOURCES = [
 
 
 def source_of(name: str, wanted: str = "") -> Source:
-    """The entry of a `data.source`: the one that gives the `wanted` kind of data, or the first; UserError if none does."""
+    """The entry of a `data.source` that gives the `wanted` kind of data ("": the first); UserError if none does."""
     entries = [s for s in SOURCES if s.name == name] or [s for s in SOURCES if not s.name]
     for entry in entries:
         if wanted in ("", entry.gives):

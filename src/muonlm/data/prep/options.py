@@ -1,4 +1,4 @@
-"""PrepOptions: every setting of a preparation, whatever it makes. `prep` and the config give them, each maker reads its own."""
+"""PrepOptions: every setting of a preparation, whatever it makes; each maker reads its own."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +48,8 @@ class PrepOptions:
             raise UserError(f"`block_size` = {self.block_size}: at least 1 is needed; 4096 is usual")
         if self.layout == "raw" and (self.val or self.num_tokens):
             raise UserError(
-                "layout raw holds whole documents without tokens or splits: leave `val` and `num_tokens` to the command "
-                "that makes tokens of it (from the hub, `split` 'train[:1%]' takes a part)"
+                "layout raw holds whole documents without tokens or splits: leave `val` and `num_tokens` to the "
+                "command that makes tokens of it (from the hub, `split` 'train[:1%]' takes a part)"
             )
         if self.kind not in ("", *KINDS):
             raise UserError(f"`kind` = {self.kind!r} of examples is unknown; it is {' or '.join(KINDS)}")

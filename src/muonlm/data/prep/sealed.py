@@ -35,6 +35,7 @@ from muonlm.storage import (
     full_disk_told,
     is_full,
     locked,
+    put_back,
     put_in_place,
     sync,
     write,
@@ -69,9 +70,7 @@ def sealed(to, *, overwrite: bool = False, wait: bool = False, log: Log | None =
             raise UserError(f"{work.path} cannot be made ({error.strerror}); choose another `to`") from None
         work.keep = work.begun  # until it is certain that this command may dispose of it
         with _discarding(work):
-            old = work.path / "old"
-            if old.exists() and not work.to.exists():  # killed in the middle of an exchange
-                os.rename(old, work.to)
+            put_back(work.to, aside=work.path / "old")
             yield work
 
 
@@ -171,8 +170,8 @@ class Work:
         kept = kept_work(self.given)
         goes_on = f": it goes on from {kept}; or remove that folder and" if kept else ", or"
         return (
-            f"Make room and run the same command again{goes_on} choose another `to` (of prepared data that is kept in the "
-            "cache: export MUONLM_CACHE=DIR)"
+            f"Make room and run the same command again{goes_on} choose another `to` (of prepared data that is kept "
+            "in the cache: export MUONLM_CACHE=DIR)"
         )
 
     def spool_stdin(self, files: list[Source]) -> list[Source]:
@@ -243,7 +242,7 @@ def kept_work(to) -> Path | None:
 
 
 def refuse_early(to, overwrite: bool) -> None:
-    """Refuse a target before anything is looked at; unfinished work may turn out to be finished, so it waits for `begin`."""
+    """Refuse a target before anything is looked at; where there is unfinished work, `begin` decides."""
     to = Path(to).expanduser()
     if not partial_path(to).exists():
         refuse_target(to, overwrite)

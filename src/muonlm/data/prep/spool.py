@@ -27,7 +27,7 @@ TRAIN, VAL, LEFT_OUT = 0, 1, 2
 
 @dataclass
 class State:
-    """How far the work on examples is, in plain values: each is written down after what it stands for is on the disk."""
+    """How far the work on examples is, in plain values, each written down after what it stands for is on the disk."""
 
     spools: list[dict] = field(default_factory=list)  # of train, then of held-out rows of their own: see Spool.record
     tokenizer: str = ""  # fingerprint of out/tokenizer.json, once it is there

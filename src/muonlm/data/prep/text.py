@@ -12,10 +12,10 @@ Held out  a rule of held_out.py: "hash:0.01" where none is given; in rows and li
 Units     tokens, bytes of UTF-8 text (EOT counts as a token of no bytes), documents. Bits per byte: packed.bpb
 Memory    a few batches of text, whatever the corpus (encode.py); BPE trains on ≤ SAMPLE characters
 Safety    all is made aside and renamed at the end (sealed.py). Held-out rule, tokenizer, place in the stream and the
-          length of every file are written down in this order, each after what it stands for is on the disk. After a kill
-          or Ctrl-C the same call goes on where the last save was, SAVE_SECONDS ago at most, to the same bytes as an
-          undisturbed one; another command or changed sources begin again. An error removes the work, but not a full
-          disk nor an error while a hub is read
+          length of every file are written down in this order, each after what it stands for is on the disk. After a
+          kill or Ctrl-C the same call goes on where the last save was, SAVE_SECONDS ago at most, to the same bytes as
+          an undisturbed one; another command or changed sources begin again. An error removes the work, but not a
+          full disk nor an error while a hub is read
 Raises    UserError: bad sources, bad settings, existing target, full disk, bad text, splits of fewer than two tokens or
           of no row, a vocabulary that rows cannot hold
 """
@@ -288,8 +288,8 @@ def _check_splits(job: Job, splits: dict[str, TokenShards]) -> None:
         which = "training" if name == "train" else "held-out"
         if job.options.in_rows and part.tokens == 0:
             raise UserError(
-                f"the {which} split has less than one row of {job.options.block_size + 1} tokens; give more text, shorter rows "
-                f"(`block_size` 256) or a larger fraction (`val` last:0.2)"
+                f"the {which} split has less than one row of {job.options.block_size + 1} tokens; give more text, "
+                f"shorter rows (`block_size` 256) or a larger fraction (`val` last:0.2)"
             )
         if part.tokens < 2:
             raise UserError(

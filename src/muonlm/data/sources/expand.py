@@ -198,8 +198,7 @@ def _records(source: Source, columns: list[str] | None, skip: int = 0, mark=None
         yield row, f"{source.name}:{number}", mark
 
 
-# ---------------------------------------------------------------------------------------------- which files: the
-# cheap checks
+# ----------------------------------------------------------------------------------------- which files: cheap checks
 
 
 def expand(sources: str | Path | Source | Iterable, *, name: str = "", split: str = "train") -> list[Source]:

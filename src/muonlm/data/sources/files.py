@@ -36,8 +36,7 @@ SPACE = re.compile(r"[ \t\r\n]*")
 EACH = 'each line must be one object like {"text": "…"}'
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# plain text
+# ------------------------------------------------------------------------------------------------------- plain text
 
 
 def open_bytes(path: Path) -> BinaryIO:
@@ -116,8 +115,7 @@ def _decode(decoder, block: bytes, name: str, line: int, offset: int) -> str:
         ) from None
 
 
-# -------------------------------------------------------------------------------------------------------------- rows
-# of records
+# --------------------------------------------------------------------------------------------------- rows of records
 
 
 def _json_rows(path: Path, name: str, columns: list[str] | None, skip: int) -> Iterator[tuple[int, dict]]:

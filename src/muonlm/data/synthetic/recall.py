@@ -1,21 +1,24 @@
 """Multi-query associative recall (MQAR): pairs are shown once, then keys are asked for their values, many in one row.
 
-    row      k_1 v_1 k_2 v_2 … k_K v_K, then T − 2K slots: in K of them a key again, elsewhere the blank               (1)
-    target   at the slot that asks for k_i: v_i. IGNORE everywhere else, the pairs included                            (2)
-    slots    drawn without replacement, slot i = 1 … T − 2K with weight i^(a − 1); a = 1 is uniform, a = 0.01 (the default)
-             nearly 1/i, so that most questions come soon and a few late; the keys fill them in an order drawn at random (3)
+    row      k_1 v_1 k_2 v_2 … k_K v_K, then T − 2K slots: in K of them a key again, elsewhere the blank           (1)
+    target   at the slot that asks for k_i: v_i. IGNORE everywhere else, the pairs included                        (2)
+    slots    drawn without replacement, slot i = 1 … T − 2K with weight i^(a − 1); a = 1 is uniform, a = 0.01 (the
+             default) nearly 1/i, so that most questions come soon and a few late; the keys fill them in an order
+             drawn at random                                                                                       (3)
     row i    of a split is a function of (seed, split, i) alone: its random numbers are the outputs i·W … (i + 1)·W − 1
-             of a SplitMix64 generator keyed by (seed, split). Step s trains on rows s·rows … (s + 1)·rows − 1          (4)
+             of a SplitMix64 generator keyed by (seed, split). Step s trains on rows s·rows … (s + 1)·rows − 1      (4)
 
-Training rows never repeat; the validation split is its first `held_out` rows and has another key, so that the two meet only by
-chance: there are (keys!/(keys − K)!)² sets of pairs. Every key is asked once; keys and values are each distinct within a row.
+Training rows never repeat; the validation split is its first `held_out` rows and has another key, so that the two meet
+only by chance: there are (keys!/(keys − K)!)² sets of pairs. Every key is asked once; keys and values are each distinct
+within a row.
 
 Tokens   0 blank · 1 … A keys · A + 1 … 2A values, A = ⌊(vocab − 1) / 2⌋
 Shapes   inputs, targets (B, T) int64; K targets a row
-Cost     O(rows · (A + T)) random numbers a step: 0.4 ms for 64 rows at the defaults, 15 ms with 4096 keys and 256 tokens
+Cost     O(rows · (A + T)) random numbers a step: 0.4 ms for 64 rows at the defaults, 15 ms with 4096 keys, 256 tokens
 Raises   UserError for a row too short for its pairs and questions (3K > T), fewer keys than pairs, an unknown split
-Source   S. Arora et al., "Zoology", arXiv:2312.04927, section 4 and appendix. Their code fills the other slots with random
-         tokens instead of one blank and asks at every other slot only; theirs also fixes a training set, ours is endless.
+Source   S. Arora et al., "Zoology", arXiv:2312.04927, section 4 and appendix. Their code fills the other slots with
+         random tokens instead of one blank and asks at every other slot only; theirs also fixes a training set, ours is
+         endless.
 """
 
 import hashlib
@@ -37,10 +40,20 @@ GOLDEN, MIX_1, MIX_2 = (
 
 
 class RecallData(Dataset):
-    """One split. `rows` is the number of rows of the global step, over all ranks and micro-batches; `length` is T of (1)."""
+    """One split. `rows`: of the global step, over all ranks and micro-batches; `length`: T of (1)."""
 
-    def __init__(self, *, pairs: int = 8, length: int = 64, vocab: int = 256, rows: int = 64, seed: int = 0,
-                 split: str = "train", power: float = 0.01, held_out: int = 1024):  # fmt: skip
+    def __init__(
+        self,
+        *,
+        pairs: int = 8,
+        length: int = 64,
+        vocab: int = 256,
+        rows: int = 64,
+        seed: int = 0,
+        split: str = "train",
+        power: float = 0.01,
+        held_out: int = 1024,
+    ):
         _check(pairs, length, vocab, rows, split, power, held_out)
         self.pairs, self.length, self.rows, self.split, self.power = pairs, length, rows, split, power
         self.vocab_size, self.alphabet = vocab, (vocab - 1) // 2
@@ -56,13 +69,13 @@ class RecallData(Dataset):
         return self._size
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """This rank's contiguous share of the rows of global step `step`, as in (4). The held-out rows come round again."""
+        """This rank's contiguous share of the rows of global step `step`, as in (4). Held-out rows come round again."""
         assert step >= 0 and 0 <= rank < world, (step, rank, world)
         index = step * self.rows + np.arange(self.rows * rank // world, self.rows * (rank + 1) // world)
         return self._rows(index if self.split == "train" else index % self._size)
 
     def sequential(self, rows: int, rank: int = 0, world: int = 1, *, limit: int = 0) -> Iterator[Batch]:
-        """The split (its first `limit` rows) once, in order, `rows` at a time; rank r has rows n·r/world … n·(r+1)/world − 1."""
+        """The split (its first `limit` rows) once, in order, `rows` at a time; rank r has n·r/world … n·(r+1)/world."""
         assert rows >= 1 and 0 <= rank < world, (rows, rank, world)
         n = min(limit or self._size, self._size)
         first, last = n * rank // world, n * (rank + 1) // world
@@ -88,7 +101,7 @@ class RecallData(Dataset):
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), B * K)
 
     def _uniform(self, index: np.ndarray, width: int) -> np.ndarray:
-        """(len(index), width) numbers in [0, 1): outputs i·width … of SplitMix64, by random access. uint64 wraps as meant."""
+        """(len(index), width) numbers in [0, 1): outputs i·width … of SplitMix64, by random access; uint64 wraps."""
         counter = index.astype(np.uint64)[:, None] * np.uint64(width) + np.arange(1, width + 1, dtype=np.uint64)
         z = self._key + counter * GOLDEN
         z = (z ^ (z >> np.uint64(30))) * MIX_1
@@ -106,17 +119,21 @@ def _check(pairs: int, length: int, vocab: int, rows: int, split: str, power: fl
     """Refuse what a user can get wrong, with the nearest valid value; before anything is built."""
     for name, value in (("pairs", pairs), ("rows", rows), ("held_out", held_out)):
         if value < 1:
-            raise UserError(f"{name}={value} must be at least 1")
+            raise UserError(f"`{name}` = {value} must be at least 1")
     if 3 * pairs > length:
-        raise UserError(f"pairs={pairs} need {3 * pairs} tokens (key, value and question each), but a row has length={length};"
-                        f" use `pairs` {max(1, length // 3)} or `block_size` {3 * pairs}")  # fmt: skip
+        raise UserError(
+            f"`pairs` = {pairs} need {3 * pairs} tokens (key, value and question each), but a row has {length}; "
+            f"use `pairs` {max(1, length // 3)} or `block_size` {3 * pairs}"
+        )
     if (vocab - 1) // 2 < pairs:
-        raise UserError(f"vocab={vocab} holds {max(0, (vocab - 1) // 2)} keys, fewer than pairs={pairs};"
-                        f" use a vocabulary of at least {2 * pairs + 1}")  # fmt: skip
+        raise UserError(
+            f"a vocabulary of {vocab} holds {max(0, (vocab - 1) // 2)} keys, fewer than `pairs` {pairs}; use `symbols` "
+            f"{2 * pairs + 1} or more"
+        )
     if not 0 < power < float("inf"):
-        raise UserError(f"power={power} must be a number above 0: 0.01 asks early, 1 asks anywhere")
+        raise UserError(f"`power` = {power} must be a number above 0: 0.01 asks early, 1 asks anywhere")
     if split not in ("train", "val"):
-        raise UserError(f"unknown split {split!r}; it is 'train' or 'val'")
+        raise UserError(f"`split` = {split!r} is unknown; it is 'train' or 'val'")
 
 
 def open_recall(cfg: Config, rows: int, dist) -> Splits:

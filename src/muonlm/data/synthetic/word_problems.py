@@ -14,7 +14,8 @@
                  number     another number of the question in the place of b
 
 The sentences of the two splits are disjoint; they use the same words, names and things (a name whose token was never
-trained stops a small model before the sums begin: LOG 2026-11-22). Row i is a function of (seed, split, i) and the settings: instant seek, whatever n is.
+trained stops a small model before the sums begin: LOG 2026-11-22). Row i is a function of (seed, split, i) and the
+settings: instant seek, whatever n is.
 
 Rows     {"question", "rationale": "12 + 5 = 17\\n17 - 4 = 13", "answer": "13", "wrong_rationale", "wrong_answer",
          "mistake": "operation in step 2", "steps": 2, "text": question and solution as prose, for pretraining}
@@ -39,9 +40,9 @@ MISREAD = {"+": "-*", "-": "+", "*": "+", "/": "-*"}  # operations a reader may 
 SLIPS = (1, -1, 2, -2, 10, -10)
 
 NAMES = (
-    "Tom Anna Ben Sara Max Lucy Sam Nina Paul Emma Jack Mia Leo Ella Dan Ruth Mark Jane Luke Rose Peter Clara John Alice "
-    "Fred Julia Noah Maria Simon Laura Eric Helen Oscar Ida Ralph Carol Frank Edith Carl Susan Ralf Judy Alan Betty Roger "
-    "Irene Ted Doris Bruno Agnes Felix Greta"
+    "Tom Anna Ben Sara Max Lucy Sam Nina Paul Emma Jack Mia Leo Ella Dan Ruth Mark Jane Luke Rose Peter Clara John "
+    "Alice Fred Julia Noah Maria Simon Laura Eric Helen Oscar Ida Ralph Carol Frank Edith Carl Susan Ralf Judy Alan "
+    "Betty Roger Irene Ted Doris Bruno Agnes Felix Greta"
 ).split()
 THINGS = (
     "apples pens books coins cards stones eggs shells nuts stamps toys balls maps roses letters pictures fish "
@@ -163,8 +164,9 @@ TEMPLATES = {
 }
 
 
-def rows(n: int, steps: tuple[int, int] = (1, 3), *, largest: int = 99, seed: int = 0, split: str = "train",
-         start: int = 0) -> Iterator[dict]:  # fmt: skip
+def rows(
+    n: int, steps: tuple[int, int] = (1, 3), *, largest: int = 99, seed: int = 0, split: str = "train", start: int = 0
+) -> Iterator[dict]:
     """Rows start … n − 1 of a split; `steps` is the (least, greatest) number of steps of a story."""
     _check(n, steps, largest, split)
     return (problem(i, steps, largest=largest, seed=seed, split=split) for i in range(start, n))

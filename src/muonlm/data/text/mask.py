@@ -1,4 +1,4 @@
-"""What of a conversation is trained, for `muonlm train RECIPE --show-mask`: the texts of a batch with its targets marked."""
+"""What of a conversation is trained, for `muonlm train RECIPE --show-mask`: a batch's text, its targets marked."""
 
 from ..packed import IGNORE, Batch
 from .tokenizer import Tokenizer
@@ -7,7 +7,7 @@ MARKS, COLOUR = ("[[", "]]"), ("\x1b[1;32m", "\x1b[0m")
 
 
 def first_example(batch: Batch, tokenizer: Tokenizer) -> list[dict]:
-    """[{tokens, trained, pieces: [(text, trained), …]}] of the first example of a batch; of a pair, chosen and rejected.
+    """[{tokens, trained, pieces: [(text, trained), …]}] of a batch's first example; of a pair, chosen and rejected.
 
     Read off inputs and targets as the loss reads them, so a mistake anywhere before it would show.
     """

@@ -92,8 +92,8 @@ class Template:
         if not trained.endswith(self.stop):
             raise UserError(
                 f"{where}: the trained part {trained!r} does not end in the stop token {self.stop!r}, so no reply "
-                f"would learn to stop; write assistant = [{before!r}, {trained + self.stop!r}, {after!r}], or name another "
-                "token: stop = …"
+                f"would learn to stop; write assistant = [{before!r}, {trained + self.stop!r}, {after!r}], or name "
+                "another token: stop = …"
             )
 
     def encode(self, conversation: Conversation, tok: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -122,8 +122,10 @@ class Template:
         return _Ids([piece for piece, _ in plan], tok).joined(plan)[0].tolist()
 
     def texts(self, conversation: Conversation, special: tuple[str, ...] = ()) -> list[str]:
-        """The texts that `encode` would tokenise one by one, for a tokenizer that is still to be trained and will have
-        EOT and `special`."""
+        """The texts that `encode` would tokenise one by one.
+
+        For a tokenizer that is still to be trained and will have EOT and `special`.
+        """
         names = {EOT: 0} | {name: i for i, name in enumerate(special, 1)}
         plan = self._plan(conversation, _parse(self, names | {self.stop: names.get(self.stop, 0)}))
         return [piece for piece, _ in _without_tail(plan) if isinstance(piece, str)]
@@ -141,8 +143,7 @@ class Template:
         return tok.eot_id
 
     def reply(self, text: str) -> str:
-        """What a user is shown of a decoded reply (without its stop token): the text without what the template puts
-        around it."""
+        """What a user is shown of a decoded reply (without its stop token): not what the template puts around it."""
         before, after = self._around
         return text.removeprefix(before).removesuffix(after)
 

@@ -42,19 +42,16 @@ EOT_NAMES = (EOT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<eos>", "[EOS]", "[S
 SPECIAL_NAME = re.compile(r"<[^<>\s,]+>|\[[^\[\]\s,]+\]")  # no text of a template reads so by chance: </s>, [SEP]
 SPECS = "byte, char, bpe:4096, bpe:1024:digits, gpt2:PATH/merges.txt, PATH/tokenizer.json"
 BAD = "\ufffd"
-# Where GPT-2's pre-tokenizer always ends a token: in front of a blank or newline that a non-space follows (the rest
-# of a longer run
-# of white space is a token before it). A text cut there gives the same tokens as the whole.
+# Where GPT-2's pre-tokenizer always ends a token: in front of a blank or newline that a non-space follows (the rest of
+# a longer run of white space is a token before it). A text cut there gives the same tokens as the whole.
 SAFE_CUT = re.compile(r"(?=[ \n]\S)")
 TOGETHER = 1 << 10  # parts that `tokenizers` is given at once
-PART = (
-    1 << 12
-)  # characters; `tokenizers` slows with length: 64 Ki characters take 1.5 times as long a character as 4 Ki
+# Characters; `tokenizers` slows with length: 64 Ki characters take 1.5 times as long a character as 4 Ki.
+PART = 1 << 12
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes each byte as one printable character: itself where printable Latin-1, else from U+0100
-    on."""
+    """Byte-level BPE writes each byte as one printable character: itself in printable Latin-1, else from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
@@ -281,7 +278,7 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def made_from_text(spec: str) -> bool:
-    """Whether the spec needs a corpus: char, bpe:N and bpe:N:digits. A bad N is refused here, before anyone reads it."""
+    """Whether the spec needs a corpus: char, bpe:N and bpe:N:digits. A bad N is refused here, before it is read."""
     if spec == "bpe" or spec.startswith("bpe:"):
         size = spec.removeprefix("bpe").removeprefix(":").removesuffix(":digits")
         if not re.fullmatch(r"[1-9][0-9]*", size) or int(size) < 257:
@@ -373,8 +370,7 @@ def train_bpe(texts: Iterable, vocab_size: int, special: Iterable[str] = (), *, 
 
 
 def gpt2_tokenizer(merges_file: Path) -> Tokenizer:
-    """Vocabulary by construction: the 256 byte characters in the order of _byte_alphabet, each merge in turn, then
-    EOT."""
+    """Vocabulary by construction: the 256 byte characters in the order of _byte_alphabet, each merge, then EOT."""
     if not merges_file.is_file():
         raise UserError(f"no merges file at {merges_file}; `tokenizer` gpt2:PATH wants GPT-2's merges.txt")
     merges = []
