@@ -193,7 +193,7 @@ def test_a_failure_while_the_directory_is_put_in_place_keeps_the_old_ones(tmp_pa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("muonlm.storage.os.replace", refuse)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="the disk is full"):
         save(tmp_path, 20)
     assert names(tmp_path) == ["step-00000010"]
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from muonlm.config.schema import Config, upgrade
 from muonlm.config.spelling import nearest
 from muonlm.errors import UserError
-from muonlm.storage import digest, folder_aside, write_atomically
+from muonlm.storage import digest, folder_aside, not_written, write, write_atomically
 
 FORMAT_VERSION = 1
 
@@ -49,14 +49,10 @@ def save(
                 save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, work / name)
             files = {path.name: _digest(path) for path in sorted(work.iterdir())}
             body = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}
-            (work / "meta.json").write_text(json.dumps(body | {"checksum": _checksum(body)}, indent=1))
+            write(work / "meta.json", json.dumps(body | {"checksum": _checksum(body)}, indent=1))
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
-        free = shutil.disk_usage(root).free / 2**20
-        raise UserError(
-            f"checkpoint {target} could not be written: {getattr(error, 'strerror', None) or error} "
-            f"({free:.0f} MiB free). "
-            f"Free some space, then go on with: muonlm train --resume {run}"
-        ) from None
+        remedy = f"Free some space, then go on with: muonlm train --resume {run}"
+        raise not_written(target, error, remedy) from None
     for pointer in ["latest"] + ["best"] * best:
         write_atomically(root / pointer, target.name)
     protected = {(root / "best").read_text().strip() if (root / "best").exists() else ""}

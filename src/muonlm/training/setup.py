@@ -8,7 +8,6 @@ Raises   UserError before anything is trained: a directory in use, data that cha
 import contextlib
 import dataclasses
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +187,7 @@ def begin_run(run: Run, data: Splits, step: int, started: bool, dist: Dist) -> N
     if data.train.tokenizer:
         data.train.tokenizer.save(run.path)
     if data.template.endswith(".toml"):  # a user's own: with it and the tokenizer the run can be moved, its data lost
-        shutil.copyfile(data.template, run.path / Path(data.template).name)
+        write_atomically(run.path / Path(data.template).name, Path(data.template).read_bytes())
     run.start_tracker()
 
 

@@ -170,9 +170,7 @@ def _write(path: Path, tensors: dict) -> None:
         with storage.replacing(path) as work:
             save_file(tensors, work)
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
-        raise UserError(
-            f"{path} cannot be written ({getattr(error, 'strerror', None) or error}); make room, or set MUONLM_CACHE"
-        ) from None
+        raise storage.not_written(path, error, "Make room, or set MUONLM_CACHE.") from None
 
 
 @torch.no_grad()
