@@ -1,30 +1,33 @@
 """Time and memory of the recurrences, forward and backward, beside the libraries that compute the same on a CPU.
 
-    python benchmarks/scan.py [--json [FILE]] [--only mamba,ops,mamba-mixer,delta,mamba2,scaling] [--repeats 5] [--long] [--quick]
+    python benchmarks/scan.py [--only mamba,ops,mamba-mixer,delta,mamba2,scaling] [--repeats 5] [--long] [--quick]
+                              [--json [FILE]]
 
 Families, each at B 4 L 512 and at B 1 L 4096 (and small, with the token loops of scan/reference.py), D 512, N 16, fp32:
-    mamba        from the step sizes on, y = scan + D u. Ours on numba (`ours`) and in PyTorch (`ours chunked`); mambapy's
-                 selective_scan, that is pscan with the discretisation; transformers' slow path: its function that mixers call
-                 without CUDA kernels (discretisation and a loop over tokens), not the mixer around it
+    mamba        from the step sizes on, y = scan + D u. Ours on numba (`ours`) and in PyTorch (`ours chunked`);
+                 mambapy's selective_scan, that is pscan with the discretisation; transformers' slow path: its function
+                 that mixers call without CUDA kernels (discretisation and a loop over tokens), not the mixer around it
     mamba-mixer  the same as whole mixers of equal weights, width 256: in_proj to out_proj
-    ops          ours against ours, from W_dt t on (steps, gates and write norm included): M mamba, L longhorn, m and l their
-                 Muon forms, in numba and in PyTorch
+    ops          ours against ours, from W_dt t on (steps, gates and write norm included): M mamba, L longhorn, m and l
+                 their Muon forms, in numba and in PyTorch
     delta        the gated delta rule, H 4, N 64, P 128: our delta_scan, fla's naive_chunk_gated_delta_rule, and
                  torch_chunk_gated_delta_rule of transformers' Qwen3-Next, all with chunks of 64
-    mamba2       whole mixers of equal weights, width 256, 8 heads of 64, N 128: transformers' Mamba2Mixer at its default chunk
-                 of 256 and at our 64
+    mamba2       whole mixers of equal weights, width 256, 8 heads of 64, N 128: transformers' Mamba2Mixer at its
+                 default chunk of 256 and at our 64
 Gate     before any time is taken, outputs and all gradients of the arms of a family must agree: see AGREE
-ms       median [range] over rounds. A round runs every arm once, in an order that rotates. transformers' slow path fills a
-         (B,D,L,N) tensor of zeros for each of its L slices when it goes backward, time of L^2: at 512 tokens it runs once,
-         where its peak is taken and uncompared (its gate is the small shape), and beyond QUADRATIC tokens not at all
+ms       median [range] over rounds. A round runs every arm once, in an order that rotates. transformers' slow path
+         fills a (B,D,L,N) tensor of zeros for each of its L slices when it goes backward, time of L^2: at 512 tokens it
+         runs once, where its peak is taken and uncompared (its gate is the small shape), and beyond QUADRATIC tokens
+         not at all
 ratios   median over rounds of (their time / our time in the same round); memory: their peak / our peak
-peak     MiB by which the process grew from the moment that inputs and weights were there until the gradients were: the highest
-         resident size (VmHWM, reset just before through /proc/self/clear_refs; where that is not allowed, ru_maxrss) less the
-         resident size before. Each in a process of its own, forked before any of them has computed anything, after a run at a
-         tiny shape. torch.profiler would not see what numba and MKL allocate; this sees all, and noise of about 1 MiB.
+peak     MiB by which the process grew from the moment that inputs and weights were there until the gradients were: the
+         highest resident size (VmHWM, reset just before through /proc/self/clear_refs; where that is not allowed,
+         ru_maxrss) less the resident size before. Each in a process of its own, forked before any of them has computed
+         anything, after a run at a tiny shape. torch.profiler would not see what numba and MKL allocate; this sees all,
+         and noise of about 1 MiB.
 scaling  whole mixers, B 1, width 128 (D 256), L 512 to 8192: least-squares slope of log time and log peak over log L
-long     --long: one step (loss, gradients, AdamW; blocks recomputed) of a 10M-parameter MuonLonghorn on a row of 32768 tokens, and the peak
-         resident size of that process: below 8 GB or not
+long     --long: one step (loss, gradients, AdamW; blocks recomputed) of a 10M-parameter MuonLonghorn on a row of 32768
+         tokens, and the peak resident size of that process: below 8 GB or not
 
 The table goes to stderr, JSON to stdout or to a file. Peers that are not installed are listed with their reason.
 """
@@ -53,9 +56,7 @@ from muonlm.model import build_model, count_parameters
 from muonlm.model.mixers import MIXERS
 from muonlm.scan import choose_backend, delta_scan, diag_scan, reference
 
-AGREE = (
-    1e-4  # relative Frobenius norm, fp32; sums over 4096 tokens in other orders, 2e-5 at most where this was written
-)
+AGREE = 1e-4  # relative Frobenius norm, fp32; sums over 4096 tokens in other orders, 2e-5 seen
 LONG_LIMIT = 8e9
 HEADS = 4
 WIDE = {"d_state": 16, "n_head": 1, "mlp": "none", "delta_heads": HEADS, "vocab_size": 64, "init": "lm"}
@@ -252,7 +253,8 @@ RATIOS = {  # what the table divides: family -> [(title, numerator, denominator)
     "ops": [("longhorn / mamba", "L", "M"), ("muon_longhorn / longhorn", "l", "L"), ("muon_mamba / mamba", "m", "M"),
             ("muon_longhorn / longhorn, chunked", "l chunked", "L chunked")],
     "delta": [("fla / ours", "fla", "ours"), ("transformers / ours", "transformers", "ours")],
-    "mamba2": [("transformers / ours", "transformers", "ours"), ("transformers C64 / ours", "transformers C64", "ours")],
+    "mamba2": [("transformers / ours", "transformers", "ours"),
+               ("transformers C64 / ours", "transformers C64", "ours")],
 }  # fmt: skip
 
 
@@ -266,7 +268,7 @@ def in_rounds(case: Case) -> list[str]:
 
 
 def check(family: str, case: Case) -> dict[str, float]:
-    """The largest relative deviation of each arm's output and gradients from the first arm that computes the same. Warms up too."""
+    """Each arm's largest relative deviation from the first arm that computes the same. Warms up too."""
     found, deviations = {}, {}
     for name in in_rounds(case):
         first = name.split()[0] if family == "ops" else next(iter(case.arms))
@@ -333,7 +335,7 @@ def reset_high_water() -> None:
 
 
 def in_a_child(work: Callable[[], object]):
-    """What work() returns, by way of JSON, from a forked process. Fork before anything is computed: threads do not survive it."""
+    """What work() returns, as JSON, from a forked process. Fork before anything is computed: threads do not survive."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -395,8 +397,8 @@ def measure(family: str, shapes: list[Shape], repeats: int, peaks: dict) -> dict
             if above in times and below in times:
                 pair = [peaks.get((family, shape, name), (None, None))[0] for name in (above, below)]
                 memory = pair[0] / max(pair[1], 1) if None not in pair else None
-                ratios.append({"family": family, "shape": str(shape), "ratio": title, "time": ratio(times[above], times[below]),
-                               "memory": memory})  # fmt: skip
+                ratios.append({"family": family, "shape": str(shape), "ratio": title,
+                               "time": ratio(times[above], times[below]), "memory": memory})  # fmt: skip
         note(f"{family} {shape}")
     return {"rows": rows, "ratios": ratios}
 
@@ -477,7 +479,8 @@ def note(text: str) -> None:
 
 def machine() -> dict:
     return {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "isa": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__, "python": platform.python_version()}  # fmt: skip
+            "isa": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
+            "python": platform.python_version()}  # fmt: skip
 
 
 def write(document: dict, where: str | None) -> None:
@@ -502,8 +505,10 @@ def table(document: dict) -> str:
     if document["rows"]:
         lines += ["", f"{'family':12} {'shape':16} {'arm':18} {'ms [range]':28} {'peak MiB':>9} {'deviation':>9}"]
         for r in document["rows"]:
+            deviation = "once" if r["once"] else format(r["deviation"], "9.0e")
             lines.append(
-                f"{r['family']:12} {r['shape']:16} {r['arm']:18} {span(r['seconds'], 1e3):28} {mib(r['peak_bytes']):>9} {'once' if r['once'] else format(r['deviation'], '9.0e'):>9}"
+                f"{r['family']:12} {r['shape']:16} {r['arm']:18} {span(r['seconds'], 1e3):28} "
+                f"{mib(r['peak_bytes']):>9} {deviation:>9}"
             )
         lines += ["", f"{'family':12} {'shape':16} {'ratio':36} {'time [range]':24} {'memory':>7}"]
         for r in document["ratios"]:
@@ -524,8 +529,9 @@ def table(document: dict) -> str:
                 f"{r['mixer']:6} {r['time_slope']:13.2f} {memory:>8}   {ms};  {', '.join(map(mib, r['peak_bytes']))}"
             )
     if long := document["long"]:
-        lines += ["", f"step of {long['tokens']} tokens, {long['parameters']:,} parameters: {long['seconds']:.1f} s, peak resident "
-                  f"{long['peak_resident_bytes'] / 1e9:.2f} GB ({'below' if long['below_8_GB'] else 'NOT below'} 8 GB)"]  # fmt: skip
+        size = f"{long['peak_resident_bytes'] / 1e9:.2f} GB ({'below' if long['below_8_GB'] else 'NOT below'} 8 GB)"
+        took = f"step of {long['tokens']} tokens, {long['parameters']:,} parameters: {long['seconds']:.1f} s"
+        lines += ["", f"{took}, peak resident {size}"]
     lines += [f"missing: {name} ({reason})" for name, reason in document["missing"].items()]
     return "\n".join(lines)
 

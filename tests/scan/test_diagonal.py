@@ -126,7 +126,7 @@ def test_saved_memory_grows_with_the_chunks_and_not_with_every_state():
     assert per_token == 2 * 32 + 2 * 16 + 2 * 32 * 16 / 64  # Δ, w; k, q; S and M once in 64 tokens
 
 
-# --- the write's normalisation -------------------------------------------------------------------------------------------------
+# --- the write's normalisation ----------------------------------------------------------------------------------------
 
 
 def test_the_gain_is_the_published_table():
@@ -138,7 +138,7 @@ def test_the_gain_is_the_published_table():
 @pytest.mark.parametrize("poly", ["quintic", "cubic"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
 def test_newton_schulz_on_a_rank_one_write_is_the_closed_form(poly, steps):
-    """Values and gradients of the matrix iteration, both orientations: k eᵀ has one singular value, and φ acts on it alone."""
+    """Values and gradients of the matrix iteration, wide and tall: k eᵀ has one singular value; φ acts on it alone."""
     g = torch.Generator().manual_seed(steps)
     for N, D in ((4, 24), (24, 4)):
         e, k = (torch.randn(5, n, generator=g, dtype=F64, requires_grad=True) for n in (D, N))
@@ -171,7 +171,7 @@ def test_real_tokens_of_lengths():
     assert reference.real_tokens(torch.tensor([2, 0]), 2, 3, "cpu").tolist() == [[True, True, False], [False] * 3]
 
 
-# --- through diag_scan with the compiled kernels -------------------------------------------------------------------------------
+# --- through diag_scan with the compiled kernels ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])
@@ -236,7 +236,7 @@ def test_padding_may_hold_anything():
 
 
 def test_a_compiled_model_calls_the_same_kernels():
-    """Without the guard dynamo traces into numba, and the results are silently wrong. One graph backend is enough: aot_eager."""
+    """Without the guard dynamo traces into numba, and results are silently wrong. One graph backend is enough."""
     tensors = [x if x is None else x.detach().float().requires_grad_() for x in inputs("mamba", 0.9)]
     compiled = torch.compile(lambda *args: scan("mamba", args, 0.9, backend="cpu")[0] * 2, backend="aot_eager")
     for length in (37, 20):
@@ -256,7 +256,7 @@ def test_the_meta_device_knows_the_shapes():
 
 
 def test_what_surrounds_the_scan_has_exact_gradients():
-    """write_norm, also with k shared by a group of heads and below its floor, and Longhorn's step, against finite differences."""
+    """write_norm, also with k shared by heads and below its floor, and Longhorn's step, against finite differences."""
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=g, dtype=F64).requires_grad_()  # noqa: E731
     assert torch.autograd.gradcheck(lambda e, k: write_norm(e, k, 0.7, 1e-6), (draw(2, 3, 5), draw(2, 3, 4)))

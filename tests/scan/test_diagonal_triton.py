@@ -244,7 +244,7 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from muonlm.scan import diagonal_triton as gpu
+from muonlm.scan import diagonal_triton_kernels as gpu
 flags = dict(MAMBA=True, VELOCITY=True, PARALLEL=True, REVERSE=True, BN=16, BD=32, BLOCK=256)
 ints = {"L", "D", "N", "B", "chunk", "chunks", "workers", "cells", "rungs_each"}
 def compiles(name, half):
@@ -261,9 +261,9 @@ def compiles(name, half):
     built = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32), options={"num_warps": 1})
     print(name, built.asm["ptx"].count("ld.global"))
 sequences = {"delta", "w", "k", "q", "g", "d_delta", "dw"}
-for name in ("_segments", "_segments_back", "_forward", "_backward"):
+for name in ("summarize", "summarize_back", "forward_kernel", "backward_kernel"):
     compiles(name, sequences)
-compiles("_boundaries", set())
+compiles("boundaries", set())
 """
 
 

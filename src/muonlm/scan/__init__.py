@@ -6,7 +6,7 @@ delta_scan            the gated delta rule: Gated DeltaNet
 delta_momentum_scan   the delta rule whose write does not see the state: its Muon form
 velocity_scan         the delta rule with a normalised velocity: nonlinear
 
-reference.py defines them, one token at a time. BACKENDS lists everything that computes them; dispatch.py chooses from it.
+reference.py defines them, one token at a time; BACKENDS lists all that computes them; dispatch.py chooses from it.
 The names below are loaded on first use: whoever reads the table does not wait for torch.
 """
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class Backend:
     """One way to compute one scan.
 
-    `module` exports a function with the scan's name and the arguments of reference.py's, and `chunk`, the tokens between
-    two kept states (0: what suits it). It is differentiable, and gets tensors of any float type.
+    `module` exports a function with the scan's name and the arguments of reference.py's, and `chunk`, the number of
+    tokens between two kept states (0: what suits it). It is differentiable and takes tensors of any float type.
     """
 
     scan: str

@@ -12,6 +12,9 @@ Letters  n chunks of a row, the others as in reference.py
 Dtypes   fp32, or fp64 if an input is; autocast and TF32 are off inside `full_precision`
 """
 
+# autograd.Function.backward is declared with *grads.
+# pyright: reportIncompatibleMethodOverride=false
+
 import math
 from contextlib import contextmanager, nullcontext
 
@@ -71,7 +74,7 @@ def decay(lg: Tensor) -> tuple[Tensor, Tensor]:
     return Dec, total.exp2().to(lg.dtype)
 
 
-def suffix_sum(ends: Tensor, starts: Tensor, leaving: Tensor) -> Tensor:
+def suffix_sum(ends: Tensor, starts: Tensor, leaving: Tensor | float) -> Tensor:
     """(3): ends, starts (…,C), leaving (…) -> the gradient of lg (…,C)."""
     net = ends - starts
     net[..., -1] += leaving
@@ -120,7 +123,8 @@ def prepare(lengths: Tensor | None, lg: Tensor, *gated: Tensor) -> list[Tensor]:
     lg = lg.clamp(min=MIN_LOG_GATE)
     if lengths is None:
         return [lg, *gated]
-    p = real_tokens(lengths, *lg.shape[:2], lg.device).unsqueeze(-1)
+    B, L = lg.shape[:2]
+    p = real_tokens(lengths, B, L, lg.device).unsqueeze(-1)
     return [torch.where(p if x.ndim == 3 else p.unsqueeze(-1), x, 0) for x in (lg, *gated)]
 
 
@@ -128,7 +132,8 @@ def mask_padding(y: Tensor, lengths: Tensor | None) -> Tensor:
     """y (B,L,H,P) with 0 at padding."""
     if lengths is None:
         return y
-    return torch.where(real_tokens(lengths, *y.shape[:2], y.device)[..., None, None], y, 0)
+    B, L = y.shape[:2]
+    return torch.where(real_tokens(lengths, B, L, y.device)[..., None, None], y, 0)
 
 
 def initial_state(S: Tensor | None, w: Tensor, k: Tensor) -> Tensor:

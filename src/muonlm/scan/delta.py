@@ -18,6 +18,10 @@ chunk starts, E, and A⁻¹ (C numbers a token and head); by delta_momentum_scan
 Source   Gated DeltaNet 2412.06464; MuonSSM 2606.30461 for the momentum; the chunk forms are elementary
 """
 
+# M is None where γ = 0, which is not seen; autograd.Function.backward is declared with *grads.
+# pyright: reportPossiblyUnboundVariable=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportIncompatibleMethodOverride=false
+
 from functools import partial
 
 import torch

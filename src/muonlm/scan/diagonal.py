@@ -3,9 +3,13 @@
     forward(Δ, A, w, k, q, S0, M0, γ, α, lengths, chunk) -> y, S, M, Sc, Mc
     backward(Δ, A, w, k, q, Sc, Mc, γ, α, lengths, chunk, ∂y, ∂S, ∂M) -> ∂Δ, ∂A, ∂w, ∂k, ∂q, ∂S0, ∂M0
 
-Sc, Mc (B,n,N,D) are the states at the start of each chunk: backward recomputes the others from them. A is None for Longhorn;
-M, Mc, M0 and their gradients are None where γ = 0. Other shapes: reference.py. The tensors are contiguous, fp32 or all fp64.
+Sc, Mc (B,n,N,D) are the states at the start of each chunk: backward recomputes the others from them. A is None for
+Longhorn; M, Mc, M0 and their gradients are None where γ = 0. Other shapes: reference.py. All tensors are contiguous and
+fp32, or all are fp64.
 """
+
+# autograd.Function.backward is declared with *grads.
+# pyright: reportIncompatibleMethodOverride=false
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -28,8 +32,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any):
-        gy, gS, gM = grad_outputs
+    def backward(ctx, gy, gS, gM):
         delta, A, w, k, q, Sc, Mc, lengths = ctx.saved_tensors
         backward, gamma, alpha, chunk = ctx.rest
         gy = torch.zeros_like(w, dtype=Sc.dtype) if gy is None else gy.contiguous()
@@ -56,7 +59,7 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
         dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
         tensors: list[Tensor | None] = [delta, A, w, k, q, S0, M0]
         tensors = [None if x is None else x.to(dtype).contiguous() for x in tensors]
-        run = _uncompiled() if torch.compiler.is_compiling() else _Scan.apply
+        run: Any = _uncompiled() if torch.compiler.is_compiling() else _Scan.apply
         return run(forward, backward, *tensors, float(gamma), float(alpha), lengths, chunk_length(chunk, L))
 
     return diag_scan

@@ -4,16 +4,20 @@ One token acts on the pair (S, M) linearly. With p = 1 where it is real, g = γ 
     M ← g M + U,   S ← f S + p M
 so a chunk acts as
     S ← F S + G M + Ŝ,   M ← Γ M + M̂,      F = ∏ f,  Γ = ∏ g,  G ← f G + p Γ token by token           (1)
-Pass 1 finds (F, G, Γ, Ŝ, M̂) of every chunk from zero states, pass 2 walks the chunks by (1), pass 3 reruns the tokens of all
-chunks from their true states and reads y. Backward carries Λ = ∂/∂S and Π = ∂/∂M from right to left in the same three passes:
+Pass 1 finds (F, G, Γ, Ŝ, M̂) of every chunk from zero states, pass 2 walks the chunks by (1), pass 3 reruns the tokens
+of all chunks from their true states and reads y. Backward carries Λ = ∂/∂S and Π = ∂/∂M from right to left, in the same
+three passes:
     Λ ← Λ + q gyᵀ,  Π ← Π + p Λ,  [this token's gradients],  Λ ← f Λ,  Π ← g Π
     a chunk:  Π ← Γ Π + H Λ + Π̂,  Λ ← F Λ + Λ̂,      h ← g (h + p λ), λ ← f λ from h = 0, λ = 1         (2)
-Its pass 3 needs every S_{t−1}; they are recomputed for as many chunks at a time as SCRATCH holds. Nothing is divided by f.
+Its pass 3 needs every S_{t−1}: recomputed, for as many chunks at a time as SCRATCH holds. Nothing is divided by f.
 
-Shapes   as in reference.py; inside, t runs within a chunk and the chunks are a dimension: inputs (C, B, n, ·), states (B, n, N, D)
+Shapes   as in reference.py; inside, t runs within a chunk and the chunks are a dimension: inputs (C, B, n, ·), states
+         (B, n, N, D)
 Dtypes   fp32, or fp64 if w is
 Memory   O(B L D) + O(B L N D / C) + SCRATCH
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +41,7 @@ def _join(x: Tensor, L: int) -> Tensor:
 
 
 class _Chunks:
-    """Inputs in chunks. A token that is not real (after the end, or beyond `lengths`) has f = g = 1, p = 0, U = 0 and q = 0."""
+    """Inputs in chunks. A token that is not real (after the end) has f = g = 1, p = 0, U = 0 and q = 0."""
 
     def __init__(self, delta, A, w, k, q, gamma, alpha, lengths, chunk):
         B, self.L, _ = w.shape
@@ -64,7 +68,7 @@ class _Chunks:
 
 
 def forward(delta, A, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
-    """-> y (B,L,D), S, M (B,N,D), and the states Sc, Mc (B,n,N,D) at the start of each chunk; M, Mc None where γ = 0."""
+    """-> y (B,L,D), S, M (B,N,D), and Sc, Mc (B,n,N,D), the states at chunk starts; M, Mc None where γ = 0."""
     c = _Chunks(delta, A, w, k, q, gamma, alpha, lengths, chunk)
     Sb = Mb = c.zeros()
     prod_f, G, prod_g = torch.ones_like(Sb), torch.zeros_like(Sb), torch.ones_like(c.g[0])
@@ -122,14 +126,14 @@ def backward(delta, A, w, k, q, Sc, Mc, gamma, alpha, lengths, chunk, gy, gS, gM
     return d_delta, dA, dw, dk, dq, Lam, Pi if gamma else None
 
 
-def _tokens(c: _Chunks, S: Tensor, M: Tensor, gy: Tensor, Lam: Tensor, Pi: Tensor) -> tuple[Tensor, ...]:
+def _tokens(c: _Chunks, S: Tensor, M: Tensor, gy: Tensor, Lam: Tensor, Pi: Tensor) -> tuple:
     """Pass 3 of backward over some chunks: gradients (C, B, n, ·) of Δ, w, k, q, and that of A (D, N) or None."""
     states = []
     for t in range(c.size):
         states.append(S)
         S, M = c.step(t, S, M)
     d_delta, dw, dk, dq = (torch.empty_like(x) for x in (c.delta, c.w, c.k, c.q))
-    dA = None if c.A is None else torch.zeros_like(c.A)
+    dA: Any = None if c.A is None else torch.zeros_like(c.A)
     for t in reversed(range(c.size)):
         real, delta, k, f = c.p[t].squeeze(-1), c.delta[t], c.k[t], c.forget(t)
         Lam = Lam + c.q[t].unsqueeze(-1) * gy[t].unsqueeze(-2)

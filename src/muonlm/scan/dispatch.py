@@ -1,4 +1,5 @@
-"""The five scans, each computed by whichever backend of the table in __init__.py fits. Definitions and shapes: reference.py.
+"""The five scans, each computed by the backend of the table in __init__.py that fits. Definitions and shapes:
+reference.py.
 
     reference   a loop over tokens, differentiated by autograd; any device, fp64
     chunked     plain PyTorch over chunks of tokens; any device, fp64
@@ -6,8 +7,8 @@
     triton      Triton; fp32 arithmetic
     auto        the first of the table's rows for the scan that can run here
 
-Every backend computes in fp32 (some in fp64) and gives the exact gradient. `chunk` is the number of tokens between two states
-that are kept for the backward pass; 0: 64.
+Every backend computes in fp32 (some in fp64) and gives the exact gradient. `chunk` is the number of tokens between two
+states that are kept for the backward pass; 0: 64.
 Raises   UserError for a backend that is unknown or cannot run here
 """
 
@@ -28,7 +29,7 @@ def backends(scan: str) -> tuple[str, ...]:
 
 
 def choose_backend(scan: str, backend: str, device: torch.device, dtype: torch.dtype, states: int = 0) -> str:
-    """The backend that "auto" stands for, or `backend` itself if it can run. `states`: width N of the keys, 0 if not known."""
+    """The backend that "auto" stands for, or `backend` itself if it can run. `states`: width N of the keys, 0: any."""
     return _choose(scan, backend, device, dtype, states).name
 
 

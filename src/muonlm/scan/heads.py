@@ -17,8 +17,12 @@ Chunk    64, which chunk=0 means too: measured on a CPU, 32 and 128 are slower o
 Source   Mamba-2 2405.21060 (the chunk form); MuonSSM 2606.30461 (the velocity)
 """
 
+# M is None where γ = 0, which is not seen; autograd.Function.backward is declared with *grads.
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportPossiblyUnboundVariable=false, reportIncompatibleMethodOverride=false
+
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,6 +118,49 @@ def _apart(S: Tensor, w: Tensor) -> Tensor:
     return S.unflatten(3, (-1, w.shape[-1])).transpose(2, 3).flatten(1, 2)
 
 
+class _Gates(NamedTuple):
+    """A tile's Dec, F, Res, g, p, diag(p) Mom, Mom[C,:] and Mc of chunks.py; without momentum Res is Dec."""
+
+    Dec: Tensor  # (X,r,C,C), as Res
+    F: Tensor  # (X,r,C), as g
+    Res: Tensor
+    g: Any = None
+    p: Any = None  # (X,C), as mom_last and Mc
+    Mom: Any = None  # (X,C,C)
+    mom_last: Any = None
+    Mc: Any = None
+
+
+def _gates(tile: _Tile, lg: Tensor, real: Tensor | None, gamma: float) -> _Gates:
+    Dec, Fc = decay(tile.cut(lg[..., tile.heads]).transpose(1, 2))
+    if real is None:
+        return _Gates(Dec, Fc, Dec)
+    p = tile.cut(real)
+    Mom, mom_last, Mc = momentum(gamma, p)
+    flat = Dec.flatten(1, 2)  # one product for all heads of the group
+    Res, g = (flat @ Mom).view_as(Dec), (flat @ (p * Mc).unsqueeze(-1)).view_as(Fc)
+    return _Gates(Dec, Fc, Res, g, p, Mom, mom_last, Mc)
+
+
+def _walk_back(tile: _Tile, gates: _Gates, Q: Tensor, dYF: Tensor, dYg: Tensor | None, at_S: Tensor, at_M: Any):
+    """(3) from a tile's last chunk to its first, given the gradients at_S, at_M (rows,N,r·P) of the states after it.
+
+    -> those at each chunk's end, (X,N,r·P) twice, and that of S before the tile; at_M becomes that of M before it.
+    """
+    ends_S, ends_M = [at_S] * tile.n, None if dYg is None else at_M.new_empty(len(at_M), tile.n, *at_M.shape[1:])
+    for j in reversed(range(tile.n)):
+        at = slice(j, None, tile.n)
+        ends_S[j] = at_S
+        if ends_M is not None and dYg is not None:
+            ends_M[:, j] = at_M
+            wide = (*at_S.shape[:2], gates.F.shape[1], -1)
+            at_M.mul_(gates.Mc[at, -1, None, None]).baddbmm_(Q[at].mT, dYg[at])
+            at_M.view(wide).addcmul_(at_S.view(wide), gates.g[at, None, :, -1, None])
+        at_S = _scaled(at_S, gates.F[at, :, -1]).baddbmm_(Q[at].mT, dYF[at])
+    ds = ends_S[0] if tile.n == 1 else torch.stack(ends_S, 1).flatten(0, 1)
+    return ds, None if ends_M is None else ends_M.flatten(0, 1), at_S
+
+
 class _ScalarChunks(torch.autograd.Function):
     """lg (B,L,H), w (B,L,H,P), k, q (B,L,G,N), S, M (B,G,N,r·P) -> y, S, M. Equations (1) to (6)."""
 
@@ -133,13 +180,9 @@ class _ScalarChunks(torch.autograd.Function):
         with full_precision(w.device):
             for tile in ctx.tiles:
                 K, Q, W = tile.cut(k[:, :, tile.g]), tile.cut(q[:, :, tile.g]), tile.cut(w[:, :, tile.heads])
-                Dec, Fc = decay(tile.cut(lg[..., tile.heads]).transpose(1, 2))
-                Res, s = Dec, tile.states(Ss)
-                if gamma:
-                    Mom, mom_last, Mc = momentum(gamma, tile.cut(real))
-                    flat, m = Dec.flatten(1, 2), tile.states(Ms)
-                    Res, g = (flat @ Mom).view_as(Dec), (flat @ (tile.cut(real) * Mc).unsqueeze(-1)).view_as(Fc)
-                    new_m = (mom_last[..., None, None] * W).flatten(2)
+                _, Fc, Res, g, _, _, mom_last, Mc = _gates(tile, lg, real, gamma)
+                s, m = tile.states(Ss), tile.states(Ms) if gamma else None
+                new_m = (mom_last[..., None, None] * W).flatten(2) if gamma else None
                 new = (W * _along(Res[..., -1, :])).flatten(2)
                 rows = len(s)
                 for j in range(tile.n):
@@ -172,29 +215,12 @@ class _ScalarChunks(torch.autograd.Function):
             for tile in reversed(ctx.tiles):
                 K, Q, W = tile.cut(k[:, :, tile.g]), tile.cut(q[:, :, tile.g]), tile.cut(w[:, :, tile.heads])
                 Y, dY = tile.cut(y[:, :, tile.heads]), tile.cut(dy[:, :, tile.heads])
-                Dec, Fc = decay(tile.cut(lg[..., tile.heads]).transpose(1, 2))
-                Res, s = Dec, tile.states(Ss)
-                N, D = s.shape[2:]
-                if gamma:
-                    p = tile.cut(real)
-                    Mom, mom_last, Mc = momentum(gamma, p)
-                    flat, m = Dec.flatten(1, 2), tile.states(Ms)
-                    Res, g = (flat @ Mom).view_as(Dec), (flat @ (p * Mc).unsqueeze(-1)).view_as(Fc)
-                    dYg = (dY * _along(g)).flatten(2)
-                    dm = m.new_empty(len(m), tile.n, N, D)
-                dYF = (dY * _along(Fc)).flatten(2)
-                # ds, dm: the gradients at each chunk's end
-                ds, at_S = [None] * tile.n, dS[tile.rows, tile.g]
-                for j in reversed(range(tile.n)):
-                    at = slice(j, None, tile.n)
-                    ds[j] = at_S
-                    if gamma:
-                        at_M, wide = dM[tile.rows, tile.g], (len(s), N, -1, P)
-                        dm[:, j] = at_M
-                        at_M.mul_(Mc[at, -1, None, None]).baddbmm_(Q[at].mT, dYg[at])
-                        at_M.view(wide).addcmul_(at_S.view(wide), g[at, None, :, -1, None])
-                    at_S = _scaled(at_S, Fc[at, :, -1]).baddbmm_(Q[at].mT, dYF[at])
-                ds = ds[0] if tile.n == 1 else torch.stack(ds, 1).flatten(0, 1)
+                gates = _gates(tile, lg, real, gamma)
+                Dec, Fc, Res, g, p, Mom, mom_last, Mc = gates
+                s, m = tile.states(Ss), tile.states(Ms) if gamma else None
+                dYF, dYg = (dY * _along(Fc)).flatten(2), (dY * _along(g)).flatten(2) if gamma else None
+                at_S, at_M = (None if x is None else x[tile.rows, tile.g] for x in (dS, dM))
+                ds, dm, at_S = _walk_back(tile, gates, Q, dYF, dYg, at_S, at_M)
                 starts = s[:, :-1].flatten(0, 1)
                 leaving = _dots(ds, s[:, 1:].flatten(0, 1), P)
                 last = _along(Res[..., -1, :])
@@ -205,8 +231,7 @@ class _ScalarChunks(torch.autograd.Function):
                 dQ = dYF @ starts.mT
                 dK = (W * last).flatten(2) @ ds.mT
                 if gamma:
-                    dm, m = dm.flatten(0, 1), m[:, :-1].flatten(0, 1)
-                    last_m = mom_last[..., None, None]
+                    m, last_m = m[:, :-1].flatten(0, 1), mom_last[..., None, None]
                     dW = dW.addcmul_((K @ dm).view_as(W), last_m)
                     dK.baddbmm_((W * last_m).flatten(2), dm.mT)
                     dQ.baddbmm_(dYg, m.mT)

@@ -12,7 +12,7 @@
 Letters  B batch, L time, D channels, H heads, G groups of heads, N state (key) width, P value width of a head
 Shapes   Δ, w, y (B,L,D) · A (D,N) · k, q (B,L,N) · S, M (B,N,D)                                   diagonal gates
          lg, b (B,L,H) · w, u, y (B,L,H,P) · k, q (B,L,G,N) or (B,L,H,N) · S, M (B,H,N,P)          heads
-         lengths (B,): row b is real up to lengths_b and padding after it, with outputs 0 and states copied; None: all real
+         lengths (B,): row b is real up to lengths_b, then padding: outputs 0 and states copied; None: all real
 Dtypes   computed in fp32, or in fp64 if w is; initial states None are zeros. All of it differentiable by autograd.
 Source   Longhorn 2407.14207; Mamba 2312.00752; Mamba-2 2405.21060; Gated DeltaNet 2412.06464; MuonSSM 2606.30461
 """

@@ -1,17 +1,21 @@
 """Normalisation of a token's write: the matrix k eᵀ, which has rank one; and Longhorn's step size.
 
-A Newton–Schulz iteration on X/‖X‖_F with φ(s) = A s + B s³ + C s⁵ maps each singular value by φ and keeps the singular vectors.
-X = k eᵀ has a single one, which starts at 1, so S iterations give exactly κ k eᵀ / (‖k‖ ‖e‖), κ = φ∘…∘φ(1): a rescaling.
+A Newton–Schulz iteration on X/‖X‖_F with φ(s) = A s + B s³ + C s⁵ maps each singular value by φ and keeps the singular
+vectors. X = k eᵀ has a single one, which starts at 1, so S iterations give exactly κ k eᵀ / (‖k‖ ‖e‖), κ = φ∘…∘φ(1): a
+rescaling.
 
     write_norm(e, k) = κ e / √max(m₂, ε²),   m₂ = (Σ_c e_c²)(Σ_n k_n²)                         (1)
-    implicit_step(x, k) = s / (1 + s n), s = σ(x), n = ‖k‖²: the closed form of an implicit update, at most min(1, 1/n)      (2)
+    implicit_step(x, k) = s / (1 + s n), s = σ(x), n = ‖k‖²: an implicit update's closed form, at most min(1, 1/n)  (2)
     norm   none: e itself · frobenius: κ = 1 · newton_schulz: κ of (poly, steps); the cubic's κ is 1 for any steps
-    normalize_matrix(X): the explicit iteration on whole matrices, for gdn_velocity_ns (rank above one) and as the tests' oracle
+    normalize_matrix(X): the explicit iteration on whole matrices, for velocity_scan (rank above one) and the tests
 
-Below the floor ε the map is linear, with no gradient through m₂: the clamp lies inside the root, so an all-zero token has finite
-gradients. Everything in fp32 (fp64 stays).
+Below the floor ε the map is linear, with no gradient through m₂: the clamp lies inside the root, so an all-zero token
+has finite gradients. Everything in fp32 (fp64 stays).
 Source   MuonSSM, arXiv 2606.30461, for the idea; the closed form is elementary
 """
+
+# autograd.Function.backward is declared with *grads.
+# pyright: reportIncompatibleMethodOverride=false
 
 import torch
 from torch import Tensor
@@ -89,7 +93,7 @@ def implicit_step(x: Tensor, k: Tensor) -> Tensor:
 def normalize_matrix(
     X: Tensor, *, norm: str = "newton_schulz", steps: int = 1, poly: str = "quintic", eps: float = 1e-6
 ) -> Tensor:
-    """The explicit iteration of each matrix (…,m,n): X ← X/√max(‖X‖²_F, ε²), then `steps` times X ← A X + (B G + C G²) X, G = X Xᵀ."""
+    """Each matrix (…,m,n): X ← X/√max(‖X‖²_F, ε²), then `steps` times X ← A X + (B G + C G²) X, G = X Xᵀ."""
     if norm == "none":
         return X
     X = X * torch.rsqrt(X.square().sum((-2, -1), keepdim=True).clamp(min=eps * eps))
