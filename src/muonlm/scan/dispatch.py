@@ -12,6 +12,7 @@ states that are kept for the backward pass; 0: 64.
 Raises   UserError for a backend that is unknown or cannot run here
 """
 
+from functools import cache
 from importlib import import_module
 
 import torch
@@ -34,16 +35,15 @@ def choose_backend(scan: str, backend: str, device: torch.device, dtype: torch.d
 
 
 def _choose(scan: str, backend: str, device: torch.device, dtype: torch.dtype, states: int) -> Backend:
-    rows = [row for row in BACKENDS if row.scan == scan]
-    assert rows, scan
-    if backend == "auto":
-        fitting = (row for row in rows if row.device in ("", device.type))
-        return next(row for row in fitting if not _refusal(row, device, dtype, states))
-    for row in rows:
-        if row.name == backend:
-            if reason := _refusal(row, device, dtype, states):
-                raise UserError(f"`backend` = {backend!r} {reason}; use auto or chunked.")
+    for row in BACKENDS:
+        if row.scan != scan or not (row.name == backend or backend == "auto" and row.device in ("", device.type)):
+            continue
+        reason = _refusal(row, device, dtype, states)
+        if not reason:
             return row
+        if backend != "auto":
+            raise UserError(f"`backend` = {backend!r} {reason}; use auto or chunked.")
+    assert backend != "auto" and backends(scan), scan
     raise UserError(
         f"`backend` = {backend!r} does not compute {scan}; choose one of auto, {', '.join(backends(scan))}."
     )
@@ -55,13 +55,14 @@ def _refusal(row: Backend, device: torch.device, dtype: torch.dtype, states: int
         return "computes in fp32, and the tensors are fp64"
     if row.max_states and states > row.max_states:
         return f"holds at most {row.max_states} states, and `k` has {states}"
-    if row.needs and not _module(row).available(device):
+    if row.needs and not _module(row.module).available(device):
         return f"needs {row.needs}, and the tensors are on {device}"
     return ""
 
 
-def _module(row: Backend):
-    return import_module(row.module, __package__)
+@cache  # asked at every call: a token of decoding has no time to lose
+def _module(name: str):
+    return import_module(name, __package__)
 
 
 def _run(scan: str, backend: str, value: Tensor, k: Tensor, *tensors, chunk: int, **options):
@@ -70,7 +71,7 @@ def _run(scan: str, backend: str, value: Tensor, k: Tensor, *tensors, chunk: int
     if row.name != "reference":  # a loop over tokens has no chunks
         options["chunk"] = chunk
     with full_precision(value.device):
-        return getattr(_module(row), scan)(*tensors, **options)
+        return getattr(_module(row.module), scan)(*tensors, **options)
 
 
 def diag_scan(
