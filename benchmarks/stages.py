@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from scan import machine, note, write
 
+from muonlm.config.recipes import load_recipe
 from muonlm.data.batch import IGNORE
 from muonlm.data.open import open_splits
 from muonlm.engine import complete
@@ -27,7 +28,6 @@ from muonlm.sampling import Sampling
 from muonlm.training.checkpoint import load
 from muonlm.training.loop import train
 from muonlm.training.parallel import Dist
-from muonlm.training.stages import load_recipe
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FILES = {"gsm8k": "gsm8k_train.jsonl", "hh": "hh_rlhf_harmless_test.jsonl.gz", "alpaca": "alpaca_seed_tasks.jsonl"}

@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 
 from muonlm.config.recipes import load_recipe
+from muonlm.config.runs import read_config
 from muonlm.data.packed import PackedData
 from muonlm.data.prep.text import prepare
 from muonlm.model import build_model
 from muonlm.model.mixers import attention
-from muonlm.training.checkpoint import read_config
 from muonlm.training.loop import train
 from muonlm.training.run import Run
 

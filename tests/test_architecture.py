@@ -182,7 +182,7 @@ def test_quickstart_without_its_corpus_says_what_to_install(tmp_path):
 def test_every_recipe_builds_and_takes_two_steps_shrunk(recipe, text, tmp_path, capsys):
     from muonlm.cli.facts import describe
 
-    cfg = load_recipe(recipe)
+    cfg = load_recipe(recipe, {"init_from": "none"})
     if not cfg.data.tokenizer.startswith("gpt2:"):
         assert describe(cfg)["parameters"]["total"] > 0  # at full size, on meta
     stage = cfg.train.objective in ("sft", "dpo")

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _HOME = {  # public name -> module that defines it
     "Config": "config.schema",
     "UserError": "errors",
-    "load_recipe": "training.stages",
+    "load_recipe": "config.recipes",
     "build_model": "model",
     "Muon": "optim",
     "train": "training.loop",

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from muonlm.config.runs import locate, read_config
 from muonlm.config.spelling import nearest
 from muonlm.data.text.templates import TEMPLATES, Template
 from muonlm.data.text.templates import template as find_template
@@ -32,7 +33,7 @@ from muonlm.engine import Prefix, decode, need_words
 from muonlm.errors import UserError
 from muonlm.sampling import OF_CHAT, Sampling
 from muonlm.storage import write_atomically
-from muonlm.training.checkpoint import load, locate, read_config
+from muonlm.training.checkpoint import load
 
 COMMANDS = """\
 /reset          forget the conversation         /undo        forget the last exchange

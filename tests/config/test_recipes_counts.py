@@ -84,7 +84,8 @@ def families(*folders):
 def test_headers_say_name_place_and_source_and_their_counts_are_true(recipe):
     first, second = (RECIPES / f"{recipe}.toml").read_text("utf-8").splitlines()[:2]
     assert first.startswith(f"# {recipe} · ") and first.count(" · ") == 2 and second.startswith("# source")
-    counts = count_parameters(load_recipe(recipe, {"model.vocab_size": 4096} if "cpu" in recipe else {}).model)
+    flags = {"init_from": "none"} | ({"model.vocab_size": 4096} if "cpu" in recipe else {})
+    counts = count_parameters(load_recipe(recipe, flags).model)
     if "parameters tied" in first:
         assert f"{counts['tied']:,} parameters tied" in first
     if "untied" in first:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from muonlm.cli.main import main
+from muonlm.config.runs import checkpoints, locate, read_config
 from muonlm.errors import UserError
 from muonlm.training import checkpoint
 
@@ -35,7 +36,7 @@ def run(tmp_path):
 
 
 def names(run) -> list[str]:
-    return [path.name for path in checkpoint.checkpoints(run)]
+    return [path.name for path in checkpoints(run)]
 
 
 def truncate(path):
@@ -114,7 +115,7 @@ def test_what_a_kill_leaves_while_writing_is_no_checkpoint_and_goes_with_the_nex
 
 def test_all_damaged_means_none_and_resume_says_so(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
-    for path in checkpoint.checkpoints(tmp_path / "run"):
+    for path in checkpoints(tmp_path / "run"):
         flip(path / "model.safetensors")
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     assert main(["train", "--resume", str(tmp_path / "run")]) == 2
@@ -157,11 +158,11 @@ def test_keep_drops_the_oldest_but_never_the_best(tmp_path):
     for step in range(1, 7):
         save(tmp_path, step, best=step == 2, keep=2)
     assert names(tmp_path) == ["step-00000002", "step-00000005", "step-00000006"]
-    assert checkpoint.locate(tmp_path, "best")[1].name == "step-00000002"
-    assert checkpoint.locate(tmp_path, "latest")[1].name == "step-00000006"
-    assert checkpoint.locate(tmp_path, "step-00000005")[1].name == "step-00000005"
+    assert locate(tmp_path, "best")[1].name == "step-00000002"
+    assert locate(tmp_path, "latest")[1].name == "step-00000006"
+    assert locate(tmp_path, "step-00000005")[1].name == "step-00000005"
     with pytest.raises(UserError, match="step-00000005"):  # names what there is
-        checkpoint.locate(tmp_path, "step-00000004")
+        locate(tmp_path, "step-00000004")
 
 
 def test_a_full_disk_gives_one_message_and_keeps_what_was(tmp_path):
@@ -240,8 +241,8 @@ def test_a_run_from_before_muon_had_a_section_of_its_own_is_read_and_resumed(fin
     tree = json.loads((run / "config.json").read_text())
     tree["optim"] |= tree.pop("muon") | {"momentum": 0.9}
     (run / "config.json").write_text(json.dumps(tree))
-    cfg = checkpoint.read_config(run)
-    assert cfg.muon.momentum == 0.9 and cfg.optim == checkpoint.read_config(finished).optim
+    cfg = read_config(run)
+    assert cfg.muon.momentum == 0.9 and cfg.optim == read_config(finished).optim
     assert main(["train", "--resume", str(run), "--train.steps", "8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 8
     assert json.loads((run / "config.json").read_text())["muon"]["momentum"] == 0.9

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from muonlm.cli.main import main
+from muonlm.config.recipes import load_recipe
+from muonlm.config.runs import newest_run
 from muonlm.data.prep.examples import prepare_examples
 from muonlm.training.loop import train
-from muonlm.training.stages import load_recipe, newest_run
 
 STEPS = ["--train.steps", "6", "--train.save_every", "3", "--eval.every", "3", "--eval.iters", "2", "--log.every", "1",
          "--eval.sample", "8", "--train.global_batch", "2048"]  # fmt: skip

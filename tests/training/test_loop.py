@@ -403,9 +403,10 @@ def test_a_line_of_metrics_and_the_report_hold_what_is_promised(finished):
 
 def test_evaluation_covers_the_whole_held_out_split(finished):
     """The reported loss is the mean over every held-out target, computed here in one pass."""
+    from muonlm.config.runs import read_config
     from muonlm.data.packed import PackedData
     from muonlm.data.prep.text import prepared
-    from muonlm.training.checkpoint import load, read_config
+    from muonlm.training.checkpoint import load
 
     cfg = read_config(finished)
     folder = prepared(cfg.data.source, tokenizer=cfg.data.tokenizer, columns=["text"], val=cfg.data.val)

@@ -2,10 +2,10 @@
 
 import pytest
 
+from muonlm.config.recipes import load_recipe
 from muonlm.config.schema import Config
 from muonlm.errors import UserError
 from muonlm.training.resolve import check
-from muonlm.training.stages import load_recipe
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ import torch
 from muonlm.cli.facts import describe
 from muonlm.cli.main import main
 from muonlm.config.recipes import load_recipe, read_recipe, recipe_names
+from muonlm.config.schema import Config
 from muonlm.data.prep.examples import prepare_examples
 from muonlm.data.sources.expand import expand
 from muonlm.data.sources.expand import rows as source_rows
 from muonlm.data.text.tokenizer import resolve_tokenizer
 from muonlm.evals.bpb import preferences
-from muonlm.training import stages
 from muonlm.training.checkpoint import read
 
 CHAINS = {
@@ -80,6 +80,11 @@ def spoken(log: Path, *argv: str) -> str:
     return log.read_text()
 
 
+def alone(recipe: str, flags: dict | None = None, **options) -> Config:
+    """The config of a recipe, whatever runs lie here."""
+    return load_recipe(recipe, {"init_from": "none"} | (flags or {}), **options)
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return read(max((run / "checkpoints").glob("step-*")), state=False)[0]
 
@@ -105,15 +110,15 @@ def sft(*flags: str) -> list[str]:
     ],
 )
 def test_info_of_a_stage_is_that_of_its_model(recipe, total):
-    assert describe(load_recipe(recipe))["parameters"]["total"] == total
-    assert load_recipe(recipe).parent == PARENTS[recipe]
+    assert describe(alone(recipe))["parameters"]["total"] == total
+    assert alone(recipe).parent == PARENTS[recipe]
 
 
 def test_rates_and_lengths_are_the_published_ones():
     """families.md MM-02, MM-03, SL-02, MT-12: rate, AdamW's beside it, momentum, warm-up; AdamW's alone."""
     found = {}
     for stage in STAGES:
-        cfg, twin = load_recipe(stage), load_recipe(stage, {"optim.name": "adamw"})
+        cfg, twin = alone(stage), alone(stage, {"optim.name": "adamw"})
         found[stage] = (cfg.optim.lr, cfg.muon.adamw_lr, cfg.muon.momentum, cfg.sched.warmup, twin.optim.lr)
     assert list(found.values()) == [
         (5e-3, 5e-7, 0.90, 0, 5e-7),
@@ -121,19 +126,19 @@ def test_rates_and_lengths_are_the_published_ones():
         (5e-5, 1e-5, 0.95, 6, 1e-5),
         (3e-3, 3e-4, 0.95, 1000, 3e-4),
     ]
-    assert describe(load_recipe("mamba_slm/sft"))["steps"] == 634
-    assert [load_recipe(stage).train.epochs for stage in STAGES[:2]] == [2, 2]
-    assert describe(load_recipe("minimind/sft"))["rows_per_step"] == 16
-    dpo = load_recipe("minimind/dpo")
+    assert describe(alone("mamba_slm/sft"))["steps"] == 634
+    assert [alone(stage).train.epochs for stage in STAGES[:2]] == [2, 2]
+    assert describe(alone("minimind/sft"))["rows_per_step"] == 16
+    dpo = alone("minimind/dpo")
     assert (describe(dpo)["rows_per_step"], dpo.data.pack, dpo.dpo.beta, dpo.log.every) == (4, False, 0.1, 10)
-    gsm8k = load_recipe("mamba_trainer/gsm8k-finetune")
+    gsm8k = alone("mamba_trainer/gsm8k-finetune")
     assert (gsm8k.train.steps, gsm8k.data.source, gsm8k.data.name) == (60_000, "openai/gsm8k", "main")
-    assert load_recipe("mamba_slm/sft").data.source == "tatsu-lab/alpaca"
+    assert alone("mamba_slm/sft").data.source == "tatsu-lab/alpaca"
 
 
 @pytest.mark.parametrize("recipe", CHAINS["minimind"])
 def test_minimind_has_the_published_ids_of_its_special_tokens(recipe):
-    data = load_recipe(recipe).data
+    data = alone(recipe).data
     tokenizer = resolve_tokenizer("bpe:300", ["a text to learn from"], data.special.split(","))
     assert data.tokenizer == "bpe:6400"
     assert tokenizer.special == {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
@@ -147,11 +152,11 @@ def test_an_experimental_recipe_says_so(capsys):
 
 @pytest.mark.parametrize("recipe", [name for name in recipe_names() if name.startswith(tuple(CHAINS))])
 def test_every_recipe_of_the_three_families_can_be_a_stage_or_be_followed_by_one_when_tiny(recipe):
-    cfg = load_recipe(recipe, smoke=True)
+    cfg = alone(recipe, smoke=True)
     assert "baseline" in read_recipe(recipe)
     if recipe in PARENTS:
         assert cfg.data.source.startswith("word_problems") and cfg.data.template == TEMPLATE[recipe]
-        assert cfg.model == load_recipe(PARENTS[recipe], smoke=True).model
+        assert cfg.model == alone(PARENTS[recipe], smoke=True).model
     elif not recipe.endswith("-cpu"):  # those are quickstart's
         assert cfg.model.block_size == 256  # holds a word problem of two steps and its solution, byte by byte
 
@@ -253,9 +258,8 @@ def test_without_a_parents_run_a_stage_names_the_command_that_makes_one(stage, t
 
 
 def test_a_configuration_that_a_recipe_names_is_that_of_its_own_data_set():
-    found = {source: stages.load_recipe("mamba_trainer/gsm8k-finetune", {"init_from": "none"} | flags).data.name
-             for source, flags in {"own": {}, "other": {"data.source": "me/mine"},
-                                   "both": {"data.source": "me/mine", "data.name": "x"}}.items()}  # fmt: skip
+    typed = {"own": {}, "other": {"data.source": "me/mine"}, "both": {"data.source": "me/mine", "data.name": "x"}}
+    found = {source: alone("mamba_trainer/gsm8k-finetune", flags).data.name for source, flags in typed.items()}
     assert found == {"own": "main", "other": "", "both": "x"}
 
 
@@ -298,6 +302,19 @@ def test_a_place_that_cannot_be_written_is_refused_before_data_is_prepared_for_i
 
 def test_a_start_that_is_no_run_is_refused(here, capsys):
     assert "nothing-here" in refused(capsys, *sft("--init-from", "nothing-here"))
+
+
+@pytest.mark.parametrize("verb", ["train", "info"])
+def test_a_start_is_refused_by_all_who_read_it(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "'NO_SUCH_RUN' does not exist" in refused(capsys, verb, "road/sft", "--init-from", "NO_SUCH_RUN")
+
+
+def test_info_shows_a_stage_without_a_parents_run_by_its_own_recipe_and_with_one_by_the_runs_model(here, capsys):
+    assert main(["info", "minimind/sft", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["total"] == 104_034_048  # a smoke run is no parent
+    assert main(["info", "minimind/sft", "--smoke", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["vocab_size"] == 259
 
 
 def test_a_stage_can_be_resumed_and_keeps_its_start(here, capsys):

@@ -10,9 +10,8 @@ import math
 import re
 from pathlib import Path
 
-from muonlm.config import recipes as config
-from muonlm.config.presets import user_presets
-from muonlm.config.recipes import load_recipe, recipe_names
+from muonlm.config.recipes import RECIPES, USERS_FILE, load_recipe, read_recipe, recipe_names, user_presets
+from muonlm.config.runs import read_config, runs_in
 from muonlm.config.schema import Config, flatten
 from muonlm.config.spelling import nearest
 from muonlm.errors import UserError
@@ -22,7 +21,7 @@ from .parser import field_docs
 
 def describe_keys() -> list[dict]:
     """[{key, default, help, advanced}] of every config key; advanced is what no recipe sets in any of its tables."""
-    used = {key for name in recipe_names() for key in _keys_of(config.read_recipe(name))}
+    used = {key for name in recipe_names() for key in _keys_of(read_recipe(name))}
     rows = []
     for name, value in vars(Config()).items():
         if dataclasses.is_dataclass(value):
@@ -53,7 +52,7 @@ def describe_recipes() -> list[dict]:
 
 
 def _header(name: str) -> dict:
-    first = (config.RECIPES / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
+    first = (RECIPES / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
     _, *more, place, about = first.split(" · ")
     hardware, time, *_ = [*place.split(", "), ""]
     count = re.search(r"([\d,]+|[\d.]+M) parameters", about)
@@ -75,19 +74,14 @@ def _number(text: str) -> int:
 def describe_presets(recipe: str | None = None) -> list[dict]:
     """Presets by recipe, of one recipe or of all, with what each sets; the user's own of this folder come first."""
     names = [recipe] if recipe else recipe_names()
-    packaged = [(name, preset) for name in names for preset in config.read_recipe(name).get("preset", {}).items()]
-    mine = [("muonlm.toml", preset) for preset in user_presets(recipe=recipe or "").items()]
+    packaged = [(name, preset) for name in names for preset in read_recipe(name).get("preset", {}).items()]
+    mine = [(USERS_FILE, preset) for preset in user_presets().items()]
     return [{"recipe": name, "preset": key, "sets": flatten(table)} for name, (key, table) in mine + packaged]
 
 
 def find(what: str, flags: dict, *, preset: str = "", smoke: bool = False) -> Config:
     """The config of a recipe, a .toml file or a run directory."""
     if (path := Path(what)).is_dir():
-        from muonlm.training.checkpoint import (  # brings torch, which the list of recipes need not wait for
-            read_config,
-            runs_in,
-        )
-
         if not (path / "config.json").is_file():
             inside = runs_in(path)
             hint = f"Did you mean {inside[-1]!r}?" if inside else "`muonlm train` makes runs, `muonlm prep` makes data."
@@ -96,9 +90,7 @@ def find(what: str, flags: dict, *, preset: str = "", smoke: bool = False) -> Co
             raise UserError(f"{what} is a run, whose settings are what they were; name a recipe to try others.")
         return read_config(path)
     try:
-        return load_recipe(
-            what, flags, preset=preset, smoke=smoke, presets=user_presets(recipe=what) if preset else None
-        )
+        return load_recipe(what, flags, preset=preset, smoke=smoke, needs_parent=False)
     except UserError as error:
         if (
             "unknown recipe" in str(error)

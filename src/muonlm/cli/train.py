@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from muonlm.config.schema import flatten
 from muonlm.config.spelling import nearest
 from muonlm.errors import UserError
 
@@ -104,54 +105,35 @@ def train_all(runs: list[tuple], *, resume: bool, json_mode: bool) -> list[dict]
 
 
 def begin_config(args, flags: dict):
-    """The config of a new run: its recipe, the user's presets, and what the run it starts from hands down."""
-    from muonlm.config.presets import in_effect, user_presets
-    from muonlm.config.recipes import read_recipe
-    from muonlm.training.stages import load_recipe
+    """The config of a new run; what a preset sets is told."""
+    from muonlm.config.recipes import load_recipe, presets
 
     name = args.recipe or "quickstart"
-    mine = user_presets(recipe=name) if args.preset else {}
-    cfg = load_recipe(name, flags, preset=args.preset, smoke=args.smoke, out=args.out, presets=mine)
-    if args.preset:
-        layer = mine.get(args.preset) or read_recipe(name)["preset"][args.preset]
-        lines = in_effect(args.preset, layer, cfg, mine=args.preset in mine)
-        if int(os.environ.get("RANK", 0)) == 0:
-            print("\n".join(lines), file=sys.stderr)
+    cfg = load_recipe(name, flags, preset=args.preset, smoke=args.smoke, out=args.out)
+    if args.preset and int(os.environ.get("RANK", 0)) == 0:
+        place, table = presets(name)[args.preset]
+        shown = ", ".join(f"{key} {value}" for key, value in flatten(table).items())
+        print(f"{place}: {shown or 'the recipe as it stands'}", file=sys.stderr)
     return cfg
 
 
 def resume_config(run: str, args, flags: dict):
-    """The run's own config with flags on top; what would make it another run is refused."""
-    from muonlm.config.recipes import LENGTHS
-    from muonlm.config.schema import Config, flatten
-    from muonlm.training.checkpoint import read_config, runs_in
+    """The run's own config with flags on top."""
+    from muonlm.config.recipes import resume
+    from muonlm.config.runs import RUNS, read_config, runs_in
 
     if not (Path(run) / "config.json").exists():
         empty = Path(run).is_dir() and not any(p for p in Path(run).iterdir() if p.name[0] != ".")
         if args.recipe and (empty or args.resume is True and not Path(run).exists()):
             return begin_config(args, flags)  # killed before it began: begin
-        known = runs_in(Path("runs")) + runs_in(Path(run).parent)
+        known = runs_in(RUNS) + runs_in(Path(run).parent)
         raise UserError(f"--resume {run}: there is no run to continue (no config.json).{nearest(run, known)}")
-    stored = read_config(Path(run))
-    if args.recipe and args.recipe != stored.recipe:
-        raise UserError(f"run {run} was made by recipe {stored.recipe!r}, not {args.recipe!r}; leave the recipe out.")
-    fixed = (
-        *("model.", "data.", "dpo.", "seed", "parent", "init_from", "optim.name"),
-        *("train.objective", "train.global_batch", "train.accum", "train.dtype"),
-    )
+    recipe = read_config(run).recipe
+    if args.recipe and args.recipe != recipe:
+        raise UserError(f"run {run} was made by recipe {recipe!r}, not {args.recipe!r}; leave the recipe out.")
     if not args.smoke and args.preset:
         raise UserError("--preset cannot change a run that has begun; leave it out, or start another with --out.")
-    tree = flatten(stored.to_dict())
-    new_length = LENGTHS if LENGTHS.keys() & flags.keys() else {}  # replaces the one that the run was given
-    cfg = Config.from_dict(tree | new_length | flags, "command line")
-    merged = flatten(cfg.to_dict())
-    for key in flags:
-        if merged[key] != tree[key] and key.startswith(fixed):
-            raise UserError(
-                f"{key} = {tree[key]!r} in run {run} and cannot become {merged[key]!r} in the middle; "
-                f"start a new run from its weights with --init-from {run}, or leave the flag out."
-            )
-    return cfg
+    return resume(run, flags)
 
 
 def numbers_of(seeds: str) -> list[int]:
@@ -190,7 +172,7 @@ def show_mask(cfg, json_mode: bool) -> int:
     from muonlm.training.objectives import OBJECTIVES
     from muonlm.training.parallel import start
     from muonlm.training.resolve import open_data
-    from muonlm.training.stages import check_tokenizer
+    from muonlm.training.start import check_tokenizer
 
     if not OBJECTIVES[cfg.train.objective].converses:
         raise UserError(

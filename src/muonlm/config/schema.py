@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import re
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -316,18 +315,6 @@ class Config(Section):
             if isinstance(table, dict):
                 lines += ["", f"[{section}]"] + [f"{key} = {_toml_value(value)}" for key, value in table.items()]
         return "\n".join(lines) + "\n"
-
-
-def upgrade(tree: dict) -> dict:
-    """The config.json of an older run in today's keys.
-
-    Until 2026-11-26 Muon's own settings stood in [optim], and selectors stood beside the pattern that they had become.
-    """
-    model = {key: value for key, value in tree.get("model", {}).items() if not key.endswith("_per_layer")}
-    own = typing.get_type_hints(MuonConfig).keys()
-    optim, muon = dict(tree.get("optim", {})), dict(tree.get("muon", {}))
-    muon |= {key: optim.pop(key) for key in list(optim) if key in own}
-    return tree | {"model": model, "optim": optim, "muon": muon}
 
 
 def _toml_value(value) -> str:

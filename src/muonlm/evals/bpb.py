@@ -6,6 +6,7 @@ bits per byte = Σ nats over all predicted tokens / (ln 2 · UTF-8 bytes of the 
 from dataclasses import dataclass
 from pathlib import Path
 
+from muonlm.config.runs import locate, read_config
 from muonlm.errors import UserError
 
 from . import record
@@ -36,8 +37,8 @@ def measure(
     from .trigram import trigram_reference
 
     data = options.data
-    folder, path = checkpoint.locate(run, which)
-    cfg = checkpoint.read_config(folder)
+    folder, path = locate(run, which)
+    cfg = read_config(folder)
     cfg.eval.iters = limit
     if data:
         if not (folder / "tokenizer.json").exists():

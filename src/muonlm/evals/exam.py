@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
+from muonlm.config.runs import locate, read_config
 from muonlm.errors import UserError
 from muonlm.sampling import Sampling
 
@@ -75,8 +76,8 @@ def measure(
     from muonlm.training.parallel import pick_device
 
     problems = list(rows(limit or ENOUGH, options.span, largest=LARGEST, seed=SEED, split=options.split))
-    folder, path = checkpoint.locate(run, which)
-    form = template(checkpoint.read_config(folder).data.template or DEFAULT_TEMPLATE)
+    folder, path = locate(run, which)
+    form = template(read_config(folder).data.template or DEFAULT_TEMPLATE)
     model, tokenizer = checkpoint.load(path, pick_device(device))
     if tokenizer is None:
         raise UserError(f"run {folder} has no tokenizer, so it cannot read a question; evaluate a run trained on text")

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from muonlm.config.runs import read_config
 from muonlm.data.batch import Splits
-from muonlm.training import checkpoint
 from muonlm.training.parallel import Dist
 from muonlm.training.resolve import open_data
 
@@ -22,7 +22,7 @@ COUNTED = 1 << 24  # training tokens; more text would not change the counts that
 def for_scale(run: str | Path) -> dict:
     """What the bits per byte of a finished run are seen beside: those of the untrained model and of the trigram."""
     alone = Dist(0, 1, torch.device("cpu"))  # under torchrun rank 0 does this without the others
-    reference = trigram_reference(open_data(checkpoint.read_config(Path(run)), alone))
+    reference = trigram_reference(open_data(read_config(Path(run)), alone))
     lines = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     first = next((r for r in map(json.loads, lines) if "val_bpb" in r), {})
     return reference | ({"untrained_bpb": first["val_bpb"]} if first.get("step") == 0 else {})

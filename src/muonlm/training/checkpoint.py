@@ -23,17 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from muonlm.config.schema import Config, upgrade
-from muonlm.config.spelling import nearest
+from muonlm.config.runs import checkpoints, locate, read_config
 from muonlm.errors import UserError
 from muonlm.storage import digest, folder_aside, not_written, write, write_atomically
 
 FORMAT_VERSION = 1
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Complete-looking checkpoint directories of a run, oldest first."""
-    return sorted(path for path in (Path(run) / "checkpoints").glob("step-*") if path.is_dir())
 
 
 def save(
@@ -106,39 +100,6 @@ def latest_valid(run: Path, warn=print):
     return None
 
 
-def locate(source: str | Path, which: str = "best") -> tuple[Path, Path]:
-    """(run directory, checkpoint directory) of a run, or of a checkpoint directory inside one."""
-    path = Path(source)
-    if not path.exists():
-        siblings = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise UserError(
-            f"{str(source)!r} does not exist.{nearest(str(path), siblings)} A run is a folder such as runs/quickstart."
-        )
-    if (path / "meta.json").exists():
-        return path.parent.parent, path
-    if not (path / "config.json").exists():
-        above = [p for p in list(path.absolute().parents)[:2] if (p / "config.json").exists()]  # RUN/checkpoints/latest
-        inside = [str(p) for p in above] or runs_in(path)
-        hint = f" Did you mean {inside[-1]!r}?" if inside else " `muonlm train` makes one."
-        raise UserError(f"{str(source)!r} is not a run directory (it has no config.json).{hint}")
-    root = path / "checkpoints"
-    for name in [which] if which.startswith("step-") else [which, "latest"]:
-        target = root / name
-        if target.is_file():
-            target = root / target.read_text().strip()
-        if target.is_dir():
-            return path, target
-    found = ", ".join(p.name for p in checkpoints(path)) or "none"
-    raise UserError(
-        f"run {path} has no checkpoint {which!r} (found: {found})."
-        + (f" Finish or resume it first: muonlm train --resume {path}" if found == "none" else "")
-    )
-
-
-def runs_in(folder: Path) -> list[str]:
-    return sorted(str(file.parent) for file in folder.glob("*/config.json"))
-
-
 def load(source: str | Path, device="cpu", which: str = "best"):
     """(model in eval mode, tokenizer or None) of a run or checkpoint directory: all that generation needs."""
     from muonlm.data.text.tokenizer import Tokenizer
@@ -151,22 +112,6 @@ def load(source: str | Path, device="cpu", which: str = "best"):
     load_weights(model, tensors, str(path))
     tokenizer = Tokenizer.load(run) if (run / "tokenizer.json").exists() else None
     return model.to(device).eval(), tokenizer
-
-
-def read_config(run: Path) -> Config:
-    """The run's config. Tokenizer and template files are those in the run, wherever it went and they came from."""
-    try:
-        tree = json.loads((Path(run) / "config.json").read_text())
-        cfg = Config.from_dict(upgrade(tree), where=f"{run}/config.json")
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{run}/config.json cannot be read: {error}.") from None
-    own = {"tokenizer": Path(run, "tokenizer.json"), "template": Path(run, Path(cfg.data.template).name)}
-    named = {
-        "tokenizer": cfg.data.tokenizer.endswith((".json", ".txt")),
-        "template": cfg.data.template.endswith(".toml"),
-    }
-    kept = {key: str(path.resolve()) for key, path in own.items() if named[key] and path.is_file()}
-    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **kept))
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from muonlm.config.runs import checkpoints
 from muonlm.config.schema import Config
 from muonlm.data.batch import Batch
 from muonlm.errors import RunFailed
@@ -172,7 +173,7 @@ def tell(job: Setup, meter: "Meter", means: dict[str, float], norm: float) -> No
 
 
 def diverged(job: Setup, loss: float, norm: float) -> RunFailed:
-    good = checkpoint.checkpoints(job.run.path)
+    good = checkpoints(job.run.path)
     kept = f"The last good checkpoint is {good[-1]}." if good else "No checkpoint was written yet."
     return RunFailed(
         f"loss {loss} and gradient norm {norm} at step {job.progress.step + 1}: nothing was updated. "

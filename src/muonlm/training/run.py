@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from muonlm import __version__
+from muonlm.config.runs import default_directory
 from muonlm.config.schema import Config
 from muonlm.errors import UserError
 from muonlm.storage import append_line, write_atomically
@@ -31,18 +32,6 @@ from muonlm.storage import append_line, write_atomically
 from .objectives import OBJECTIVES
 
 BAR = 16  # columns of the progress bar
-
-
-def default_directory(recipe: str) -> Path:
-    """runs/<recipe>, or the first of runs/<recipe>-2, -3, … that is free."""
-    base = Path("runs") / recipe.removesuffix(".toml")
-    if base.is_absolute() or ".." in base.parts:
-        base = Path("runs") / base.name
-    number, path = 1, base
-    while path.exists():
-        number += 1
-        path = base.with_name(f"{base.name}-{number}")
-    return path
 
 
 def directories(recipe: str, seeds: list[int], out: str | None = None) -> dict[int, str]:

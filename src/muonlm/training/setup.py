@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from muonlm.config.runs import checkpoints, default_directory, read_config
 from muonlm.config.schema import Config
 from muonlm.data.batch import Splits
 from muonlm.errors import UserError
@@ -30,9 +31,9 @@ from . import checkpoint, parallel
 from .objectives import OBJECTIVES, Objective
 from .parallel import Dist
 from .resolve import check, open_data, resolve
-from .run import Run, default_directory
-from .stages import check_tokenizer
-from .stages import describe as describe_start
+from .run import Run
+from .start import check_tokenizer
+from .start import describe as describe_start
 
 # arguments of Muon that are keys of [muon] by the same name
 MUON_KEYS = (
@@ -105,7 +106,7 @@ def setup(cfg: Config, out: str | Path | None, dist: Dist, *, resume: bool, json
 
     idle = bool(saved) and (progress.step == cfg.train.steps or reached_target(cfg, progress))
     if idle:  # the run's record must not name settings that trained nothing
-        run.cfg = checkpoint.read_config(path)
+        run.cfg = read_config(path)
     if dist.main:
         begin_run(run, data, progress.step, started, dist)
         describe_run(run, cfg, plan, optimizer, data, progress.step, started, dist)
@@ -138,7 +139,7 @@ def directory(cfg: Config, out: str | Path | None, dist: Dist, resume: bool) -> 
 def last_checkpoint(path: Path, log: Callable[[str], None]):
     """What checkpoint.read gives of the newest that reads whole; None for a run that was killed before its first."""
     saved = checkpoint.latest_valid(path, warn=log)
-    if saved is None and checkpoint.checkpoints(path):
+    if saved is None and checkpoints(path):
         raise UserError(f"run {path} has no checkpoint that can be read; start again with another --out.")
     return saved
 
