@@ -1,7 +1,5 @@
 """Recipes of the state-space families: true counts at full size on the meta device, and what their presets set."""
 
-import tomllib
-
 import pytest
 
 from muonlm.config.recipes import RECIPES, load_recipe
@@ -62,22 +60,31 @@ def test_plain_forms_differ_from_the_muon_forms_in_the_mixer_only(recipe):
 
 
 @pytest.mark.parametrize(("name", "total"), NAMES.items(), ids=NAMES)
-def test_published_names_are_presets_with_their_true_counts(name, total):
-    assert count_parameters(load_recipe("muonssm/published", preset=name).model)["total"] == total
+def test_published_names_are_recipes_with_their_true_counts(name, total):
+    assert count_parameters(load_recipe(f"muonssm/published/{name}").model)["total"] == total
 
 
-def test_every_name_of_the_published_recipe_resolves():
-    presets = tomllib.loads((RECIPES / "muonssm/published.toml").read_text("utf-8"))["preset"]
-    assert set(presets) == {*NAMES, "lit-GPT"}
-    cfg = load_recipe("muonssm/published", preset="lit-GPT").model
+def test_the_configuration_without_a_name_is_attention_only():
+    cfg = load_recipe("muonssm/published/lit-GPT").model
     found = (cfg.block_size, cfg.vocab_size, cfg.n_layer, cfg.n_head, cfg.d_model, cfg.layers)
     assert found == (4096, 50254, 16, 32, 4096, "A" * 16)
-    with pytest.raises(UserError, match="GatedDeltaNet_340M"):
-        load_recipe("muonssm/published", preset="GatedDeltaNet_430M")
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("muonssm/published", "muonssm/published/GatedDeltaNet_120M, "),  # where they were presets until 2026-11-26
+        ("GatedDeltaNet_0.4B", "Did you mean 'muonssm/published/GatedDeltaNet_0.4B'"),
+        ("GatedDeltaNet_430M", "Did you mean 'muonssm/published/GatedDeltaNet_340M'"),
+    ],
+)
+def test_a_published_name_typed_otherwise_is_answered_with_its_recipe(typed, said):
+    with pytest.raises(UserError, match=said):
+        load_recipe(typed, preset="GatedDeltaNet_0.4B")
 
 
 def families(*folders):
-    return [str(p.relative_to(RECIPES).with_suffix("")) for f in folders for p in sorted((RECIPES / f).glob("*.toml"))]
+    return [str(p.relative_to(RECIPES).with_suffix("")) for f in folders for p in sorted((RECIPES / f).rglob("*.toml"))]
 
 
 @pytest.mark.parametrize("recipe", families("muonssm", "mamba_slm", "mamba_trainer"))
