@@ -1,4 +1,4 @@
-"""A value from TOML, JSON, a flag or Python as what its field wants: the type, then the constraints. One place for both.
+"""A value from TOML, JSON, a flag or Python as what its field wants: first the type, then the constraints.
 
     steps: Annotated[int, Ge(0)]                     dropout: Annotated[float, In("[0, 1)")]
     mlp: Literal["swiglu", "relu2", "gelu"]          kind: Annotated[str, Table("muonlm.model", "KINDS")]

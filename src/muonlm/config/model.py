@@ -18,7 +18,7 @@ AtLeast1 = Annotated[int, Ge(1)]
 @dataclass(kw_only=True)
 class ModelConfig(Section):
     kind: Annotated[str, Table("muonlm.model", "KINDS")] = "lm"
-    """lm: a residual stream of blocks that predicts the next token. modular: the small post-norm grokking transformer."""
+    """lm: a residual stream of blocks that predicts the next token. modular: the post-norm transformer of grokking."""
     pattern: Annotated[str, Joined(",")] = "A"
     """One letter per layer, tiled over the depth: A attention, W window attention, M mamba, D mamba2, L longhorn,
     G gated_deltanet; m, d, l, g their Muon forms; V gdn_velocity_ns, S multiscale_attention, R stacked_recursion.

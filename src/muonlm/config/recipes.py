@@ -3,15 +3,15 @@
     defaults ← recipe ← preset ← [baseline], if AdamW trains ← [smoke] ← the run that it starts from ← flags
     the run's own config ← flags                                                            of a run that is resumed
 
-A layer wins over those before it, key by key. Where one thing can be said in several ways, a layer that says it in one
-replaces all of them (REPLACES). Every layer is checked by itself, and its name says in a message where a mistake stands.
+A layer wins over those before it, key by key. Where one thing can be said in several ways, a layer that says it in
+one of them replaces all (REPLACES). Each layer is checked by itself, and a message names the one with the mistake.
 
 recipe     a TOML file, packaged or the user's own, laid over the one that it `extends`
 preset     [preset.NAME] of the recipe, or [presets.NAME] in muonlm.toml of the current folder, which comes first
 baseline   what stands in [baseline] of recipe and preset: the settings of AdamW beside those of Muon
 smoke      --smoke: SMOKE, and what the recipe's [smoke] says
-start      --init-from RUN: weights of RUN's best checkpoint (or of the checkpoint named), step 0, a new schedule; model,
-           tokenizer and, unless the recipe names one, conversation template are RUN's too
+start      --init-from RUN: weights of RUN's best checkpoint (or of the checkpoint named), step 0, a new schedule;
+           model, tokenizer and, unless the recipe names one, conversation template are RUN's too
            init_from = "RUN" in a recipe: the same; a relative path begins where the command is given
            parent = "RECIPE" in a recipe: the newest finished run of that recipe, beside --out, else under runs/
            --init-from none: fresh weights all the same
@@ -213,7 +213,7 @@ def user_presets() -> dict[str, dict]:
 
 
 def preset_layers(recipe: str, name: str) -> tuple[Layer, Layer]:
-    """(settings, [baseline]) of a preset. One that chooses AdamW speaks of AdamW's settings, also outside [baseline]."""
+    """(settings, [baseline]) of a preset. One that chooses AdamW speaks of AdamW, also outside of its [baseline]."""
     known = presets(recipe)
     if name not in known:
         others = f" Known: {', '.join(known)}." if known else " This recipe has none."
@@ -234,7 +234,7 @@ def preset_layers(recipe: str, name: str) -> tuple[Layer, Layer]:
 
 
 def start_layer(so_far: dict[str, Any], out: str | Path | None, *, smoke: bool, needs_parent: bool) -> Layer:
-    """What the run hands down whose weights this one starts from: init_from, its checkpoint, is empty for fresh weights."""
+    """What the run hands down from whose weights this one starts; `init_from` is its checkpoint, or empty."""
     source, parent = so_far.get("init_from", ""), so_far.get("parent", "")
     if not source and parent:
         found = newest_run(parent, out, shrunk=smoke)

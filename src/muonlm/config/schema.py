@@ -1,7 +1,7 @@
 """Config: everything that defines a run, typed, strict and serialisable.
 
-Each field says its constraints in its annotation (convert.py), and the string under it is its help text. What is checked
-below is what two fields of one section say together. The layers that a config is made of are in recipes.py.
+Each field says its constraints in its annotation (convert.py), and the string under it is its help text. Checked below
+is what two fields of one section say together. The layers that a config is made of are in recipes.py.
 
 Units    batches and budgets in tokens unless a name says `rows`; steps are optimizer steps.
 Raises   UserError: unknown key (with the nearest valid one), wrong type, impossible value
@@ -35,20 +35,21 @@ class DataConfig(Section):
     """What to train on: a .txt, .jsonl or .parquet file, a folder, a glob, a folder made by `muonlm prep`, `sotu`,
     `modular` or `recall`. `--data X` is short for it."""
     tokenizer: str = "bpe:4096"
-    """byte, char, bpe:N (trained on the text), bpe:N:digits (each digit a token), gpt2:MERGES_FILE, or a tokenizer.json.
-    Ignored for prepared folders."""
+    """byte, char, bpe:N (trained on the text), bpe:N:digits (each digit a token), gpt2:MERGES_FILE, or a
+    tokenizer.json. Ignored for prepared folders."""
     columns: str = "text"
     """Column(s) of .jsonl and .parquet rows that hold the text, separated by commas; `text` also means `content` where
     there is no `text`. Of conversations: the columns to read, if not all."""
     val: str = "hash:0.01"
-    """Held-out part: hash:F (documents chosen by a hash of their text), tail:F (the last F of the characters), or a path."""
+    """Held-out part: hash:F (documents chosen by a hash of their text), tail:F (the last F of the characters), or a
+    path."""
     name: str = ""
     """Configuration of a Hugging Face data set, such as sample-10BT. Empty = the usual one."""
     split: str = "train"
     """Split of a Hugging Face data set."""
     num_tokens: Annotated[int, Ge(0)] = 0
-    """Stop preparing text after so many training tokens; 1e8 is accepted. 0 = all of it (refused for a Hugging Face data
-    set)."""
+    """Stop preparing text after so many training tokens; 1e8 is accepted. 0 = all of it (refused for a data set of
+    huggingface.co)."""
     special: str = ""
     """More special tokens for a tokenizer made here, separated by commas: "<|im_start|>,<|im_end|>"."""
     reset: bool = False
@@ -117,7 +118,8 @@ class MuonConfig(Section):
     momentum_warmup: str = ""
     """"0.85:0.95:300" raises momentum linearly from .85 to .95 over 300 steps. Empty = constant."""
     momentum_form: Literal["ema", "classical"] = "ema"
-    """ema averages gradients (Keller, torch); classical sums them (Moonlight, Dion). Same direction at constant momentum."""
+    """ema averages gradients (Keller, torch); classical sums them (Moonlight, Dion). At constant momentum the direction
+    is the same."""
     nesterov: bool = True
     """Look one momentum step ahead (Muon)."""
     variant: Literal["muon", "normuon", "adamuon", "hyperball"] = "muon"
@@ -146,7 +148,8 @@ class MuonConfig(Section):
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Muon's momentum in float32, or in bfloat16 for half the memory."""
     lr_mode: Literal["original", "match_rms_adamw", "spectral", "none"] = "original"
-    """Shape multiplier: original √max(1, rows/cols), match_rms_adamw 0.2·√max(rows, cols), spectral √(rows/cols), none 1."""
+    """Multiplier by shape: original √max(1, rows/cols), match_rms_adamw 0.2·√max(rows, cols), spectral √(rows/cols),
+    none 1."""
     split_fused: bool = True
     """Orthogonalise q, k, v (gate, up) of a fused matrix apart."""
     per_head: bool = False
@@ -154,8 +157,8 @@ class MuonConfig(Section):
     route: list[Rule] = field(default_factory=list)
     """Overrides "regex=muon", "regex=adamw" or "regex=exclude", first match wins."""
     clip_scope: Literal["aux", "all"] = "aux"
-    """Whom clip_mode clip scales: aux (AdamW's tensors; Newton–Schulz forgets the scale anyway) or all. The norm is that
-    of all."""
+    """Whom clip_mode clip scales: aux (AdamW's tensors; Newton–Schulz forgets the scale anyway) or all. The norm is
+    that of all."""
     qk_clip: Annotated[float, Ge(0)] = 0.0
     """Shrink query and key weights of heads whose largest attention logit exceeds this (100 is usual; MuonClip). 0 =
     off."""
@@ -190,7 +193,8 @@ class TrainConfig(Section):
     """Rows per forward pass on one device. 0 = the whole share of the step. Lower it to save memory; losses do not
     change."""
     global_batch: Annotated[int, Ge(0)] = 0
-    """Tokens per optimizer step over all devices, a multiple of block_size. 0 = micro_batch × accum × world × block_size."""
+    """Tokens per optimizer step over all devices, a multiple of block_size. 0 = micro_batch × accum × world ×
+    block_size."""
     accum: Annotated[int, Ge(0)] = 0
     """Micro-batches per step and device: another way to say global_batch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -217,7 +221,8 @@ class TrainConfig(Section):
             )
 
     def fixed_steps(self, tokens_per_step: int) -> int:
-        """Steps that follow without knowing the data; 0 if its size decides. Epochs of so many tokens end in no short batch."""
+        """Steps that follow without knowing the data; 0 if its size decides. With `tokens`, no epoch ends in a short
+        batch."""
         if self.steps or self.budget:
             return self.steps or max(1, self.parse_budget()[1] // tokens_per_step)
         if self.epochs and self.tokens:
@@ -275,7 +280,7 @@ class LogConfig(Section):
 
 @dataclass(kw_only=True)
 class Config(Section):
-    """A run, completely. `recipe` and `baseline` record where it came from."""
+    """A run, completely. `recipe`, `parent` and `init_from` record where it came from."""
 
     recipe: str = ""
     """Name or path of the recipe."""

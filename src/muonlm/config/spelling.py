@@ -50,7 +50,7 @@ ELSEWHERE = {  # what other trainers call it -> the last part of our key, or all
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """' Did you mean …?' with the closest valid word, else the empty string. The last part of a dotted key decides first."""
+    """' Did you mean …?' with the closest valid word, or an empty text. The last part of a dotted key decides first."""
     valid = list(valid)
     leaf, leaves = _leaf(word).replace("-", "_"), {_leaf(v) for v in valid}
     ours = ELSEWHERE.get(leaf, leaf) if leaf not in leaves else leaf

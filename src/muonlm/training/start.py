@@ -1,5 +1,7 @@
-"""How a run starts from another one's weights: what is told of it, and what is refused. Which run that is, and what it hands
-down, is a layer of the config (config/recipes.py). Resuming is something else: --resume goes on with a run and everything it had.
+"""How a run starts from another one's weights: what is told of it, and what is refused.
+
+Which run that is, and what it hands down, is a layer of the config (config/recipes.py). Resuming is something else:
+--resume goes on with a run and everything it had.
 
 Raises   UserError: data prepared with another tokenizer than that of the weights
 """
@@ -13,7 +15,7 @@ from muonlm.errors import UserError
 
 
 def describe(cfg: Config, parameters: int) -> str:
-    """One line for the start of a run: where its weights, model, tokenizer and template come from. Empty for a first stage."""
+    """A line for the start of a run: where weights, model, tokenizer and template come from; empty for a first stage."""
     from muonlm.data.text.templates import template as find_template
 
     if not cfg.init_from:
@@ -25,14 +27,17 @@ def describe(cfg: Config, parameters: int) -> str:
         if template and before and find_template(before) != find_template(cfg.data.template):
             template += f" (its own is {before}: --data.template {before} keeps it)"
     return (
-        f"starts from {cfg.init_from} (recipe {recipe_of(run) or '?'}): its weights and model ({parameters:,} parameters, "
-        f"layers {cfg.model.layers}), tokenizer {cfg.data.tokenizer}{template}"
+        f"starts from {cfg.init_from} (recipe {recipe_of(run) or '?'}): its weights and model ({parameters:,} "
+        f"parameters, layers {cfg.model.layers}), tokenizer {cfg.data.tokenizer}{template}"
     )
 
 
 def check_tokenizer(cfg: Config, tokenizer) -> None:
-    """Refuse data whose tokenizer is not that of the weights it will train. More special tokens at its end are no other
-    tokenizer, if the weights have rows for them. A resumed run may outlive the run that it began from: nothing to compare."""
+    """Refuse data whose tokenizer is not that of the weights it will train.
+
+    More special tokens at its end are no other tokenizer, if the weights have rows for them. A resumed run may outlive
+    the run that it began from: then there is nothing to compare.
+    """
     from muonlm.data.text.tokenizer import Tokenizer
 
     run = Path(cfg.init_from).parent.parent
@@ -44,15 +49,15 @@ def check_tokenizer(cfg: Config, tokenizer) -> None:
             "no tokenizer" if tokenizer is None else f"a {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,} tokens"
         )
         raise UserError(
-            f"--data {cfg.data.source} was prepared with {found}, but the weights of {cfg.init_from} were trained with a "
-            f"{before.kind} tokenizer of {before.vocab_size:,}; give the text itself, or prepare it with "
+            f"--data {cfg.data.source} was prepared with {found}, but the weights of {cfg.init_from} were trained with "
+            f"a {before.kind} tokenizer of {before.vocab_size:,}; give the text itself, or prepare it with "
             f"--tokenizer {run / 'tokenizer.json'}"
         )
     rows = read_config(run).model.vocab_size
     if tokenizer.vocab_size > rows:
         more = ",".join(sorted(tokenizer.special.keys() - before.special.keys(), key=tokenizer.special.get))
         raise UserError(
-            f"the weights of {cfg.init_from} have {rows:,} rows of vocabulary; with the special tokens {more} there are "
-            f"{tokenizer.vocab_size:,} tokens. Leave these out (--data.special ''): a template then writes them as text, and "
-            f"ends a reply in the end-of-text token; or pretrain with them: --data.special '{more}'"
+            f"the weights of {cfg.init_from} have {rows:,} rows of vocabulary; with the special tokens {more} there "
+            f"are {tokenizer.vocab_size:,} tokens. Leave these out (--data.special ''): a template then writes them as "
+            f"text, and ends a reply in the end-of-text token; or pretrain with them: --data.special '{more}'"
         )
