@@ -1,6 +1,5 @@
 """Signals against exact values, advice against planted faults and a healthy run, checks against sabotage."""
 
-import copy
 import json
 import math
 
@@ -16,13 +15,10 @@ from muonlm.optim.watch.activity import ActivityCheck, MuonInactive
 from muonlm.optim.watch.advice import Advice
 from muonlm.optim.watch.diagnostics import (
     Diagnostics,
-    budget_for,
     exact_error,
     hutchinson_error,
     merge,
-    ns_flops,
     probe_vectors,
-    update_budget,
 )
 
 SHAPES = [(32, 32), (64, 32), (32, 48)]
@@ -193,10 +189,6 @@ def test_off_means_that_nothing_is_observed(monkeypatch):
 def test_settings_that_do_not_fit_are_refused_with_what_to_type():
     with pytest.raises(UserError, match="--log.spectra 300"):
         Diagnostics(every=30, spectra_every=100)
-    with pytest.raises(UserError, match="--log.diagnostics 100"):
-        Diagnostics(every=0, spectra_every=0, adaptive=True)
-    with pytest.raises(UserError, match="--muon.coefficients polar_express"):
-        Diagnostics(adaptive=True).attach(make(coefficients="keller")[0])
 
 
 @pytest.mark.parametrize("variant", ["normuon", "adamuon", "hyperball"])
@@ -211,7 +203,7 @@ def test_variants_and_bf16_weights_are_measured_and_pass_the_activity_check(vari
         with check(t):
             optimizer.step()
         metrics = d.collect()
-        assert not d.advise(t)
+        assert not d.advise(t, 2.0)
     moved = (params[0].detach().float() - before).square().mean().sqrt()
     assert metrics["muon/layers"] == 3
     assert metrics["muon/update_rms_max"] >= 0.5 * float(moved)
@@ -245,7 +237,7 @@ def test_advice_is_silent_on_a_healthy_run_of_200_steps():
         if d.due(t):
             d.collect()
         losses.append(loss.item())
-        lines += d.advise(t, loss=losses[-1], max_logit={"0": 30.0}, ns_share=0.1, tokens=256)
+        lines += d.advise(t, loss=losses[-1])
     assert lines == []
     assert losses[-1] < 0.3 * losses[0]
 
@@ -307,7 +299,7 @@ def test_a_layer_without_gradient_and_one_with_a_zero_gradient_are_told():
     params[1].grad.zero_()
     optimizer.step()
     metrics = d.collect()
-    lines = d.advise(1)
+    lines = d.advise(1, 2.0)
     assert "Muon inactive: no Newton-Schulz call for layer0.weight" in lines
     assert any(line.startswith("dead layer: the gradient of layer1.weight") for line in lines)
     assert metrics["muon/zero_update_layers"] == 1 and metrics["muon/layers"] == 2
@@ -322,32 +314,28 @@ def test_a_broken_gradient_is_told_and_spoils_no_metric():
     metrics = d.collect()
     assert metrics["muon/nonfinite_layers"] == 1
     json.dumps(metrics, allow_nan=False)
-    assert d.advise(1)[0].startswith(
+    assert d.advise(1, 2.0)[0].startswith(
         "non-finite update in layer0.weight at step 1: skip or stop; lower optim.lr (now 0.02)"
     )
 
 
-def test_a_loss_spike_is_told_once_with_the_layer_of_the_largest_logit():
-    advice, groups, lines = Advice(), [], []
+def test_a_loss_spike_is_told_once():
+    advice, lines = Advice(), []
     for t in range(60):
         loss = 3.0 - 0.02 * t + 0.05 * math.sin(7 * t) + (1.5 if t in (40, 41, 50) else 0.0)
-        lines += advice.lines(t, groups, loss=loss, max_logit={"2": 20.0, "3": 143.2})
+        lines += advice.lines(t, loss)
     assert len(lines) == 1
-    assert "at step 40: max logit 143 in layer 3: enable qk_norm or qk_clip" in lines[0] and lines[0].startswith(
-        "loss spike +1."
-    )
+    assert lines[0].startswith("loss spike +1.") and "at step 40: try a lower lr or a longer warm-up" in lines[0]
     quiet = Advice()
     for t in range(20):
-        lines = quiet.lines(t, groups, loss=9.0 if t == 19 else 2.0)
-    assert lines == ["loss spike +7 at step 19: try a lower lr or a longer warm-up"]
+        lines = quiet.lines(t, 9.0 if t == 19 else 2.0)
+    assert len(lines) == 1 and lines[0].startswith("loss spike +7 at step 19: ")
 
 
 def test_each_kind_is_said_at_most_once_in_1000_steps():
     advice = Advice()
-    told = [t for t in range(0, 2500, 100) if advice.lines(t, [], ns_share=0.61, tokens=768)]
-    assert told == [0, 1000, 2000]
-    text = Advice().lines(0, [], ns_share=0.61, tokens=768)
-    assert text == ["NS is 61% of the step at 768 tokens: raise the batch, use per-head split or ns_method=auto"]
+    told = [t for t in range(2500) if advice.lines(t, 9.0 if t % 50 == 49 else 2.0)]
+    assert told == [49, 1049, 2049]
 
 
 @pytest.mark.parametrize("drift, told", [(True, True), (False, False)])
@@ -360,19 +348,15 @@ def test_weights_that_grow_linearly_without_decay_are_told_and_a_random_walk_is_
         layer = dict(step=t, lr=0.02, weight_decay=0.0, nonfinite=0.0, zero_update=0.0, k=1.0, weight_rms=rms,
                      update_rms=1e-4, predicted_rms=1e-4, u_w=1e-4 / rms)  # fmt: skip
         d.advice.see(dict.fromkeys(d.names, layer), d.names, {n: d._group(n) for n in d.names})
-        lines += d.advise(t)
+        lines += d.advise(t, 2.0)
     assert (
         bool([x for x in lines if x.startswith("weight RMS growing linearly with wd=0: set wd or hyperball")]) == told
     )
     assert told or not lines
 
 
-def test_a_changed_adam_beta1_is_told_to_someone_who_thinks_of_muon():
+def test_advice_can_be_switched_off():
     optimizer, _ = make()
-    d = Diagnostics(every=100, spectra_every=0).attach(optimizer)
-    assert d.advise(1) == []
-    optimizer.param_groups[1]["betas"] = (0.8, 0.95)
-    assert d.advise(2)[0].startswith("adam_beta1 changed but Muon uses momentum")
     assert Diagnostics(advice=False).attach(optimizer).advise(1, loss=1.0) == []
 
 
@@ -388,7 +372,7 @@ SETTINGS = [
     dict(compat="torch", ns_dtype="auto", ns_method="auto"),
     dict(momentum_form="classical", coefficients="keller"),
     dict(coefficients="polar_express4", ns_steps=4),
-    dict(coefficients="classic_cubic"),  # a weak set is the user's choice, not a fault
+    dict(coefficients=[(1.5, -0.5, 0.0)]),  # a weak set is the user's choice, not a fault
     dict(ns_method="cayley"),
     dict(splits=[{"split": (0, [12, 20])}, {"heads": (1, 4)}, {"transposed": True}]),
 ]
@@ -477,67 +461,13 @@ def test_flattened_shards_and_missing_muon_groups_are_refused_with_the_reason():
         ActivityCheck(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2, 2))]))
 
 
-# ------------------------------------------------------------------------------------------------ adaptive budget
-
-
-def test_the_budget_is_the_least_that_lifts_sigma_and_changes_after_two_events_only():
-    assert [budget_for(s, 5) for s in (0.1, 0.006, 0.002, 0.0009, 0.0004, 0.00015, 0.0)] == [3, 3, 4, 5, 6, 7, 5]
-    group = {"ns_steps": 5, "ns_budget": {}}
-    update_budget(group, "a", 0.1)
-    assert group["ns_budget"] == {}
-    update_budget(group, "a", 0.1)
-    assert group["ns_budget"] == {"a": 3}
-    update_budget(group, "a", 0.1)
-    for _ in range(8):  # the mean forgets 0.1 by halves
-        update_budget(group, "a", 0.0012)
-    assert group["ns_budget"] == {"a": 4} and json.loads(json.dumps(group)) == group
-
-
-def test_budgets_are_honoured_by_the_optimizer_and_a_resumed_run_repeats_the_unbroken_one():
-    optimizer, params = make()
-    d = Diagnostics(every=1, spectra_every=0, adaptive=True).attach(optimizer)
-    metrics, _ = run(optimizer, params, d, 3)
-    budget = optimizer.param_groups[0]["ns_budget"]
-    assert set(budget) == {"layer0.weight", "layer1.weight", "layer2.weight"} - {n for n in d.names if n not in budget}
-    assert 3 <= metrics["muon/ns_steps_mean"] < 5
-
-    again, copies = make()
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for p, q in zip(copies, params, strict=True):
-        p.data.copy_(q.data)
-    e = Diagnostics(every=1, spectra_every=0, adaptive=True).attach(again)
-    assert again.param_groups[0]["ns_budget"] == budget
-    again.param_groups[0]["ns_budget"] = dict(budget)
-    for t in range(10, 14):
-        for o, ps, x in ((optimizer, params, d), (again, copies, e)):
-            feed(ps, t, rank=30)
-            o.step()
-            x.collect()
-    assert all(torch.equal(a, b) for a, b in zip(params, copies))
-    assert again.param_groups[0]["ns_sigma"] == optimizer.param_groups[0]["ns_sigma"]
-
-    wide, matrices = make([(32, 48)], momentum=0.0, nesterov=False)
-    wide.param_groups[0]["ns_budget"]["layer0.weight"] = 3
-    feed(matrices, 0)
-    before = matrices[0].detach().clone()
-    wide.step()
-    O = newton_schulz(matrices[0].grad, steps=3)
-    assert torch.allclose(
-        (before - matrices[0].detach()) / 0.02, O, atol=1e-5
-    )  # weights of 0.1 in fp32, divided by lr: 5e-7
-
-
-def test_flops_follow_the_formula_of_the_direct_form():
-    assert ns_flops(128, 512, 5) == 5 * (4 * 128**2 * 512 + 2 * 128**3)
-
-
 # ------------------------------------------------------------------------------------------------ ranks
 
 
 def measured(**options):
-    """Metrics and budgets after four adaptive, checked steps on four matrices."""
+    """Metrics after four checked steps on four matrices."""
     optimizer, params = make([*SHAPES, (32, 32)], batch_by_shape=False, **options)
-    d, check = Diagnostics(every=1, spectra_every=2, adaptive=True).attach(optimizer), ActivityCheck(optimizer, every=1)
+    d, check = Diagnostics(every=1, spectra_every=2).attach(optimizer), ActivityCheck(optimizer, every=1)
     for t in range(1, 5):
         feed(params, t)
         if t == 2:
@@ -547,7 +477,7 @@ def measured(**options):
         metrics = d.collect()
     with pytest.raises(MuonInactive, match="0 Newton-Schulz calls for 4 blocks"), check(5):
         optimizer.ns_calls = 0
-    return [metrics, optimizer.param_groups[0]["ns_budget"]]
+    return metrics
 
 
 def _rank(rank, store, out):
@@ -562,11 +492,10 @@ def test_two_ranks_that_share_the_matrices_report_and_decide_what_one_does(tmp_p
     torch.multiprocessing.spawn(_rank, (tmp_path / "store", tmp_path / "out"), 2)
     one, first, second = measured(), *(json.loads((tmp_path / f"out.{rank}").read_text()) for rank in (0, 1))
     assert first == second
-    assert one[1] == first[1] and one[1]
     # unbatched fp32: equal bit for bit on one thread; more threads may add up in another order
-    assert {k: v for k, v in one[0].items() if isinstance(v, str)} == {
-        k: v for k, v in first[0].items() if isinstance(v, str)
+    assert {k: v for k, v in one.items() if isinstance(v, str)} == {
+        k: v for k, v in first.items() if isinstance(v, str)
     }
-    numbers = {k: v for k, v in one[0].items() if not isinstance(v, str)}
-    assert {k: first[0][k] for k in numbers} == pytest.approx(numbers, rel=1e-5)
+    numbers = {k: v for k, v in one.items() if not isinstance(v, str)}
+    assert {k: first[k] for k in numbers} == pytest.approx(numbers, rel=1e-5)
     assert numbers["muon/layers"] == 4 and "muon/cos_previous" in numbers

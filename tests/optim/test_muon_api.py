@@ -655,7 +655,6 @@ BAD = [
     ({"coefficients": [(1.0, 2.0)]}, "triples"),
     ({"coefficients": []}, "triples"),
     ({"coefficients": "deepseek", "ns_steps": 5}, "ns_steps=10"),
-    ({"coefficients": "aol4", "ns_method": "direct"}, 'ns_method="aol"'),
     ({"ns_method": "gramm"}, "did you mean 'gram'"),
     ({"ns_dtype": "int8"}, "ns_dtype='int8'.*float32"),
     ({"state_dtype": "int8"}, "state_dtype='int8'"),

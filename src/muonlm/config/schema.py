@@ -136,15 +136,13 @@ class MuonConfig(Section):
     ns_steps: Annotated[int, In("[1, 99]", usual="5")] = 5
     """Newton–Schulz iterations, 1–99. More is closer to orthogonal and costs time."""
     coefficients: str = "polar_express"
-    """Newton–Schulz polynomial: polar_express, keller, you, cans, … (optim/muon/newton_schulz.py)."""
-    ns_method: Literal["auto", "direct", "hybrid", "gram", "aol", "cayley"] = "auto"
-    """direct, hybrid, gram, aol or cayley (optim/muon/newton_schulz.py). auto: direct, hybrid or gram, what a timing
+    """Newton–Schulz polynomial: polar_express, polar_express4, keller, cans or deepseek (optim/muon/newton_schulz.py)."""
+    ns_method: Literal["auto", "direct", "hybrid", "gram", "cayley"] = "auto"
+    """direct, hybrid, gram or cayley (optim/muon/newton_schulz.py). auto: direct, hybrid or gram, what a timing
     probe prefers."""
     ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Newton–Schulz in float32 or bfloat16. auto: float32 if train.dtype says float32, else on CPU what a timing probe
     prefers."""
-    adaptive_ns: bool = False
-    """Experiment: 3 to 8 Newton-Schulz steps per matrix, by its measured spectrum (needs log.diagnostics)."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Muon's momentum in float32, or in bfloat16 for half the memory."""
     lr_mode: Literal["original", "match_rms_adamw", "spectral", "none"] = "original"

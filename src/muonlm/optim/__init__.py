@@ -11,10 +11,10 @@ and a JSON-able `meta`; `load_named_state` puts it back bit for bit, whatever th
 from .build import build_optimizer, create_muon_optimizer
 from .muon.muon import Muon
 from .muon.newton_schulz import newton_schulz
-from .rates import convert_lr, from_muonlm, parameter_names, to_muonlm
+from .rates import convert_lr
 from .routing.route import RoutingPlan, assert_complete, route
 from .schedule import lr_scale, momentum_at, parse_momentum_warmup
-from .state import load_named_state, named_state
+from .state import load_named_state, load_torch_state, named_state
 from .watch.activity import ActivityCheck
 from .watch.diagnostics import Diagnostics
 from .watch.qk_clip import qk_clip
@@ -28,15 +28,13 @@ __all__ = [
     "build_optimizer",
     "convert_lr",
     "create_muon_optimizer",
-    "from_muonlm",
     "load_named_state",
+    "load_torch_state",
     "lr_scale",
     "momentum_at",
     "named_state",
     "newton_schulz",
-    "parameter_names",
     "parse_momentum_warmup",
     "qk_clip",
     "route",
-    "to_muonlm",
 ]

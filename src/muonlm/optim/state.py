@@ -2,6 +2,7 @@
 
     tensors, meta = named_state(optimizer, model)        "blocks.0.attn.qkv.weight/momentum_buffer" -> whole tensor
     load_named_state(optimizer, model, tensors, meta)    bit for bit, also on another number of ranks; meta is JSON-able
+    load_torch_state(optimizer, *olds, step=1000)        a run of torch.optim.Muon (and AdamW) goes on in Muon
 
 Ranks    under a distributed Muon both are collective calls. The tensors arrive on rank 0, one by one (it needs room for
          the whole state, the others for one tensor), and the other ranks get an empty dict; `meta` is equal on all.
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from muonlm.errors import UserError
 
 from .muon.distributed import is_sharded, sharded_like
-from .muon.muon import Muon
+from .muon.muon import Muon, names_of
 
 # what a group remembers; its hyper-parameters come from the config
-GROUP_STATE = ("step", "ns_chosen", "ns_budget", "ns_sigma")
+GROUP_STATE = ("step", "ns_chosen")
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
@@ -87,7 +88,7 @@ def load_named_state(
             raise UserError(f"the checkpoint's {full} has shape {tuple(value.shape)}, this run needs {tuple(layout[key])}; "
                             f"resume with the same model and routing")  # fmt: skip
     for group in optimizer.param_groups:
-        group.update(_copied(meta["groups"][group["name"]]))
+        group.update(_copied({k: v for k, v in meta["groups"][group["name"]].items() if k in GROUP_STATE}))
     if isinstance(optimizer, Muon):
         optimizer.assign_owners()
     optimizer.state.clear()
@@ -98,6 +99,45 @@ def load_named_state(
             optimizer.state[p][key] = sharded_like(p, value)
         elif all(p not in owners.owner or owners.owns(p) for owners in _owners(optimizer)):
             optimizer.state[p][key] = value.to(p.device, copy=True)
+
+
+@torch.no_grad()
+def load_torch_state(optimizer: Muon, *olds: torch.optim.Optimizer, step: int) -> None:
+    """Give `optimizer` the buffers of torch.optim.Muon, and of torch.optim.AdamW beside it, over the same parameters.
+
+    olds   with their own states loaded; a parameter without state in them (it never had a gradient) starts from zero
+    step   optimizer steps that were done: momentum schedules count from there
+
+    torch's momentum is the EMA form, in the dtype of the gradients; ours is widened to fp32. Second moments of variants
+    start from zero. On many ranks: load on one, save with `named_state`.
+    """
+    if optimizer.replicas or optimizer.shards:
+        raise UserError("the state of torch.optim is loaded on one process; save it with named_state, then distribute")
+    found = {p: old.state.get(p, {}) for old in olds for group in old.param_groups for p in group["params"]}
+    layouts, loaded = _layouts(optimizer), {}
+    for group in optimizer.param_groups:
+        if group["use_muon"] and group["momentum_form"] != "ema":
+            raise UserError('torch.optim.Muon averages gradients; use momentum_form="ema" to go on with its momentum')
+        for p, name in zip(group["params"], names_of(group), strict=True):
+            if p not in found:
+                raise UserError(f"parameter {name} is in none of the optimizers given; add the one that trained it")
+            layout = layouts[p]
+            needed = layout.keys() - {"second_momentum", "mantissa"}
+            if found[p] and (found[p].keys() != needed or any(found[p][key].shape != layout[key] for key in needed)):
+                raise UserError(
+                    f"parameter {name} was trained with {', '.join(found[p])}, and keeps {', '.join(sorted(needed))} now; "
+                    f"leave its optimizer out and let it start anew, or route it as before"
+                )
+            loaded[p] = found[p]
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            if group["use_muon"] and loaded[p]:
+                optimizer.new_state(p, group["splits"][i], group)
+                optimizer.state[p]["momentum_buffer"].copy_(loaded[p]["momentum_buffer"])
+            elif loaded[p]:
+                optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in loaded[p].items()}
+        if group["use_muon"]:
+            group["step"] = step
 
 
 def _layouts(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, tuple[int, ...]]]:

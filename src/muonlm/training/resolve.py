@@ -99,6 +99,6 @@ def repeatable(cfg: Config) -> Config:
     """train.dtype = float32 means all of it, and nothing that a timing decides: such a run can be repeated."""
     if cfg.train.dtype != "float32":
         return cfg
-    exact = {"ns_dtype": "float32", "ns_method": "aol" if cfg.muon.coefficients.startswith("aol") else "direct"}
+    exact = {"ns_dtype": "float32", "ns_method": "direct"}
     exact = {key: value for key, value in exact.items() if getattr(cfg.muon, key) == "auto"}
     return dataclasses.replace(cfg, muon=dataclasses.replace(cfg.muon, **exact))

@@ -274,9 +274,9 @@ class Watch:
         if cfg.optim.name != "muon":
             return
         every = cfg.log.diagnostics
-        if every or cfg.muon.adaptive_ns:  # which Diagnostics refuses without measurements
-            spectra = -(-cfg.log.spectra // every) * every if every else 0  # the next multiple
-            self.diagnostics = Diagnostics(every, spectra, cfg.log.advice, cfg.muon.adaptive_ns, cfg.seed)
+        if every:
+            spectra = -(-cfg.log.spectra // every) * every  # the next multiple
+            self.diagnostics = Diagnostics(every, spectra, cfg.log.advice, cfg.seed)
             self.diagnostics.attach(optimizer)
         self.check = ActivityCheck(optimizer)
 

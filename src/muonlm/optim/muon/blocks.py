@@ -82,5 +82,4 @@ class Block:
     momentum: Tensor  # fp32 after this step's update
     second: Tensor | None  # flat, state of the variant
     factor: float
-    steps: int
     transposed: bool = False  # stored (in, out)

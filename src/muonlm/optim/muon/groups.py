@@ -51,8 +51,6 @@ def check_group(group: dict) -> None:
         group["ns_dtype"] = dtype_name(group["ns_dtype"], "ns_dtype")
     if group["ns_method"] != "auto":
         check_method(group["ns_method"], group["coefficients"], NS_DTYPES.get(group["ns_dtype"]))
-    elif isinstance(group["coefficients"], str) and group["coefficients"].startswith("aol"):
-        group["ns_method"] = "aol"
     if group["state_dtype"] is not None:
         group["state_dtype"] = dtype_name(group["state_dtype"], "state_dtype")
     if group["momentum_schedule"] is not None:

@@ -29,7 +29,7 @@ Memory   a step needs, beyond the state, about 4 x max_batch_bytes (8 x with 16-
 State    Muon: `momentum_buffer` (fp32, or `state_dtype`; fp64 for fp64 parameters), variants `second_momentum`; bf16 parameters
          `mantissa`, the 16 bits that make them as exact as fp32 ones (param_dtype_comp=False: rounded each step instead).
          AdamW: `exp_avg`, `exp_avg_sq`, `step`. In the group: `step`, `ns_chosen` {"128x512": "hybrid bfloat16"}, what "auto"
-         chose, kept so that a resumed run repeats it, and `ns_budget` {block name: steps} where diagnostics set one.
+         chose, kept so that a resumed run repeats it.
 Counters `ns_calls`: number of blocks orthogonalised in the last step, for a check that Muon is really at work.
 Raises   ValueError for bad hyper-parameters and for tensors that have no polar factor, naming the tensor and the remedy.
          A non-finite gradient is not looked for (that would stall a GPU): it makes the weights NaN, so check the loss first.
@@ -178,7 +178,6 @@ class Muon(torch.optim.Optimizer):
             "compat": compat,
             "step": 0,
             "ns_chosen": {},
-            "ns_budget": {},
         }
         self.ns_calls = 0
         self.diagnostics = diagnostics
@@ -259,9 +258,7 @@ class Muon(torch.optim.Optimizer):
             "splits",
             "slices",
         }
-        for key in sorted(
-            set(group) - known - {"base_lr", "max_lr", "initial_lr", "first_lr", "param_names", "ns_sigma"}
-        ):
+        for key in sorted(set(group) - known - {"base_lr", "max_lr", "initial_lr", "first_lr", "param_names"}):
             if near := get_close_matches(key, known, n=1, cutoff=0.75):
                 raise ValueError(
                     f"group {group['name']!r} has a key {key!r}, which nothing reads; did you mean {near[0]!r}?"
@@ -446,7 +443,7 @@ class Muon(torch.optim.Optimizer):
         momenta, grads = [], []
         for p, grad, split, _ in found:
             if "momentum_buffer" not in self.state[p]:
-                self._new_state(p, split, group)
+                self.new_state(p, split, group)
             M = local(self.state[p]["momentum_buffer"])
             wide = M.dtype if M.dtype not in (torch.bfloat16, torch.float16) or group["compat"] else torch.float32
             momenta.append(M.to(wide))
@@ -487,8 +484,7 @@ class Muon(torch.optim.Optimizer):
                     start += size
                 block = f"{name}[{i}]" if len(pieces) > 1 else name
                 factor = shape_factor(group["lr_mode"], *((B, A) if transposed else (A, B)), group["rms_target"])
-                steps = group["ns_budget"].get(block, group["ns_steps"])
-                work.append(Block(block, w, g, m, second, factor, steps, transposed))
+                work.append(Block(block, w, g, m, second, factor, transposed))
         return work
 
     def state_layout(
@@ -507,7 +503,7 @@ class Muon(torch.optim.Optimizer):
             layout["mantissa"] = (tuple(p.shape), torch.int16)
         return layout
 
-    def _new_state(self, p: Tensor, split: dict | None, group: dict) -> None:
+    def new_state(self, p: Tensor, split: dict | None, group: dict) -> None:
         """All but the mantissa, which `_twins` makes. Of a sharded parameter what is not sharded is the owner's alone."""
         for key, (shape, dtype) in self.state_layout(p, split, group).items():
             if key == "momentum_buffer":
@@ -550,7 +546,6 @@ class Muon(torch.optim.Optimizer):
             key = (
                 *block.weight.shape,
                 block.factor,
-                block.steps,
                 block.transposed,
                 block.momentum.dtype,
                 block.momentum.device,
@@ -579,7 +574,7 @@ class Muon(torch.optim.Optimizer):
                 U.sign_()
             method, dtype = choose(group, *first.weight.shape, count, U.dtype, U.device)
             polar = _compiled() if group["compile"] else orthogonalise
-            O = polar(U, group["coefficients"], first.steps, method, dtype)
+            O = polar(U, group["coefficients"], group["ns_steps"], method, dtype)
             O = U.copy_(O) if O.dtype != U.dtype else O
             if watched:
                 tall = U.shape[1] > U.shape[2]

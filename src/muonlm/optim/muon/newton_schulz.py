@@ -11,8 +11,6 @@ Methods  direct   the lines above. 2-byte dtypes are safe: each step starts from
                   polynomials before them have lifted the small singular values and none follows to amplify an error
          gram     R = X X^T, Q = I; per step Q <- Q (aI + Z), R <- R (aI + Z)^2 with Z = bR + cR^2; X <- QX and a new start
                   after two steps, then after every three. float32 or float16; in bfloat16 it overshoots 15-fold: refused
-         aol      direct from X_0 = diag(t) U, t_i = (sum_j |U U^T|_ij)^(-1/2), whose singular values are <= 1 by Gershgorin: a row
-                  scaling, so the limit is the polar factor of diag(t) U, not of U. Its own coefficient sets
          cayley   X <- 2t (I + t^2 X X^T)^(-1) X, t = l^(-1/2), l <- 2 sqrt(l) / (1 + l) from l = 1e-3: s -> 2ts / (1 + t^2 s^2), by
                   Cholesky, float32 or float64. Accurate; it takes no coefficients, `steps` counts solves
 Scale c  ||U||_F, times 1.02 for Polar Express, which was fitted with that margin. `polar_express4` measures its own first
@@ -22,13 +20,11 @@ Scale c  ||U||_F, times 1.02 for Polar Express, which was fitted with that margi
          gradient is a direction like any other. An all-zero matrix gives exactly zero, without touching its neighbours
          in the batch; Inf or NaN gives NaN
 Shapes   G (..., A, B), leading dimensions are a batch. m = min(A, B), n = max(A, B): R is m x m, from the right if A > B
-Cost     flops a matrix: direct 4 m^2 n + 2 m^3 a step (4 m^2 n if c = 0); hybrid saves 4 m^2 n - 6 m^3, a gain for n > 1.5 m
+Cost     flops a matrix: direct 4 m^2 n + 2 m^3 a step; hybrid saves 4 m^2 n - 6 m^3, a gain for n > 1.5 m
 Raises   ValueError for an unknown set or method, bad triples, bad step counts, a dtype the method cannot use, tensors that are
          not floating or below 2-D
-Source   keller: github.com/KellerJordan/Muon · you: Jiacheng You, as in Megatron and dion · polar_express(_raw): Amsel et al.,
-         arXiv 2505.16932 (safety 2e-2, cushion 2; raw: safety 1.01) · cans: arXiv 2506.10935 · cubic: arXiv 2606.00371 ·
-         deepseek: DeepSeek-V4 report · accurate12: modded-nanogpt, track 3 · classic: Taylor expansion of s -> sign(s) ·
-         aol: arXiv 2512.04632, coefficients of Megatron and dion · Gram form: Dao's Gram Newton-Schulz ·
+Source   keller: github.com/KellerJordan/Muon · polar_express: Amsel et al., arXiv 2505.16932 (safety 2e-2, cushion 2) ·
+         cans: arXiv 2506.10935 · deepseek: DeepSeek-V4 report · Gram form: Dao's Gram Newton-Schulz ·
          polar_express4: ours, four quintics composed as in Polar Express for [0.004, 1] of the closer scale (safety 1.01,
          cushion 0.024): f stays within 1 +- 0.14 there, and bfloat16 rounding cannot leave the next step's interval
 """
@@ -42,36 +38,14 @@ from torch import Tensor
 
 Triple = tuple[float, float, float]
 
-_RAW_SAFETY = 1.01
-_RAW = [
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-]
-
 COEFFICIENTS: dict[str, list[Triple]] = {
     "keller": [(3.4445, -4.7750, 2.0315)],
-    "you": [
-        (4.0848, -6.8946, 2.9270),
-        (3.9505, -6.3029, 2.6377),
-        (3.7418, -5.5913, 2.3037),
-        (2.8769, -3.1427, 1.2046),
-        (2.8366, -3.0525, 1.2012),
-    ],
     "polar_express": [
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
         (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-    ],
-    "polar_express_raw": [
-        *((a / _RAW_SAFETY, b / _RAW_SAFETY**3, c / _RAW_SAFETY**5) for a, b, c in _RAW),
-        (1.875, -1.25, 0.375),
     ],
     "cans": [
         (8.4703, -25.1081, 18.6293),
@@ -80,29 +54,7 @@ COEFFICIENTS: dict[str, list[Triple]] = {
         (3.2866, -2.4647, 0.5074),
         (2.2737, -1.6447, 0.4162),
     ],
-    "cubic": [
-        (3.3656577, -3.3420992, 0.0),
-        (2.5744352, -1.4957376, 0.0),
-        (2.5368962, -1.4312570, 0.0),
-        (2.4418906, -1.2764040, 0.0),
-        (2.2230472, -0.9630650, 0.0),
-    ],
     "deepseek": [(3.4445, -4.7750, 2.0315)] * 8 + [(2.0, -1.5, 0.5)] * 2,
-    "accurate12": [(2.0, -1.5, 0.5)] * 12,
-    "classic_cubic": [(1.5, -0.5, 0.0)],
-    "classic_quintic": [(1.875, -1.25, 0.375)],
-    "aol4": [
-        (4.0098, -7.0585, 2.4635),
-        (3.4585, -5.5479, 2.5959),
-        (2.7573, -3.2939, 1.4254),
-        (2.7215, -3.0494, 1.3169),
-    ],
-    "aol4_dion": [
-        (4.6051, -9.6552, 5.6769),
-        (4.7505, -6.0861, 2.1790),
-        (2.7763, -2.3190, 0.5523),
-        (2.4231, -2.2861, 0.8193),
-    ],
     "polar_express4": [
         (8.104987549112458, -22.625272368504685, 16.262509252400395),
         (3.9199266491325537, -2.827463809125078, 0.5251319539802465),
@@ -113,9 +65,9 @@ COEFFICIENTS: dict[str, list[Triple]] = {
 """Triples (a, b, c) per step. A set shorter than the number of steps repeats its last triple; a longer one is cut, except
 those of WHOLE, whose last steps are the point of them."""
 
-WHOLE = ("deepseek", "accurate12", "polar_express4", "aol4", "aol4_dion")
+WHOLE = ("deepseek", "polar_express4")
 SAFETY = {"polar_express": 1.02}
-METHODS = ("direct", "hybrid", "gram", "aol", "cayley")
+METHODS = ("direct", "hybrid", "gram", "cayley")
 SCHATTEN_MARGIN = 1.01  # for the rounding of R R to bfloat16
 CAYLEY_FLOOR = 1e-3  # smallest singular value, relative to ||U||_F, that cayley lifts to 1 in five solves
 
@@ -149,12 +101,6 @@ def check_method(method: str, coefficients: str | list[Triple], dtype: torch.dty
         near = get_close_matches(str(method), METHODS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown ns_method {method!r}: did you mean {near!r}? Known: auto, {', '.join(METHODS)}")
     named = coefficients if isinstance(coefficients, str) else ""
-    if named.startswith("aol") and method != "aol":
-        raise ValueError(f'coefficients={named!r} start from a row scaling; use ns_method="aol", or other coefficients')
-    if method == "aol" and named and not named.startswith("aol"):
-        raise ValueError(
-            f'ns_method="aol" has sets of its own, found {named!r}; use coefficients="aol4" with ns_steps=4'
-        )
     if named == "polar_express4" and method not in ("direct", "hybrid"):
         raise ValueError(
             f'coefficients="polar_express4" choose their own scale; use ns_method="direct" or "hybrid", not {method!r}'
@@ -215,9 +161,7 @@ def iterate(X: Tensor, steps: list[Triple]) -> Tensor:
     R, Y = None, torch.empty_like(X)  # buffers for X are made once, not in each step
     for a, b, c in steps:
         R = _gram(X, out=R)
-        if c == 0.0:
-            R.mul_(b)
-        X, Y = _times(R if c == 0.0 else _axpby(R, R, R, beta=b, alpha=c), X, beta=a, out=Y), X
+        X, Y = _times(_axpby(R, R, R, beta=b, alpha=c), X, beta=a, out=Y), X
     return X
 
 
@@ -236,20 +180,13 @@ def _gram_form(X: Tensor, steps: list[Triple]) -> Tensor:
     """The triples applied to normalised X through polynomials of one Gram matrix: X <- (q I + Q) X at the end."""
     R, q, Q = _gram(X), 1.0, None
     for i, (a, b, c) in enumerate(steps):
-        Z = _axpby(R, R, R, beta=b, alpha=c) if c else b * R
+        Z = _axpby(R, R, R, beta=b, alpha=c)
         Q = Z if Q is None else _axpby((a * Q).add_(Z, alpha=q), Q, Z, beta=1.0)
         q *= a
         if i + 1 < len(steps):
             Y = _axpby(R, R, Z, beta=a)
             R = _axpby(Y, Y, Z, beta=a)
     return _times(Q, X, beta=q)
-
-
-def _row_scaled(X: Tensor) -> Tensor:
-    """diag(t) X with t_i = (sum_j |X X^T|_ij)^(-1/2), or X diag(t) for tall X."""
-    t = _gram(X).abs_().sum(-1)
-    t = t.masked_fill_(t == 0, 1.0).rsqrt_()
-    return X.mul_(t[:, None, :] if _tall(X) else t[:, :, None])
 
 
 def _cayley(X: Tensor, solves: int) -> Tensor:
@@ -275,8 +212,6 @@ def _orthogonalise(U: Tensor, coefficients: str | list[Triple], steps: int, meth
     schedule = triples(coefficients, steps)
     if coefficients == "polar_express4":
         X = _scaled_first_step(U.mul_(power_of_two(U)).to(dtype), schedule.pop(0))
-    elif method == "aol":
-        X = _row_scaled(U.mul_(power_of_two(U))).to(dtype)
     else:
         X = normalise(U, SAFETY.get(coefficients, 1.0) if isinstance(coefficients, str) else 1.0, dtype)
     if method == "gram":

@@ -19,7 +19,7 @@ from muonlm.errors import RunFailed
 from ..muon.blocks import blocks, predicted_rms
 from ..muon.distributed import is_sharded
 from ..muon.muon import Muon, decay_rate, direction, names_of
-from .advice import HIGH_ERROR, RMS_BAND, ns_steps
+from .advice import HIGH_ERROR, RMS_BAND
 from .diagnostics import PROBES, block_list, exact_error, hutchinson_error, probe_vectors, rms, scalar_map, unit
 
 ERROR_SLACK = 0.3  # of the estimate and of bf16, when e is compared with that of exact arithmetic
@@ -137,7 +137,7 @@ class ActivityCheck:
             error = hutchinson_error(O, probe_vectors(name, O.shape[0], PROBES, O)).item()
         if RMS_BAND[0] <= size / predicted <= RMS_BAND[1] and error <= HIGH_ERROR:
             return
-        k, e = self._reference(group, name, G, M) if plain else (1.0, 0.0)
+        k, e = self._reference(group, G, M) if plain else (1.0, 0.0)
         if plain:  # the estimate only chooses whom to look at: on few rows it is off by more than the slack
             error = exact_error(O).item()
         ratio = size / (k * predicted)
@@ -158,7 +158,7 @@ class ActivityCheck:
         """Who shares the matrices out among ranks, or None on one."""
         return getattr(self.optimizer, "replicas", None) or getattr(self.optimizer, "shards", None)
 
-    def _reference(self, group: dict, name: str, G: Tensor, M: Tensor) -> tuple[float, float]:
+    def _reference(self, group: dict, G: Tensor, M: Tensor) -> tuple[float, float]:
         """(k, e) that Newton-Schulz reaches on this U in exact arithmetic."""
         if not group["decoupled_wd"] and group["weight_decay"]:
             return 1.0, math.inf  # decay is a part of the gradient that is not at hand
@@ -166,8 +166,8 @@ class ActivityCheck:
         owners = self._owners()
         U = M if owners and owners.grads == "local" else direction(group, G, M, torch.empty_like(M))
         sigma = torch.linalg.svdvals(unit(U))
-        if group["ns_method"] in ("aol", "cayley"):
-            f = (sigma > 1e-3).double()  # both lift what is above that to about 1
+        if group["ns_method"] == "cayley":
+            f = (sigma > 1e-3).double()  # it lifts what is above that to about 1
         else:
-            f = scalar_map(sigma, group["coefficients"], ns_steps(group, name))
+            f = scalar_map(sigma, group["coefficients"], group["ns_steps"])
         return f.square().mean().sqrt().item(), (f.square() - 1.0).square().mean().sqrt().item()

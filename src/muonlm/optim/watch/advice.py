@@ -19,10 +19,8 @@ LARGEST_ADAMW_LR = 1e-2  # no AdamW rate is larger, so it must be a spectral one
 HIGH_U_W, HIGH_U_W_STEPS = 0.05, 200
 LOW_U_W = 1e-4
 SPIKE, SPIKE_SPREADS, SPIKE_HISTORY = 0.3, 8.0, 8  # nats, and median deviations of at least that many earlier losses
-HIGH_LOGIT = 100.0  # tau of QK-clip
 HIGH_ERROR = 0.85  # e of an exact partial factor of rank r is sqrt(1 - r/m): lower rank than m/4 is seldom the data's
 GROWTH_STEPS, GROWTH_EXPONENT = 1000, 0.8  # uncorrelated updates give exponent 0.5, steady drift 1
-HIGH_NS_SHARE = 0.5
 QUIET_STEPS = 1000  # between two lines of one kind
 
 
@@ -35,7 +33,6 @@ class Advice:
         self.high_since: dict[str, int] = {}
         self.growth: dict[str, list[tuple[int, float]]] = {}
         self.pending: dict[str, str] = {}  # kind -> line, of the last event
-        self.first_betas: list[float] = []  # of the AdamW groups
 
     def see(self, layers: Layers, names: list[str], groups: dict[str, dict]) -> None:
         """Judge one event; `names` are all layers that Muon should train."""
@@ -106,7 +103,7 @@ class Advice:
         errors = {name: v["orthogonality_error"] for name, v in layers.items() if "orthogonality_error" in v}
         name = max(errors, key=errors.get, default=None)
         if name and errors[name] > HIGH_ERROR:
-            steps = ns_steps(groups[name], name)
+            steps = groups[name]["ns_steps"]
             self.pending["error"] = (
                 f"NS output error {errors[name]:.2g}: spectrum too flat/small for {steps} steps: "
                 f'use coefficients="polar_express" or ns_steps+2 ({name})'
@@ -126,55 +123,19 @@ class Advice:
                     "growth", f"weight RMS growing linearly with wd=0: set wd or hyperball ({grown})"
                 )
 
-    def lines(
-        self,
-        step: int,
-        groups: list[dict],
-        *,
-        loss: float | None = None,
-        max_logit: dict[str, float] | None = None,
-        ns_share: float | None = None,
-        tokens: int | None = None,
-    ) -> list[str]:
-        """What to tell the user now, given the optimizer's groups.
-
-        loss       mean of the step, nats per token; give it often, so that a spike is seen
-        max_logit  layer -> largest attention logit since the last call
-        ns_share   share of Newton-Schulz in the time of a step of `tokens` tokens
-        """
-        say, self.pending = self.pending, {}
-        if loss is not None:
-            if len(self.losses) >= SPIKE_HISTORY and math.isfinite(loss):
-                usual = median(self.losses)
-                spread = median(abs(x - usual) for x in self.losses)
-                if loss - usual > max(SPIKE, SPIKE_SPREADS * spread):
-                    layer = max(max_logit, key=max_logit.get) if max_logit else None
-                    cause = "try a lower lr or a longer warm-up"
-                    if layer is not None and max_logit[layer] > HIGH_LOGIT:
-                        cause = f"max logit {max_logit[layer]:.0f} in layer {layer}: enable qk_norm or qk_clip"
-                    say["spike"] = f"loss spike +{loss - usual:.2g} at step {step}: {cause}"
-            self.losses.append(loss)
-        if ns_share is not None and ns_share > HIGH_NS_SHARE:
-            at = f" at {tokens} tokens" if tokens else ""
-            say["share"] = (
-                f"NS is {ns_share:.0%} of the step{at}: raise the batch, use per-head split or ns_method=auto"
-            )
-        muon, betas = [g for g in groups if g["use_muon"]], adamw_beta1(groups)
-        if betas != self.first_betas and all(g["momentum_schedule"] is None for g in muon):
-            say["beta1"] = (
-                f"adam_beta1 changed but Muon uses momentum (beta1 {betas[0]:g}, momentum {muon[0]['momentum']:g})"
-            )
-        fresh = {kind: line for kind, line in say.items() if step - self.said.get(kind, -QUIET_STEPS) >= QUIET_STEPS}
+    def lines(self, step: int, loss: float) -> list[str]:
+        """What to tell the user after `step`, whose mean loss in nats per token is `loss`: call it in every step."""
+        told, self.pending = self.pending, {}
+        if len(self.losses) >= SPIKE_HISTORY and math.isfinite(loss):
+            usual = median(self.losses)
+            spread = median(abs(x - usual) for x in self.losses)
+            if loss - usual > max(SPIKE, SPIKE_SPREADS * spread):
+                rise = f"loss spike +{loss - usual:.2g} at step {step}"
+                told["spike"] = f"{rise}: try a lower lr or a longer warm-up; qk_norm or qk_clip bound the attention's logits"
+        self.losses.append(loss)
+        fresh = {kind: line for kind, line in told.items() if step - self.said.get(kind, -QUIET_STEPS) >= QUIET_STEPS}
         self.said |= dict.fromkeys(fresh, step)
         return list(fresh.values())
-
-
-def adamw_beta1(groups: list[dict]) -> list[float]:
-    return [group["betas"][0] for group in groups if not group["use_muon"]]
-
-
-def ns_steps(group: dict, name: str) -> int:
-    return group["ns_budget"].get(name, group["ns_steps"])
 
 
 def _peak_lr(group: dict) -> float:

@@ -13,21 +13,19 @@ Signals, of a block W (A x B) with NS input U and output O, both wide (m, n), m 
     orthogonality_error_exact                 of one layer an event, in turn
     spectral_norm_w, spectral_norm_u          power steps from the vectors of the last event
     stable_rank = ||U||_F^2 / sigma_1^2
-    sigma_05, sigma_50, sigma_95              quantiles of sigma(U) / ||U||_F, one layer a spectra event (adaptive: all)
+    sigma_05, sigma_50, sigma_95              quantiles of sigma(U) / ||U||_F, one layer a spectra event
     cos_previous                              cos(O_t, O_t-1) of the same layer, from one kept copy of one O
 
 Cost     flops of one event, a block: norms 6 mn, Hutchinson 16 mn, power 2 x 16 mn: 54 mn, and a copy of U; one layer
          2 m^2 n for the exact error. Every 100 steps that is 0.54 mn a step, against (20 m + 10 m^2/n) mn of Newton-
          Schulz: below 0.2 % of it from m = 16 on, and Newton-Schulz is a part of the step. One svdvals (some 10 m^2
-         n) in 1000 steps is nothing. `adaptive` takes svdvals of every layer at every event: about 1 % of Newton-
-         Schulz. Off: due() is not called
+         n) in 1000 steps is nothing. Off: due() is not called
 Ranks    Probes depend on (seed, step, name) only, sampled layers on the list of all names, and each matrix is
          measured by itself, so a value does not depend on which rank or batch holds the matrix. collect() gathers
          them from the owners (distributed.py). Matrices sharded by FSDP2 are counted, not measured. The global random
          state is not touched
 State    Power vectors and the history behind the advice are not saved: after a resume values may differ in the last
-         digits. Adaptive budgets are: group["ns_budget"] {name: steps}, group["ns_sigma"] {name: [mean sigma_05,
-         wanted, events]}
+         digits
 Raises   UserError for settings that cannot work
 Source   Hutchinson 1990
 """
@@ -46,16 +44,10 @@ from ..muon.blocks import FIXED, adamw_blocks, blocks, predicted_rms, shape_fact
 from ..muon.distributed import is_sharded
 from ..muon.muon import Muon, Observation, names_of
 from ..muon.newton_schulz import SAFETY, SCHATTEN_MARGIN, power_of_two, triples
-from .advice import Advice, Layers, adamw_beta1, ns_steps
+from .advice import Advice, Layers
 
 PROBES = 4
 POWER_STEPS = 4  # an event; the vectors of the last event start them
-
-# Adaptive budget
-BUDGETS = range(3, 9)
-LIFT = 0.7
-SIGMA_DECAY = 0.5  # of the mean of sigma_05 over events
-HYSTERESIS = 2  # events in a row that must want the same other budget
 
 
 def block_list(group: dict) -> Iterator[tuple[str, Tensor, dict | None, int, float]]:
@@ -72,11 +64,6 @@ def block_list(group: dict) -> Iterator[tuple[str, Tensor, dict | None, int, flo
                 yield (f"{name}[{i}]" if len(pieces) > 1 else name), p, split, i, factor
 
 
-def ns_flops(m: int, n: int, steps: int) -> float:
-    """Of the direct form with quintic triples."""
-    return steps * (4.0 * m * m * n + 2.0 * m**3)
-
-
 # -------------------------------------------------------------------------------------------------- signals
 
 
@@ -86,22 +73,15 @@ class Diagnostics:
     every          steps between events; 0 = none
     spectra_every  steps between spectra of one sampled layer, a multiple of `every`; 0 = none
     advice         False: advise() returns nothing
-    adaptive       choose the number of NS steps per layer from its sigma_05 (an experiment; polar_express only)
     """
 
-    def __init__(
-        self, every: int = 100, spectra_every: int = 1000, advice: bool = True, adaptive: bool = False, seed: int = 0
-    ):
+    def __init__(self, every: int = 100, spectra_every: int = 1000, advice: bool = True, seed: int = 0):
         if every < 0 or spectra_every < 0 or (every and spectra_every % every):
             raise UserError(
                 f"log.diagnostics = {every} and log.spectra = {spectra_every} do not fit: spectra are taken "
                 f"at a multiple of diagnostics; use --log.spectra {10 * max(every, 1)}"
             )
-        if adaptive and not every:
-            raise UserError(
-                "muon.adaptive_ns needs measurements; use --log.diagnostics 100, or --muon.adaptive_ns false"
-            )
-        self.every, self.spectra_every, self.adaptive, self.seed = every, spectra_every, adaptive, seed
+        self.every, self.spectra_every, self.seed = every, spectra_every, seed
         self.advice = Advice() if advice else None
         self.optimizer: Muon | None = None
         self.places: dict[str, int] = {}  # block name -> index of its group; load_state_dict makes new group dicts
@@ -117,17 +97,10 @@ class Diagnostics:
         for place, group in enumerate(optimizer.param_groups):
             if not group["use_muon"]:
                 continue
-            if self.adaptive and group["coefficients"] != "polar_express":
-                raise UserError(
-                    "muon.adaptive_ns cuts and repeats polar_express, found muon.coefficients = "
-                    f"{group['coefficients']!r}; use --muon.coefficients polar_express"
-                )
             for name, p, *_, factor in block_list(group):
                 if not is_sharded(p):
                     self.places[name], self.factors[name] = place, factor
         self.names = sorted(self.places)
-        if self.advice:
-            self.advice.first_betas = adamw_beta1(optimizer.param_groups)
         optimizer.diagnostics = self
         return self
 
@@ -158,7 +131,7 @@ class Diagnostics:
             values = self._measure(name, seen.U[i], seen.O[i], seen.weights[i], seen.step)
             if name == exact:
                 values["orthogonality_error_exact"] = exact_error(seen.O[i])
-            if (self.adaptive or name == spectrum) and values["norm_u"].isfinite():  # svdvals raises on NaN
+            if name == spectrum and values["norm_u"].isfinite():  # svdvals raises on NaN
                 sigma = torch.linalg.svdvals(unit(seen.U[i]))
                 values |= {f"sigma_{q:02}": torch.quantile(sigma, q / 100) for q in (5, 50, 95)}
             if name == spectrum and name in self._previous:
@@ -232,19 +205,13 @@ class Diagnostics:
         layers = _union(parts)
         if not layers:
             return {}
-        metrics, groups = merge(parts), {name: self._group(name) for name in self.names}
         if self.advice:
-            self.advice.see(layers, self.names, groups)
-        if self.adaptive:
-            for name, values in layers.items():
-                if "sigma_05" in values:
-                    update_budget(groups[name], name, values["sigma_05"])
-            metrics["muon/ns_steps_mean"] = sum(ns_steps(group, name) for name, group in groups.items()) / len(groups)
-        return metrics
+            self.advice.see(layers, self.names, {name: self._group(name) for name in self.names})
+        return merge(parts)
 
-    def advise(self, step: int, **signals) -> list[str]:
-        """Lines of advice, usually none; see Advice.lines for what may be told."""
-        return self.advice.lines(step, self.optimizer.param_groups, **signals) if self.advice else []
+    def advise(self, step: int, loss: float) -> list[str]:
+        """Lines of advice, usually none: call it in every step, so that a loss spike is seen."""
+        return self.advice.lines(step, loss) if self.advice else []
 
     def _group(self, name: str) -> dict:
         return self.optimizer.param_groups[self.places[name]]
@@ -308,34 +275,13 @@ def merge(parts: list[Layers]) -> dict[str, float | str]:
         flat["muon/worst_layer"] = flat.pop("muon/orthogonality_error_layer")
     for signal in ("orthogonality_error_exact", "cos_previous", "sigma_05", "sigma_50", "sigma_95"):
         values = {name: v[signal] for name, v in layers.items() if signal in v}
-        if values:  # one layer, except adaptive: then the middle one
+        if values:  # of one layer
             flat[f"muon/{signal}"] = median(values.values())
         if len(values) == 1 and signal in ("orthogonality_error_exact", "sigma_05"):
             flat[f"muon/{signal}_layer"] = next(iter(values))
     for count in ("zero_update", "nonfinite"):
         flat[f"muon/{count}_layers"] = int(sum(v.get(count, 0.0) for v in layers.values()))
     return flat | {"muon/layers": len(layers)}
-
-
-# -------------------------------------------------------------------------------------------------- adaptive budget
-
-
-def budget_for(sigma: float, default: int) -> int:
-    """Least number of polar_express steps that lifts sigma (of U / ||U||_F) to LIFT; `default` where none does."""
-    s = torch.tensor([sigma], dtype=torch.float64)
-    return next((steps for steps in BUDGETS if scalar_map(s, "polar_express", steps) >= LIFT), default)
-
-
-def update_budget(group: dict, name: str, sigma_05: float) -> None:
-    """Fold one event into group["ns_sigma"]; change group["ns_budget"] once HYSTERESIS events in a row want that."""
-    memory = group.setdefault("ns_sigma", {})
-    mean, wanted, events = memory.get(name, (sigma_05, 0, 0))
-    mean = SIGMA_DECAY * mean + (1.0 - SIGMA_DECAY) * sigma_05
-    steps = budget_for(mean, group["ns_steps"])
-    events = events + 1 if steps == wanted else 1
-    memory[name] = [mean, steps, events]
-    if events >= HYSTERESIS and steps != group["ns_budget"].get(name, group["ns_steps"]):
-        group["ns_budget"][name] = steps
 
 
 def scalar_map(sigma: Tensor, coefficients: str | list, steps: int) -> Tensor:
