@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-import muonlm.optim.muon.muon as muon_module
 from muonlm.errors import UserError
 from muonlm.optim import Muon
-from muonlm.optim.muon.muon import Observation
+from muonlm.optim.muon import cut, update
 from muonlm.optim.muon.newton_schulz import newton_schulz
+from muonlm.optim.muon.update import Observation
 from muonlm.optim.watch.activity import ActivityCheck, MuonInactive
 from muonlm.optim.watch.advice import Advice
 from muonlm.optim.watch.diagnostics import (
@@ -187,7 +187,7 @@ def test_off_means_that_nothing_is_observed(monkeypatch):
 
 
 def test_settings_that_do_not_fit_are_refused_with_what_to_type():
-    with pytest.raises(UserError, match="--log.spectra 300"):
+    with pytest.raises(UserError, match="spectra_every=100 is no multiple of every=30.*use 300"):
         Diagnostics(every=30, spectra_every=100)
 
 
@@ -261,7 +261,7 @@ def test_too_low_a_rate_is_named_but_a_cooldown_is_not_one():
 
 
 def test_an_identity_in_place_of_newton_schulz_is_told(monkeypatch):
-    monkeypatch.setattr(muon_module, "orthogonalise", lambda U, *_: U)
+    monkeypatch.setattr(update, "orthogonalise", lambda U, *_: U)
     optimizer, params = make(momentum=0.0)
     lines = run(optimizer, params, Diagnostics(every=2, spectra_every=0).attach(optimizer), 2)[1]
     assert any(line.startswith("NS output error ") and "ns_steps+2" in line for line in lines)
@@ -282,12 +282,12 @@ def test_a_rate_in_the_units_of_another_lr_mode_is_told():
 def test_a_factor_that_is_not_the_lr_modes_is_told():
     optimizer, params = make()
     d = Diagnostics(every=2, spectra_every=0).attach(optimizer)
-    factor = muon_module.shape_factor
-    muon_module.shape_factor = lambda *a: 40.0 * factor(*a)
+    factor = cut.shape_factor
+    cut.shape_factor = lambda *a: 40.0 * factor(*a)
     try:
         _, lines = run(optimizer, params, d, 2)
     finally:
-        muon_module.shape_factor = factor
+        cut.shape_factor = factor
     assert [line for line in lines if "is 40x the prediction: check lr_mode" in line]
 
 
@@ -407,7 +407,7 @@ def test_a_parameter_without_gradient_or_without_direction_is_no_fault():
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, None])
 def test_an_identity_in_place_of_newton_schulz_fails_the_check_at_any_scale(monkeypatch, scale):
-    monkeypatch.setattr(muon_module, "orthogonalise", lambda U, *_: U)
+    monkeypatch.setattr(update, "orthogonalise", lambda U, *_: U)
     optimizer, params = make(momentum=0.0)
     feed(params, 0)
     for p in params:  # None: so that even the update's RMS is right
@@ -443,9 +443,9 @@ def test_a_wrong_shape_factor_fails_the_check(monkeypatch):
     optimizer, params = make()
     check = ActivityCheck(optimizer)
     feed(params, 0)
-    factor = muon_module.shape_factor
+    factor = cut.shape_factor
     with pytest.raises(MuonInactive, match=r"is .*x the prediction .*lr_mode original"), check(1):
-        monkeypatch.setattr(muon_module, "shape_factor", lambda *a: 40.0 * factor(*a))
+        monkeypatch.setattr(cut, "shape_factor", lambda *a: 40.0 * factor(*a))
         optimizer.step()
 
 

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import muonlm.optim.muon.probe as probe
 from muonlm.errors import UserError
-from muonlm.optim import Muon, load_named_state, named_state
+from muonlm.optim import Muon, build_watch, load_named_state, named_state
 from muonlm.optim.muon.distributed import cost, keep_tags, local, share_out
 from muonlm.training import parallel
 
@@ -401,7 +401,7 @@ def check_state_that_does_not_fit_is_refused_and_changes_nothing(rank, world, fo
         with pytest.raises(UserError, match=message):
             load_named_state(muon, model, bad, meta)
     variant = Muon([{"params": named, "name": "a", "variant": "muon"}], process_group="world", **EXACT)
-    with pytest.raises(UserError, match="muon.variant"):
+    with pytest.raises(UserError, match="the same variant"):
         load_named_state(
             variant,
             model,
@@ -664,20 +664,26 @@ def test_a_group_that_is_missing_or_unknown_is_refused_with_the_remedy():
         Muon(matrices([(4, 4)]), grads="global")
 
 
-def test_clipping_of_aux_scales_adamws_tensors_alone_by_the_norm_of_all():
+def test_clipping_leaves_what_is_exempt_and_scales_the_rest_by_the_norm_of_all():
     named = matrices([(3, 4), (5,)])
-    groups = [{"params": [named[0][1]], "use_muon": True}, {"params": [named[1][1]], "use_muon": False}]
     everything = [p for _, p in named] + [named[0][1]]  # tied: given twice, counted once
     norm = float(torch.cat([g.flatten() for g in gradients(named, 0, 0)]).norm())
-    for scope, scaled in (("all", (True, True)), ("aux", (False, True))):
+    for unclipped, scaled in ((frozenset(), (True, True)), (frozenset([named[0][1]]), (False, True))):
         feed(named, gradients(named, 0, 0))
-        assert float(parallel.clip(everything, "clip", 0.5, scope, groups)) == pytest.approx(norm, rel=1e-6)
+        assert float(parallel.clip(everything, "clip", 0.5, unclipped)) == pytest.approx(norm, rel=1e-6)
         for (_, p), g, small in zip(named, gradients(named, 0, 0), scaled, strict=True):
-            torch.testing.assert_close(
-                p.grad, g * 0.5 / norm if small else g, rtol=1e-5, atol=0
-            )  # the 1e-6 beside the norm
-    with pytest.raises(UserError, match="muon.clip_scope"):
-        parallel.clip(everything, "clip", 0.5, "some", groups)
+            expected = g * 0.5 / norm if small else g
+            torch.testing.assert_close(p.grad, expected, rtol=1e-5, atol=0)  # the 1e-6 beside the norm
+
+
+def test_the_scope_of_clipping_exempts_the_matrices_of_muon():
+    named = matrices([(3, 4), (5,)])
+    groups = [{"params": named[:1], "use_muon": True}, {"params": named[1:], "use_muon": False, "lr": 0.1}]
+    model = torch.nn.Module()
+    scopes = [build_watch("muon", Muon(groups), model, clip_scope=scope).unclipped for scope in ("aux", "all")]
+    assert scopes == [{named[0][1]}, frozenset()]
+    with pytest.raises(UserError, match="`clip_scope` = 'some'"):
+        build_watch("muon", Muon(groups), model, clip_scope="some")
 
 
 def test_a_run_of_two_ranks_is_resumed_by_one_and_ends_like_a_run_of_one(smoke, tmp_path):

@@ -220,8 +220,8 @@ def test_every_set_equals_the_scalar_map_of_the_singular_values(name, shape):
 
 
 METHOD_CASES = [("polar_express", m) for m in ("direct", "hybrid", "gram", "cayley")] + [
-    ("cans", "gram"),
-    ("cans", "hybrid"),
+    ("keller", "gram"),
+    ("keller", "hybrid"),
     ("polar_express4", "direct"),
     ("polar_express4", "hybrid"),
 ]
@@ -405,17 +405,17 @@ def test_polar_express4_loses_no_direction():
 # ------------------------------------------------------------------------------------------------ refusals
 
 REFUSED = [
-    ({"steps": 0}, "ns_steps=0.*1 to 99"),
-    ({"steps": 100}, "ns_steps=100"),
-    ({"steps": 5.0}, "ns_steps=5.0"),
+    ({"steps": 0}, "`ns_steps` = 0.*1 to 99"),
+    ({"steps": 100}, "`ns_steps` = 100"),
+    ({"steps": 5.0}, "`ns_steps` = 5.0"),
     ({"coefficients": "polarexpress"}, "did you mean 'polar_express'"),
     ({"coefficients": [(1, 2)]}, "triples"),
     ({"coefficients": []}, "triples"),
-    ({"coefficients": "deepseek"}, "use ns_steps=10"),
+    ({"coefficients": "deepseek"}, "use `ns_steps` 10"),
     ({"method": "grem"}, "did you mean 'gram'"),
-    ({"method": "gram", "dtype": torch.bfloat16}, 'not accurate in bfloat16.*ns_dtype="float32"'),
-    ({"method": "cayley", "dtype": torch.bfloat16}, 'ns_dtype="float32"'),
-    ({"method": "cayley", "dtype": torch.float16}, 'ns_dtype="float32"'),
+    ({"method": "gram", "dtype": torch.bfloat16}, 'not accurate in bfloat16.*`ns_dtype` "float32"'),
+    ({"method": "cayley", "dtype": torch.bfloat16}, '`ns_dtype` "float32"'),
+    ({"method": "cayley", "dtype": torch.float16}, '`ns_dtype` "float32"'),
     ({"coefficients": "polar_express4", "method": "gram"}, "ns_method"),
     ({"coefficients": "polar_express4", "dtype": torch.float16}, 'use "bfloat16"'),
 ]

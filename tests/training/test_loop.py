@@ -89,8 +89,13 @@ def config(text, **flags):
 
 @pytest.mark.parametrize(
     "parts, extra",
-    [(1, ()), (3, ("--model.dropout", "0.2", "--train.micro_batch", "3")), (1, ("--optim.name", "adamw"))],
-    ids=["muon", "dropout and ragged micro-batches", "adamw"],
+    [
+        (1, ()),
+        (3, ("--model.dropout", "0.2", "--train.micro_batch", "3")),
+        (1, ("--optim.name", "adamw")),
+        (1, ("--optim.name", "soap", "--soap.frequency", "2")),
+    ],
+    ids=["muon", "dropout and ragged micro-batches", "adamw", "soap"],
 )
 def test_resume_is_bitwise(smoke, tmp_path, monkeypatch, parts, extra):
     assert main(smoke(tmp_path / "whole", *extra)) == 0

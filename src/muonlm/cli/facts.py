@@ -6,7 +6,6 @@ Memory   fp32 masters 4 B and gradients 4 B a parameter; AdamW state 8 B, Muon's
 
 import dataclasses
 import json
-import math
 import re
 from pathlib import Path
 
@@ -115,6 +114,8 @@ def vocabulary(cfg: Config) -> tuple[int, str]:
 def describe(cfg: Config) -> dict:
     """Facts of a config as one JSON-able dict."""
     from muonlm.model import build_model, count_parameters, describe_layers, train_flops_per_token
+    from muonlm.optim import OPTIMIZERS
+    from muonlm.optim.state import state_bytes
     from muonlm.training.resolve import check, rows_per_step
     from muonlm.training.setup import make_optimizer, plan_routes
 
@@ -134,24 +135,17 @@ def describe(cfg: Config) -> dict:
     facts["tokens_per_step"] = facts["rows_per_step"] * cfg.model.block_size
     facts["steps"] = cfg.train.fixed_steps(facts["tokens_per_step"]) or f"{cfg.train.epochs:g} epochs of the data"
     model = build_model(cfg.model, "meta")
-    muon, state = 0, 8 * counts["total"]
-    if cfg.optim.name == "muon":
-        plan = plan_routes(cfg, model)
-        muon = plan.counts()["muon"]
-        optimizer = make_optimizer(cfg, plan)
+    plan = plan_routes(cfg, model)
+    optimizer = make_optimizer(cfg, plan)
+    muon = plan.counts()["muon"] if OPTIMIZERS[cfg.optim.name].routed else 0
+    if muon:
         facts["routing"] = plan.table(optimizer.param_groups)
         facts["routing_by_kind"] = _kinds(plan.to_dict(optimizer.param_groups)["tensors"])
-        matrices = [
-            (p, split, g) for g in optimizer.param_groups if g["use_muon"] for p, split in zip(g["params"], g["splits"])
-        ]
-        layouts = [optimizer.state_layout(*matrix) for matrix in matrices]
-        state = sum(math.prod(shape) * dtype.itemsize for layout in layouts for shape, dtype in layout.values())
-        state += 8 * (counts["total"] - sum(p.numel() for p, *_ in matrices))
     facts["muon_share"] = muon / counts["total"]
     facts["memory_bytes"] = {
         "parameters": 4 * counts["total"],
         "gradients": 4 * counts["total"],
-        "optimizer_state": state,
+        "optimizer_state": state_bytes(optimizer),
     }
     return facts
 

@@ -84,15 +84,16 @@ class DataConfig(Section):
 
 @dataclass(kw_only=True)
 class OptimConfig(Section):
-    name: Literal["muon", "adamw"] = "muon"
-    """muon (matrices) with AdamW (everything else), or adamw for everything, with the recipe's [baseline] settings."""
+    name: Annotated[str, Table("muonlm.optim", "OPTIMIZERS")] = "muon"
+    """muon (matrices) with AdamW (everything else); adamw for everything, with the recipe's [baseline] settings; soap
+    (matrices in the eigenbasis of Shampoo) with Adam (everything else)."""
     lr: Annotated[float, Gt(0)] = 0.02
-    """Peak rate. muon: spectral norm per step of a square matrix (see muon.lr_mode). adamw: of every parameter. To tune
-    it, double and halve it first."""
+    """Peak rate. muon: spectral norm per step of a square matrix (see muon.lr_mode). adamw, soap: of every parameter. To
+    tune it, double and halve it first."""
     wd: Annotated[float, Ge(0)] = 0.0
     """Decoupled weight decay of the matrices, per unit of rate. Raising it shrinks weights."""
     decay: Literal["2d", "all"] = "2d"
-    """name = adamw: 2d decays matrices only; all decays norms, biases and positions as well."""
+    """adamw, soap: 2d decays matrices only; all decays norms, biases and positions as well."""
     betas: tuple[Share, Share] = (0.9, 0.95)
     """AdamW's averaging constants."""
     eps: Annotated[float, Gt(0)] = 1e-8
@@ -160,6 +161,12 @@ class MuonConfig(Section):
     qk_clip: Annotated[float, Ge(0)] = 0.0
     """Shrink query and key weights of heads whose largest attention logit exceeds this (100 is usual; MuonClip). 0 =
     off."""
+
+
+@dataclass(kw_only=True)
+class SoapConfig(Section):
+    frequency: Annotated[int, Ge(1)] = 10
+    """Steps between two QR iterations of the eigenbases, ≥ 1. Rarer is cheaper, in staler bases. 10: the paper's."""
 
 
 @dataclass(kw_only=True)
@@ -296,6 +303,7 @@ class Config(Section):
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     muon: MuonConfig = field(default_factory=MuonConfig)
+    soap: SoapConfig = field(default_factory=SoapConfig)
     sched: SchedConfig = field(default_factory=SchedConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)

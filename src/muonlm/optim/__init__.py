@@ -1,40 +1,88 @@
-"""Optimizers: Muon with its AdamW groups, the routing of tensors between them, schedules, and state keyed by parameter name.
+"""Optimizers, the routing of tensors between them, schedules, and state keyed by parameter name.
 
-    plan = route(model)                        who is trained by what, and why
+    plan = route(model)                                          who is trained by what, and why
     optimizer = build_optimizer(plan, lr=0.02, adamw_lr=3e-4, momentum_warmup="0.85:0.95:300")
     group["lr"] = group["base_lr"] * lr_scale(step, ...)         the loop does this for every group
 
 `named_state` gives the whole optimizer state as tensors named by parameter ("blocks.0.attn.qkv.weight/momentum_buffer")
-and a JSON-able `meta`; `load_named_state` puts it back bit for bit, whatever the order or grouping of the parameters is.
+and a JSON-able `meta`; `load_named_state` puts it back bit for bit, whatever the order or grouping of the
+parameters is.
+
+OPTIMIZERS is THE table of what can train a model. A new one is a file and a line. Names are loaded when they are first
+asked for, so that reading the table does not wait for torch.
 """
 
-from .build import build_optimizer, create_muon_optimizer
-from .muon.muon import Muon
-from .muon.newton_schulz import newton_schulz
-from .rates import convert_lr
-from .routing.route import RoutingPlan, assert_complete, route
-from .schedule import lr_scale, momentum_at, parse_momentum_warmup
-from .state import load_named_state, load_torch_state, named_state
-from .watch.activity import ActivityCheck
-from .watch.diagnostics import Diagnostics
-from .watch.qk_clip import qk_clip
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
 
-__all__ = [
-    "ActivityCheck",
-    "Diagnostics",
-    "Muon",
-    "RoutingPlan",
-    "assert_complete",
-    "build_optimizer",
-    "convert_lr",
-    "create_muon_optimizer",
-    "load_named_state",
-    "load_torch_state",
-    "lr_scale",
-    "momentum_at",
-    "named_state",
-    "newton_schulz",
-    "parse_momentum_warmup",
-    "qk_clip",
-    "route",
-]
+
+@dataclass(frozen=True)
+class Entry:
+    """What a name of the table stands for. "module:name" is text, loaded when it is needed; ".soap" is in this package.
+
+    State    An optimizer whose state is not AdamW's, or is spread over ranks, says so by methods of its own: state.py.
+    """
+
+    build: str
+    """(plan, *, lr, wd, decay, betas, eps, process_group, **keys of its section) ->
+    torch.optim.Optimizer. Every group has "name", "base_lr" and "lr"; "rule" says who steps it, if not AdamW."""
+    section: str = ""
+    """The section of a config that holds its own arguments; empty = none."""
+    watch: str = ".watch.watch:Watch"
+    """What looks at it in the loop: a class of watch/watch.py, or a subclass of it elsewhere."""
+    routed: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the section that are arguments of `route`, and by which name; `build` does not see them."""
+    watched: tuple[str, ...] = ()
+    """Keys of the section that are arguments of the watch; `build` does not see them."""
+    rates: tuple[str, ...] = ()
+    """Keys of the section that are learning rates: to be lowered with `lr` when a loss diverges."""
+    exact: Mapping[str, str] = field(default_factory=dict)
+    """What "auto" keys of the section become in a run in which no timing may decide anything."""
+
+
+OPTIMIZERS = {
+    "muon": Entry(
+        ".muon.build:build",
+        section="muon",
+        watch=".watch.watch:MuonWatch",
+        routed={"route": "overrides", "split_fused": "split_fused", "per_head": "per_head"},
+        watched=("qk_clip", "clip_scope"),
+        rates=("adamw_lr",),
+        exact={"ns_dtype": "float32", "ns_method": "direct"},
+    ),
+    "adamw": Entry(".adamw:build"),
+    "soap": Entry(".soap:build", section="soap"),
+}
+
+_HOME = {  # public name -> module that defines it
+    "ActivityCheck": "watch.activity",
+    "Diagnostics": "watch.diagnostics",
+    "Muon": "muon.muon",
+    "RoutingPlan": "routing.plan",
+    "SOAP": "soap",
+    "assert_complete": "routing.plan",
+    "build_optimizer": "build",
+    "build_watch": "build",
+    "convert_lr": "rates",
+    "create_muon_optimizer": "muon.build",
+    "load_named_state": "state",
+    "load_torch_state": "state",
+    "lr_scale": "schedule",
+    "momentum_at": "schedule",
+    "named_state": "state",
+    "newton_schulz": "muon.newton_schulz",
+    "parse_momentum_warmup": "schedule",
+    "plan_routes": "build",
+    "qk_clip": "watch.qk_clip",
+    "route": "routing.route",
+}
+__all__ = sorted(["OPTIMIZERS", "Entry", *_HOME])
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value

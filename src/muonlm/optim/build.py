@@ -1,25 +1,44 @@
-"""Optimizers for a whole model: `build_optimizer` from a routing plan, `create_muon_optimizer` in one call.
+"""What the table of optimizers is asked: who trains which tensor, the optimizer, and what watches it.
 
-plan = route(model)
-optimizer = build_optimizer(plan, lr=0.02, adamw_lr=3e-4, cautious=True, variant="normuon")
+    plan = plan_routes("muon", model, per_head=True)     route(model) with the arguments of that optimizer
+    optimizer = build_optimizer(plan, lr=0.02, adamw_lr=3e-4, cautious=True, variant="normuon")
+    watch = build_watch("muon", optimizer, model, every=100, qk_clip=100.0)
+    with watch.step(1):
+        optimizer.step()
 
-optimizer = create_muon_optimizer(model, lr=3e-3)                    prints who is trained by what
+All three take every key of the optimizer's section and use their own.
+
+Raises   UserError for an unknown name, and for values that the optimizer cannot use
 """
+
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from muonlm.errors import UserError
 
-from .muon.muon import Muon
-from .routing.route import RoutingPlan, route
-from .schedule import parse_momentum_warmup
+from . import OPTIMIZERS, Entry
+from .routing.plan import RoutingPlan
+from .routing.route import route
 
-BACKENDS = {
-    "newtonschulz5": {"coefficients": "keller", "ns_steps": 5},
-    "newtonschulz10": {"coefficients": "deepseek", "ns_steps": 10},
-    "cayley": {"ns_method": "cayley", "ns_dtype": "float32", "ns_steps": 5},
-}
+if TYPE_CHECKING:
+    from .watch.watch import Watch
+
+
+def entry_of(name: str) -> Entry:
+    if name not in OPTIMIZERS:
+        near = get_close_matches(str(name), OPTIMIZERS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(OPTIMIZERS)}"
+        raise UserError(f"`name` = {name!r} is no optimizer: {hint}")
+    return OPTIMIZERS[name]
+
+
+def plan_routes(name: str, model: nn.Module, **own) -> RoutingPlan:
+    """The routes of `model` under the optimizer's own settings of routing."""
+    return route(model, **{argument: own[key] for key, argument in entry_of(name).routed.items() if key in own})
 
 
 def build_optimizer(
@@ -27,85 +46,54 @@ def build_optimizer(
     *,
     name: str = "muon",
     lr: float,
-    adamw_lr: float | None = None,
-    embed_lr: float | None = None,
-    head_lr: float | None = None,
-    scalar_lr: float | None = None,
     wd: float = 0.0,
-    adamw_wd: float = 0.0,
+    decay: str = "2d",
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
-    momentum_warmup: str | None = None,
-    decay: str = "2d",
-    **muon,
+    process_group=None,
+    **own,
 ) -> torch.optim.Optimizer:
-    """Muon over the plan's groups, or torch.optim.AdamW(fused=True) with every parameter at `lr`.
+    """The optimizer `name` over the plan's tensors.
 
-    decay   AdamW only: "2d" decays matrices, embeddings and the head by `wd`; "all" decays every parameter
-    muon    further arguments of `Muon`, which AdamW ignores
+    lr, wd   of the matrices, or of everything where one rate is for all
+    decay    where one rate is for all: "2d" decays matrices, embeddings and the head by `wd`; "all" decays every
+             parameter
+    own      the keys of the optimizer's section: of Muon see muon/build.py, of SOAP soap.py; torch's AdamW has none
     """
+    entry = entry_of(name)
     plan = route(plan_or_model) if isinstance(plan_or_model, nn.Module) else plan_or_model
-    try:
-        if name == "muon":
-            groups = plan.groups(lr=lr, adamw_lr=adamw_lr, embed_lr=embed_lr, head_lr=head_lr, scalar_lr=scalar_lr, wd=wd,
-                                 adamw_wd=adamw_wd, betas=betas, eps=eps)  # fmt: skip
-            schedule = parse_momentum_warmup(momentum_warmup) if momentum_warmup else None
-            return Muon(groups, momentum_schedule=schedule, **muon)
-        if name == "adamw":
-            return torch.optim.AdamW(_adamw_groups(plan, lr, wd, decay), lr=lr, betas=tuple(betas), eps=eps, fused=True)
-    except UserError:
-        raise
-    except ValueError as error:  # the values came from a recipe or a flag
-        raise UserError(f"[optim] {error}") from None
-    raise UserError(f"unknown optimizer {name!r}; use --optim.name muon or --optim.name adamw")
+    own = {key: value for key, value in own.items() if key not in (*entry.routed, *entry.watched)}
+    shared = {"lr": lr, "wd": wd, "decay": decay, "betas": tuple(betas), "eps": eps, "process_group": process_group}
+    with as_user_errors():
+        return _load(entry.build)(plan, **shared, **own)
 
 
-def create_muon_optimizer(
-    model: nn.Module,
-    lr: float = 3e-3,
-    momentum: float = 0.95,
-    weight_decay: float = 0.01,
-    nesterov: bool = True,
-    backend: str = "newtonschulz5",
-    decoupled_wd: bool = True,
-    *,
-    aux_lr: float | None = None,
-    verbose: bool = True,
-) -> Muon:
-    """Route `model`, print the report, and return `Muon` under match_rms_adamw, where `lr` is an AdamW rate for all tensors.
+def build_watch(
+    name: str, optimizer: torch.optim.Optimizer, model: nn.Module, *, every=0, spectra=0, advice=True, seed=0, **own
+) -> "Watch":
+    """What watches `optimizer` in a loop; see watch/watch.py.
 
-    backend         orthogonality error ||O O^T - I||_F / sqrt(m) on a 256 x 256 Gaussian
-    newtonschulz5   Keller's quintic, five steps; 0.35
-    newtonschulz10  eight of them and two of (2, -1.5, 0.5), which settle what they leave oscillating; below 0.001
-    cayley          five Cholesky solves in fp32, see newton_schulz.py; 0.02
-    aux_lr          rate of the AdamW groups; None: `lr`. They are decayed by `weight_decay` too, vectors and norms never
-    Raises          ValueError for an unknown backend and whatever `Muon` refuses. Source: infrabrew/mamba-recursive-model (signature)
+    every    steps between measurements, where the optimizer can be measured; 0 = none
+    spectra  steps between those of singular values; rounded up to a multiple of `every`
+    advice   whether measurements are turned into lines of advice
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; use one of {', '.join(BACKENDS)}")
-    aux = lr if aux_lr is None else aux_lr
-    plan = route(model)
-    groups = plan.groups(lr=lr, adamw_lr=aux, wd=weight_decay, adamw_wd=weight_decay)
-    optimizer = Muon(
-        groups, None, momentum, nesterov, decoupled_wd=decoupled_wd, lr_mode="match_rms_adamw", **BACKENDS[backend]
-    )
-    if verbose:
-        print(plan.table(optimizer.param_groups), end="")
-    return optimizer
+    entry = entry_of(name)
+    own = {key: value for key, value in own.items() if key in entry.watched}
+    with as_user_errors():
+        return _load(entry.watch)(name, optimizer, model, every=every, spectra=spectra, advice=advice, seed=seed, **own)
 
 
-def _adamw_groups(plan: RoutingPlan, lr: float, wd: float, decay: str) -> list[dict]:
-    if decay not in ("all", "2d"):
-        raise UserError(f'optim.decay={decay!r} is unknown; use "2d" (matrices, embeddings, head) or "all"')
-    groups = {"decay": [], "no_decay": []}
-    for d in plan.decisions:
-        if d.route in ("muon", "adamw"):
-            decayed = decay == "all" or (d.role != "scalar" and d.param.ndim >= 2)
-            groups["decay" if decayed else "no_decay"].append((d.name, d.param))
-    if not any(groups.values()):
-        raise UserError("no parameter is left to train: all are frozen or excluded; remove an --muon.route ...=exclude")
-    return [
-        {"params": params, "name": name, "lr": lr, "base_lr": lr, "weight_decay": wd if name == "decay" else 0.0}
-        for name, params in groups.items()
-        if params
-    ]
+class as_user_errors:
+    """A ValueError of torch or of our own optimizers is a UserError here: the values came from a recipe or a flag."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, ValueError) and not isinstance(error, UserError):
+            raise UserError(str(error)) from None
+
+
+def _load(what: str):
+    module, _, name = what.partition(":")
+    return getattr(import_module(module, __package__), name)

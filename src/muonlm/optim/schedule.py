@@ -9,7 +9,8 @@
 
 Units    multipliers in [0, 1]; steps are optimizer steps
 Raises   UserError for impossible values
-Source   wsd: Hu et al., arXiv 2404.06395; cooldown share 0.4 and momentum 0.85 -> 0.95 in 300 steps: nanoGPT-Extend, modded-nanogpt
+Source   wsd: Hu et al., arXiv 2404.06395; cooldown share 0.4 and momentum 0.85 -> 0.95 in 300 steps: nanoGPT-Extend,
+         modded-nanogpt
 """
 
 import math
@@ -35,15 +36,15 @@ def lr_scale(
     """Multiplier of the base learning rate at `step`; past the last step it stays at its last value."""
     if kind not in KINDS:
         near = get_close_matches(str(kind), KINDS, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown schedule {kind!r}: did you mean --sched.kind {near}? Known: {', '.join(KINDS)}")
+        raise UserError(f"`kind` = {kind!r} is no schedule: did you mean {near}? Known: {', '.join(KINDS)}")
     if steps < 1:
-        raise UserError(f"a schedule needs at least one step, found steps={steps}; set --train.steps")
+        raise UserError(f"`steps` = {steps}: a schedule needs at least one")
     if not 0 <= warmup <= steps:
-        raise UserError(f"--sched.warmup {warmup} does not fit into {steps} steps; use a value from 0 to {steps}")
+        raise UserError(f"`warmup` = {warmup} does not fit into {steps} steps; use a value from 0 to {steps}")
     if not 0.0 <= cooldown_frac <= 1.0:
-        raise UserError(f"--sched.cooldown_frac {cooldown_frac} is not a share of the run; use a value from 0 to 1")
+        raise UserError(f"`cooldown_frac` = {cooldown_frac} is not a share of the run; use a value from 0 to 1")
     if not 0.0 <= end_factor <= 1.0:
-        raise UserError(f"--sched.end_factor {end_factor} is not a share of the base rate; use a value from 0 to 1")
+        raise UserError(f"`end_factor` = {end_factor} is not a share of the base rate; use a value from 0 to 1")
     last = steps - 1
     step = min(step, last)
     rising = (1.0 + (warmup - 1.0) * step / warmup) / warmup if step < warmup else 1.0
@@ -64,14 +65,14 @@ def parse_momentum_warmup(text: str) -> list[tuple[int, float]]:
         schedule = [(0, float(first)), (int(steps), float(last))]
     except (ValueError, AttributeError):
         raise UserError(
-            f'--muon.momentum_warmup {text!r} is not FROM:TO:STEPS; write for example "0.85:0.95:300"'
+            f'`momentum_warmup` = {text!r} is not FROM:TO:STEPS; write for example "0.85:0.95:300"'
         ) from None
     if schedule[1][0] < 1:
-        raise UserError(f"--muon.momentum_warmup {text!r} takes {steps} steps; use at least 1, or leave it out")
+        raise UserError(f"`momentum_warmup` = {text!r} takes {steps} steps; use at least 1, or leave it out")
     try:
         check_momentum_schedule(schedule)
     except ValueError as error:
-        raise UserError(f"--muon.momentum_warmup {text!r}: {error}") from None
+        raise UserError(f"`momentum_warmup` = {text!r}: {error}") from None
     return schedule
 
 

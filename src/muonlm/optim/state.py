@@ -9,33 +9,37 @@ Ranks    under a distributed Muon both are collective calls. The tensors arrive 
          To load, every rank brings all tensors, as read from the file, and keeps what it owns, or its shard.
          `optimizer.state_dict()` is a rank's own part instead: good for the same number of ranks with one file a rank.
          torch.distributed.checkpoint can save it under FSDP2, where momenta are DTensors (variant="muon").
+Asked    of the optimizer, all three optional, since those of torch have none: `state_layout(p, group)` -> {key: (shape,
+         dtype)}, else AdamW's; `group_state`, the keys that a group remembers; `owners()`, the groups of ranks that
+         share the state
 Raises   UserError, before anything is changed, for state that does not fit, naming the tensor and the remedy
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
 
 from muonlm.errors import UserError
 
+from . import adamw
 from .muon.distributed import is_sharded, sharded_like
-from .muon.muon import Muon, names_of
-
-# what a group remembers; its hyper-parameters come from the config
-GROUP_STATE = ("step", "ns_chosen")
+from .muon.groups import names_of
+from .muon.memory import Kept
+from .muon.muon import Muon
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
     """({"<parameter>/<key>": tensor}, meta). The tensors may be the optimizer's own: save them before stepping on."""
     names = _names(optimizer, model)
-    if isinstance(optimizer, Muon):
-        optimizer.assign_owners()
+    spread = _owners(optimizer)
     tensors = {f"{name}/{key}": value for name, p in names.items() for key, value in optimizer.state.get(p, {}).items()}
     assert all(isinstance(value, Tensor) for value in tensors.values())
-    groups = {g["name"]: _copied({key: g[key] for key in GROUP_STATE if key in g}) for g in optimizer.param_groups}
+    groups = {g["name"]: _copied(g, optimizer) for g in optimizer.param_groups}
     listed = list(tensors)
-    for owners in _owners(optimizer):
+    for owners in spread:
         tensors, listed = _gathered(owners, names, tensors, listed)
-    if any(owners.rank for owners in _owners(optimizer)):
+    if any(owners.rank for owners in spread):
         tensors = {}
     return tensors, {
         "optimizer": type(optimizer).__name__,
@@ -48,7 +52,7 @@ def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dic
 def _gathered(
     owners, names: dict[str, nn.Parameter], tensors: dict[str, Tensor], listed: list[str]
 ) -> tuple[dict, list]:
-    """`tensors` with shards joined and owned ones fetched, on rank 0; elsewhere only what has no owner here. And the names of all."""
+    """(`tensors` with shards joined and owned ones fetched, on rank 0; elsewhere what has no owner here; all names)."""
     joined = {}
     for full in sorted(full for full in tensors if is_sharded(tensors[full])):
         shard, dtype = tensors[full], tensors[full].dtype
@@ -69,8 +73,10 @@ def load_named_state(
     """The inverse of `named_state`, for an optimizer over the same parameters; nothing changes if a name is wrong."""
     names = _names(optimizer, model)
     if meta["optimizer"] != type(optimizer).__name__:
-        raise UserError(f"the checkpoint holds {meta['optimizer']} state, this run uses {type(optimizer).__name__}; "
-                        f"resume with the same --optim.name, or start anew with --init-from")  # fmt: skip
+        raise UserError(
+            f"the checkpoint holds {meta['optimizer']} state, this run uses {type(optimizer).__name__}; "
+            f"resume with the same `name`, or start a new run from its weights"
+        )
     _same("parameter", names, meta["parameters"])
     _same("optimizer tensor", tensors, meta["tensors"])
     _same("group", [g["name"] for g in optimizer.param_groups], meta["groups"])
@@ -81,23 +87,25 @@ def load_named_state(
             raise UserError(f"the checkpoint's optimizer tensor {full} belongs to no parameter of this run")
         layout = layouts[names[name]]
         if key not in layout:
-            raise UserError(f"the checkpoint's {full} does not fit: {name} is now trained by "
-                            f"{'Muon' if 'momentum_buffer' in layout else 'AdamW'} and keeps {', '.join(layout)}; resume with "
-                            f"the same --muon.route and --muon.variant")  # fmt: skip
-        if value.shape != layout[key]:
-            raise UserError(f"the checkpoint's {full} has shape {tuple(value.shape)}, this run needs {tuple(layout[key])}; "
-                            f"resume with the same model and routing")  # fmt: skip
+            raise UserError(
+                f"the checkpoint's {full} does not fit: {name} now keeps {', '.join(layout)}; resume with the same "
+                f"routes and the same variant of the optimizer"
+            )
+        if value.shape != layout[key][0]:
+            raise UserError(
+                f"the checkpoint's {full} has shape {tuple(value.shape)}, this run needs {layout[key][0]}; "
+                f"resume with the same model and routing"
+            )
     for group in optimizer.param_groups:
-        group.update(_copied({k: v for k, v in meta["groups"][group["name"]].items() if k in GROUP_STATE}))
-    if isinstance(optimizer, Muon):
-        optimizer.assign_owners()
+        group.update(_copied(meta["groups"][group["name"]], optimizer))
+    spread = _owners(optimizer)
     optimizer.state.clear()
     for full, value in tensors.items():
         name, _, key = full.rpartition("/")
         p = names[name]
         if is_sharded(p) and value.shape == p.shape and value.ndim:
             optimizer.state[p][key] = sharded_like(p, value)
-        elif all(p not in owners.owner or owners.owns(p) for owners in _owners(optimizer)):
+        elif all(p not in owners.owner or owners.owns(p) for owners in spread):
             optimizer.state[p][key] = value.to(p.device, copy=True)
 
 
@@ -123,10 +131,10 @@ def load_torch_state(optimizer: Muon, *olds: torch.optim.Optimizer, step: int) -
                 raise UserError(f"parameter {name} is in none of the optimizers given; add the one that trained it")
             layout = layouts[p]
             needed = layout.keys() - {"second_momentum", "mantissa"}
-            if found[p] and (found[p].keys() != needed or any(found[p][key].shape != layout[key] for key in needed)):
+            if found[p] and (found[p].keys() != needed or any(found[p][key].shape != layout[key][0] for key in needed)):
                 raise UserError(
-                    f"parameter {name} was trained with {', '.join(found[p])}, and keeps {', '.join(sorted(needed))} now; "
-                    f"leave its optimizer out and let it start anew, or route it as before"
+                    f"parameter {name} was trained with {', '.join(found[p])}, and keeps {', '.join(sorted(needed))} "
+                    f"now; leave its optimizer out and let it start anew, or route it as before"
                 )
             loaded[p] = found[p]
     for group in optimizer.param_groups:
@@ -140,25 +148,28 @@ def load_torch_state(optimizer: Muon, *olds: torch.optim.Optimizer, step: int) -
             group["step"] = step
 
 
-def _layouts(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, tuple[int, ...]]]:
-    """Per parameter the keys that its state may have, and their shapes."""
-    layouts = {}
-    for group in optimizer.param_groups:
-        for i, p in enumerate(group["params"]):
-            layouts[p] = {"exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape), "step": ()}
-            if group.get("use_muon"):
-                layout = optimizer.state_layout(p, group["splits"][i], group)
-                layouts[p] = {key: shape for key, (shape, _) in layout.items()}
-    return layouts
+def _layouts(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Kept]]:
+    """Per parameter the keys that its state may have, with shape and dtype."""
+    layout = getattr(optimizer, "state_layout", lambda p, group: adamw.layout(p))
+    return {p: layout(p, group) for group in optimizer.param_groups for p in group["params"]}
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Memory of the whole state once every parameter has stepped; counters of steps are not counted."""
+    layouts = _layouts(optimizer)
+    return sum(
+        dtype.itemsize * math.prod(shape) for kept in layouts.values() for shape, dtype in kept.values() if shape
+    )
 
 
 def _owners(optimizer: torch.optim.Optimizer) -> list:
-    """The groups of ranks over which a Muon is spread; none on one device and for other optimizers."""
-    return [owners for owners in (getattr(optimizer, key, None) for key in ("replicas", "shards")) if owners]
+    return optimizer.owners() if hasattr(optimizer, "owners") else []
 
 
-def _copied(values: dict) -> dict:
-    return {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+def _copied(group: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """What a group remembers."""
+    kept = {key: group[key] for key in getattr(optimizer, "group_state", ()) if key in group}
+    return {key: dict(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -171,9 +182,8 @@ def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.P
 
 
 def _same(what: str, found, expected) -> None:
+    fix = "resume with the same model and routing, from a complete checkpoint"
     if missing := sorted(set(expected) - set(found)):
-        raise UserError(f"the checkpoint's {what} {missing[0]!r} is missing here ({len(missing)} in all); "
-                        f"resume with the same model and routing, from a complete checkpoint")  # fmt: skip
+        raise UserError(f"the checkpoint's {what} {missing[0]!r} is missing here ({len(missing)} in all); {fix}")
     if extra := sorted(set(found) - set(expected)):
-        raise UserError(f"the {what} {extra[0]!r} is not in the checkpoint's list ({len(extra)} in all); "
-                        f"resume with the same model and routing, from a complete checkpoint")  # fmt: skip
+        raise UserError(f"the {what} {extra[0]!r} is not in the checkpoint's list ({len(extra)} in all); {fix}")

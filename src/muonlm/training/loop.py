@@ -29,7 +29,7 @@ from muonlm.optim import lr_scale, named_state
 from . import checkpoint, parallel
 from .evaluate import evaluate
 from .report import finish
-from .setup import Setup, current_rates, setup, smaller_rates
+from .setup import Setup, setup, smaller_rates
 
 
 def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, json_mode: bool = False) -> dict | None:
@@ -72,9 +72,7 @@ def loop(job: Setup) -> bool:
             batch = job.data.train.batch(progress.step, dist.rank, dist.world)
             count, tokens = dist.sum(torch.tensor([batch.count, batch.tokens])).tolist()
             sums = backward(job, batch, scale=dist.world / count)  # DDP averages over ranks, hence their number
-            norm = parallel.clip(
-                parameters, cfg.optim.clip_mode, cfg.optim.grad_clip, cfg.muon.clip_scope, optimizer.param_groups
-            )
+            norm = parallel.clip(parameters, cfg.optim.clip_mode, cfg.optim.grad_clip, watch.unclipped)
             # one small all-reduce carries the loss, the metrics and whether any rank was told to stop
             told = torch.tensor(float(signals.pending), device=dist.device)
             *totals, votes = dist.sum(torch.stack([*(value.float() for value in sums.values()), told])).tolist()
@@ -160,7 +158,7 @@ def tell(job: Setup, meter: "Meter", means: dict[str, float], norm: float) -> No
         "epoch": progress.step / job.data.train.steps_per_epoch,
         **means,
         "grad_norm": norm,
-        **current_rates(job.optimizer),
+        **job.watch.rates(),
         "tokens": progress.tokens,
         **speed,
         "train_seconds": progress.train_seconds,

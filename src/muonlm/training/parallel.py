@@ -138,28 +138,19 @@ def choose_dtype(step, device: torch.device) -> tuple[str, str]:
     )
 
 
-def clip(
-    parameters: list[nn.Parameter], mode: str, limit: float, scope: str = "all", groups: list[dict] | None = None
-) -> Tensor:
+def clip(parameters: list[nn.Parameter], mode: str, limit: float, unclipped: frozenset[Tensor] = frozenset()) -> Tensor:
     """Apply the clip mode to the gradients in place; return their global norm before it.
 
-    scope   what is changed, by a factor that is always that of the norm over all `parameters`, each counted once:
-            "all", or "aux", all but the matrices of Muon, whose step does not depend on the size of a gradient; needs
-            the optimizer's `groups`. "all" still damps a spike in Muon's momentum
+    unclipped   what mode "clip" leaves as it is. The norm is that of all `parameters`, each counted once
     Called after synchronisation, so every rank sees the same norm, never a local one; of DTensors that of the whole.
     """
-    if scope not in ("all", "aux"):
-        raise UserError(
-            f'muon.clip_scope = {scope!r} is unknown; use "all", or "aux" to leave Muon\'s matrices as they are'
-        )
     parameters = [p for p in dict.fromkeys(parameters) if p.grad is not None]
     grads = [local(p.grad) for p in parameters if p.grad is not None]
     norms = _whole_norms(parameters, list(torch._foreach_norm(grads)))
     total = torch.linalg.vector_norm(torch.stack(norms))
-    if scope == "aux" and mode == "clip":
-        matrices = {p for group in groups if group.get("use_muon") for p in group["params"]}
+    if unclipped and mode == "clip":
         grads, norms = (
-            [x for p, x in zip(parameters, values, strict=True) if p not in matrices] for values in (grads, norms)
+            [x for p, x in zip(parameters, values, strict=True) if p not in unclipped] for values in (grads, norms)
         )
     if grads and mode == "normalize_per_param":
         torch._foreach_div_(grads, [norm.clamp(min=torch.finfo(norm.dtype).tiny) for norm in norms])

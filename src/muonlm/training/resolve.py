@@ -8,7 +8,7 @@ from muonlm.data.batch import Splits
 from muonlm.data.open import open_splits, source_of
 from muonlm.errors import UserError
 from muonlm.model import check_model
-from muonlm.optim import lr_scale
+from muonlm.optim import OPTIMIZERS, lr_scale
 
 from .objectives import OBJECTIVES
 from .parallel import Dist
@@ -99,6 +99,7 @@ def repeatable(cfg: Config) -> Config:
     """train.dtype = float32 means all of it, and nothing that a timing decides: such a run can be repeated."""
     if cfg.train.dtype != "float32":
         return cfg
-    exact = {"ns_dtype": "float32", "ns_method": "direct"}
-    exact = {key: value for key, value in exact.items() if getattr(cfg.muon, key) == "auto"}
-    return dataclasses.replace(cfg, muon=dataclasses.replace(cfg.muon, **exact))
+    entry = OPTIMIZERS[cfg.optim.name]
+    own = getattr(cfg, entry.section, None)
+    exact = {key: value for key, value in entry.exact.items() if getattr(own, key) == "auto"}
+    return dataclasses.replace(cfg, **{entry.section: dataclasses.replace(own, **exact)}) if exact else cfg

@@ -171,7 +171,8 @@ def step_line(record: dict, steps: int, seconds_left: float, metrics: Mapping[st
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.0%}")
     parts.append(f"{duration(record['train_seconds'])}, {duration(seconds_left)} left")
-    parts += [f"{key} {record[key]:.2g}" for key in ("lr_muon", "lr_adamw", "momentum") if key in record]
+    parts += [f"{key} {record[key]:.2g}" for key in record if key.startswith("lr_")]
+    parts += [f"{key} {record[key]:.2g}" for key in ("momentum",) if key in record]
     return "  ".join([*parts, f"{record['peak_memory_gib']:.2f} GiB"])
 
 

@@ -5,7 +5,6 @@
 Raises   UserError before anything is trained: a directory in use, data that changed, weights that do not fit, …
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -14,17 +13,16 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from muonlm import optim
 from muonlm.config.runs import checkpoints, default_directory, read_config
 from muonlm.config.schema import Config
 from muonlm.data.batch import Splits
 from muonlm.errors import UserError
 from muonlm.model import build_model, count_parameters, scan_choice
-from muonlm.optim import RoutingPlan, build_optimizer, load_named_state, route
-from muonlm.optim.watch.activity import ActivityCheck
-from muonlm.optim.watch.diagnostics import Diagnostics
-from muonlm.optim.watch.qk_clip import qk_clip
+from muonlm.optim import OPTIMIZERS, RoutingPlan, load_named_state
+from muonlm.optim.watch.watch import Watch
 from muonlm.storage import write_atomically
 
 from . import checkpoint, parallel
@@ -34,12 +32,6 @@ from .resolve import check, open_data, resolve
 from .run import Run
 from .start import check_tokenizer
 from .start import describe as describe_start
-
-# arguments of Muon that are keys of [muon] by the same name
-MUON_KEYS = (
-    "momentum momentum_form nesterov variant beta2 cautious wd_follows_lr ns_steps coefficients ns_method ns_dtype "
-    "state_dtype lr_mode"
-).split()
 
 
 @dataclass
@@ -66,7 +58,7 @@ class Setup:
     model: nn.Module
     net: nn.Module  # the model as it is called: compiled, wrapped for data parallelism
     optimizer: torch.optim.Optimizer
-    watch: "Watch"
+    watch: Watch
     objective: Objective
     loss: Callable
     progress: Progress
@@ -97,19 +89,18 @@ def setup(cfg: Config, out: str | Path | None, dist: Dist, *, resume: bool, json
     plan = plan_routes(cfg, model)
     optimizer = make_optimizer(cfg, plan, process_group="world" if dist.world > 1 else None)
     progress = restore(saved, cfg, path, data, model, optimizer) if saved else Progress()
-    prepare(cfg, optimizer)
     if cfg.train.dtype == "auto":
         dtype, why = choose_dtype(model, data, cfg, dist)
         cfg = run.cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, dtype=dtype))
         log(f"dtype: {dtype} ({why})")
-    watch = Watch(cfg, optimizer, model)
+    watch = make_watch(cfg, optimizer, model)
 
     idle = bool(saved) and (progress.step == cfg.train.steps or reached_target(cfg, progress))
     if idle:  # the run's record must not name settings that trained nothing
         run.cfg = read_config(path)
     if dist.main:
         begin_run(run, data, progress.step, started, dist)
-        describe_run(run, cfg, plan, optimizer, data, progress.step, started, dist)
+        describe_run(run, cfg, plan, watch, data, progress.step, started, dist)
         if scan:
             log(f"scan: {scan}")
     if idle:
@@ -192,13 +183,13 @@ def begin_run(run: Run, data: Splits, step: int, started: bool, dist: Dist) -> N
     run.start_tracker()
 
 
-def describe_run(run, cfg: Config, plan: RoutingPlan, optimizer, data: Splits, step: int, started: bool, dist: Dist):
+def describe_run(run, cfg: Config, plan: RoutingPlan, watch: Watch, data: Splits, step: int, started: bool, dist: Dist):
     counts, rows, block = (
         count_parameters(cfg.model),
         cfg.train.global_batch // cfg.model.block_size,
         cfg.model.block_size,
     )
-    table = plan.table(optimizer.param_groups)
+    table = plan.table(watch.optimizer.param_groups)
     write_atomically(run.path / "routing.txt", table)
     run.log(f"run {run.path}" + (f": resumed at step {step:,}" if step else ""))
     if (cfg.init_from or cfg.parent) and not started:
@@ -209,12 +200,8 @@ def describe_run(run, cfg: Config, plan: RoutingPlan, optimizer, data: Splits, s
     )
     if data.vocab_size < cfg.model.vocab_size:
         run.log(f"vocabulary: {data.vocab_size:,} tokens, padded to {cfg.model.vocab_size:,} rows")
-    if cfg.optim.name == "muon":
-        for line in table.splitlines():
-            if line.startswith(("Muon o", "AdamW o", "Using")):
-                run.log(line)
-        if optimizer.replicas:
-            run.log(optimizer.replicas.describe())
+    for line in watch.opening(table):
+        run.log(line)
     for note in data.train.notes:
         run.log(f"data: {note}")
     micro = -(-rows // (dist.world * cfg.train.micro_batch))
@@ -235,94 +222,32 @@ def nothing_left(cfg: Config, path: Path, step: int) -> str:
     )
 
 
-# --- the optimizer (until optim's table answers these) ----------------------------------------------------------------
+# --- the optimizer ----------------------------------------------------------------------------------------------------
+
+
+def own_settings(cfg: Config) -> dict:
+    """The keys of the section that belongs to the optimizer of a run."""
+    section = OPTIMIZERS[cfg.optim.name].section
+    return dict(vars(getattr(cfg, section))) if section else {}
 
 
 def plan_routes(cfg: Config, model: nn.Module) -> RoutingPlan:
-    overrides = [tuple(rule.rsplit("=", 1)) for rule in cfg.muon.route]
-    return route(model, overrides=overrides, split_fused=cfg.muon.split_fused, per_head=cfg.muon.per_head)
+    return optim.plan_routes(cfg.optim.name, model, **own_settings(cfg))
 
 
 def make_optimizer(cfg: Config, plan: RoutingPlan, process_group=None) -> torch.optim.Optimizer:
-    o, m = cfg.optim, cfg.muon
-    roles = {f"{role}_lr": getattr(m, f"{role}_lr") or None for role in ("embed", "head", "scalar")}
-    shared = {key: getattr(o, key) for key in ("name", "lr", "wd", "decay", "betas", "eps")}
-    own = {key: getattr(m, key) for key in ("adamw_lr", "adamw_wd", *MUON_KEYS)}
-    warmup = m.momentum_warmup or None
-    return build_optimizer(plan, momentum_warmup=warmup, process_group=process_group, **shared, **roles, **own)
+    shared = {key: getattr(cfg.optim, key) for key in ("name", "lr", "wd", "decay", "betas", "eps")}
+    return optim.build_optimizer(plan, process_group=process_group, **shared, **own_settings(cfg))
 
 
-def prepare(cfg: Config, optimizer: torch.optim.Optimizer) -> None:
-    """A method that cannot go with a dtype is known only once the device is."""
-    if cfg.optim.name != "muon":
-        return
-    try:
-        optimizer.assign_owners()  # brings rank 0's choices, too
-        optimizer.choose_methods()
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"[optim] {error}") from None
-
-
-class Watch:
-    """What looks at an optimizer while it works: Muon's activity check, its measurements with their advice, QK-clip."""
-
-    def __init__(self, cfg: Config, optimizer: torch.optim.Optimizer, model: nn.Module):
-        self.clipped, self.tau = layers_to_clip(cfg, model), cfg.muon.qk_clip
-        self.diagnostics = self.check = None
-        if cfg.optim.name != "muon":
-            return
-        every = cfg.log.diagnostics
-        if every:
-            spectra = -(-cfg.log.spectra // every) * every  # the next multiple
-            self.diagnostics = Diagnostics(every, spectra, cfg.log.advice, cfg.seed)
-            self.diagnostics.attach(optimizer)
-        self.check = ActivityCheck(optimizer)
-
-    def step(self, number: int) -> contextlib.AbstractContextManager:
-        """The context of optimizer step `number`, 1, 2, …"""
-        return self.check(number) if self.check else contextlib.nullcontext()
-
-    def clip(self) -> dict[str, float]:
-        """QK-clip after a step; its metrics."""
-        return qk_clip([layer.qk_heads() for layer in self.clipped], tau=self.tau) if self.clipped else {}
-
-    def measure(self, step: int, loss: float) -> tuple[dict, list[str]]:
-        """(measurements, advice) after `step`, where they are due. All ranks call."""
-        if not self.diagnostics:
-            return {}, []
-        found = self.diagnostics.collect() if self.diagnostics.due(step) else {}
-        return found, self.diagnostics.advise(step, loss=loss)
-
-
-def layers_to_clip(cfg: Config, model: nn.Module) -> list[nn.Module]:
-    """Attention layers that QK-clip watches; none if it is off."""
-    if not cfg.muon.qk_clip:
-        return []
-    layers = [module for module in model.modules() if hasattr(module, "qk_heads")]
-    if not layers:
-        raise UserError(f"muon.qk_clip = {cfg.muon.qk_clip:g}, but this model has no attention to clip; leave it out.")
-    for layer in layers:
-        layer.qk_heads()  # refuses QK-norm
-        layer.track_logits = True
-    return layers
-
-
-def current_rates(optimizer: torch.optim.Optimizer) -> dict[str, float | Tensor]:
-    """lr_muon and momentum, lr_adamw: those of the step just taken (the first group of each kind)."""
-    rates = {}
-    for group in optimizer.param_groups:
-        muon = group.get("use_muon", False)
-        rates.setdefault("lr_muon" if muon else "lr_adamw", group["lr"])
-        if muon:
-            rates.setdefault("momentum", group["momentum"])
-    return rates
+def make_watch(cfg: Config, optimizer: torch.optim.Optimizer, model: nn.Module) -> Watch:
+    log = {"every": cfg.log.diagnostics, "spectra": cfg.log.spectra, "advice": cfg.log.advice}
+    return optim.build_watch(cfg.optim.name, optimizer, model, seed=cfg.seed, **log, **own_settings(cfg))
 
 
 def smaller_rates(cfg: Config) -> str:
     """What to lower when a loss diverges."""
-    o, aux = cfg.optim, cfg.muon.adamw_lr
-    rates = [f"--optim.lr {o.lr / 2:g} (now {o.lr:g})"]
-    rates += [f"--muon.adamw_lr {aux / 2:g} (now {aux:g})"] * (o.name == "muon")
-    return " or ".join(rates)
+    entry = OPTIMIZERS[cfg.optim.name]
+    rates = {"optim.lr": cfg.optim.lr}
+    rates |= {f"{entry.section}.{key}": own_settings(cfg)[key] for key in entry.rates}
+    return " or ".join(f"--{key} {rate / 2:g} (now {rate:g})" for key, rate in rates.items())

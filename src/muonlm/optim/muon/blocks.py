@@ -10,7 +10,6 @@ Raises   ValueError for an unknown lr_mode
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ def shape_factor(lr_mode: str | Callable[[int, int], float], A: int, B: int, rms
             return 1.0
     if callable(lr_mode):
         return float(lr_mode(A, B))
-    raise ValueError(f"unknown lr_mode {lr_mode!r}: use one of {', '.join(LR_MODES)}")
+    raise ValueError(f"`lr_mode` = {lr_mode!r} is unknown: use one of {', '.join(LR_MODES)}")
 
 
 def predicted_rms(group: dict, lr: float, factor: float, n: int, weight_rms: float) -> float:
@@ -70,16 +69,3 @@ def block_shapes(shape: torch.Size, split: dict | None) -> list[tuple[int, int]]
     every = blocks(torch.empty(shape, device="meta"), split)
     aux = adamw_blocks(split, len(every))
     return [tuple(b.shape) for i, b in enumerate(every) if i not in aux]
-
-
-@dataclass
-class Block:
-    """One matrix of the current step; all views have the parameter's orientation."""
-
-    name: str
-    weight: Tensor  # where - lr s O is added: the parameter, or its fp32 twin
-    grad: Tensor
-    momentum: Tensor  # fp32 after this step's update
-    second: Tensor | None  # flat, state of the variant
-    factor: float
-    transposed: bool = False  # stored (in, out)

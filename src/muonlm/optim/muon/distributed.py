@@ -6,19 +6,21 @@
 
 A step's collectives, and the bytes a rank sends in them; P: bytes of Muon's parameters
     grads="averaged"   DDP averages them   all-gather of the weights                  (N-1)/N P
-    grads="local"      nobody does         reduce-scatter of gradients, all-gather    2 (N-1)/N P   and a small all-reduce
-    FSDP2, Shard(0)    FSDP2 does          all-to-all of U's shards and back          2 (N-1)/N P/N and a small all-reduce
+    grads="local"      nobody does         reduce-scatter of gradients, all-gather    2 (N-1)/N P    *
+    FSDP2, Shard(0)    FSDP2 does          all-to-all of U's shards and back          2 (N-1)/N P/N  *
+                                                                                     * and a small all-reduce
 
-Local    covers every gradient of the optimizer. Matrices are averaged into their owners. AdamW's tensors are all-reduced
-         (mean), unless the first step finds them equal on all ranks: then somebody, such as DDP with the matrices on its
-         ignore list, does that already. `p.grad` itself stays local: do not clip by it. A gradient that only some ranks
-         have counts as zero on the others; a parameter that has none anywhere is skipped.
+Local    covers every gradient of the optimizer. Matrices are averaged into their owners. AdamW's tensors are
+         all-reduced (mean), unless the first step finds them equal on all ranks: then somebody, such as DDP with the
+         matrices on its ignore list, does that already. `p.grad` itself stays local: do not clip by it. A gradient that
+         only some ranks have counts as zero on the others; a parameter that has none anywhere is skipped.
 Buffers  flat, one row an owner, padded to the longest, at most ROUND_BYTES a row (or one parameter): a step needs N + 1
          rows beyond the state. Every rank enters every collective, also one that owns nothing or holds an empty shard.
 Weights  travel in their own dtype; the mantissa of bf16 parameters stays with the owner.
-FSDP2    `momentum_buffer` and `mantissa` are DTensors like the parameter; the variants' `second_momentum` is the owner's.
-         Owners see U whole, cut into its blocks; decay and the cautious mask act on the shards. Diagnostics do not see
-         sharded matrices. fully_shard makes new parameters, without the tags of our models: call it in `keep_tags`.
+FSDP2    `momentum_buffer` and `mantissa` are DTensors like the parameter; the variants' `second_momentum` is the
+         owner's. Owners see U whole, cut into its blocks; decay and the cautious mask act on the shards. Diagnostics do
+         not see sharded matrices. fully_shard makes new parameters, without the tags of our models: call it in
+         `keep_tags`.
 State    of one rank is partial: `optimizer.state_dict()` is local. named_state (state.py) gathers it, for any other N.
 Raises   ValueError on all ranks if gradients or weights are not as promised in the first step: averaged twice, not
          averaged, or different weights to start from; and for DTensors that are not Shard(0) on one 1-D mesh
@@ -45,7 +47,7 @@ def cost(shapes: list[tuple[int, int]]) -> float:
 
 
 def share_out(items: list[tuple[float, str]], load: list[float]) -> list[tuple[int, int]]:
-    """[(item, rank)] for items (cost, name), longest first to the least loaded rank. `load` is what each has already."""
+    """[(item, rank)] for items (cost, name), longest first to the least loaded rank. `load`: what each has already."""
     shares = []
     for i in sorted(range(len(items)), key=lambda i: (-items[i][0], items[i][1])):
         rank = load.index(min(load))
@@ -129,8 +131,10 @@ class Owners:
                 raise ValueError('grads="local" needs a group to average them over; set process_group="world"')
             return None
         if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError(f"process_group={process_group!r}, but there is no process group yet; call "
-                             f"torch.distributed.init_process_group first, or leave it out on one device")  # fmt: skip
+            raise ValueError(
+                f"process_group={process_group!r}, but there is no process group yet; call "
+                f"torch.distributed.init_process_group first, or leave it out on one device"
+            )
         group = dist.group.WORLD if process_group == "world" else process_group
         if isinstance(group, str) or dist.get_rank(group) < 0:
             raise ValueError(
@@ -221,7 +225,7 @@ class Owners:
         return _unflat(mine.div_(self.size), batch[self.rank])
 
     def _check(self, params: dict[Tensor, str], found: dict[Tensor, Tensor]) -> None:
-        """Compare norms over the ranks; all come to the same verdict. Postponed while gradients are zero or not finite."""
+        """Compare norms over the ranks; all come to one verdict. Postponed while gradients are zero or not finite."""
         tensors = [found.get(p) for p in params] + list(params)
         zero = next(iter(params)).new_zeros((), dtype=torch.float32)
         norms = torch.stack(
@@ -241,8 +245,8 @@ class Owners:
         weights = dict(zip(params, differ[len(params) :], strict=True))
         if other := [params[p] for p, differs in weights.items() if differs]:
             raise ValueError(
-                f"the ranks hold different weights, first {other[0]} ({len(other)} in all); start them equal: same seed "
-                f"or same checkpoint, or wrap the model in DDP before the optimizer is made"
+                f"the ranks hold different weights, first {other[0]} ({len(other)} in all); start them equal: same "
+                f"seed or same checkpoint, or wrap the model in DDP before the optimizer is made"
             )
         nonzero = {p: d for p, h, d in zip(params, high, differ) if h > 0.0}
         matrices = {p: d for p, d in nonzero.items() if p in self.owner}
@@ -313,7 +317,7 @@ class Owners:
     # ---------------------------------------------------------------------------------------------- state
 
     def gather(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """What each rank holds -> all of it on rank 0 (what it receives: on its CPU), nothing elsewhere; and all names."""
+        """(all that the ranks hold, on rank 0: what it receives on its CPU; elsewhere nothing; the names of all)."""
         held = [None] * self.size
         dist.all_gather_object(held, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, group=self.group)
         device = next((p.device for p in self.owner), torch.device("cpu"))

@@ -3,30 +3,34 @@
     X_0 = U / c                                                so that every singular value is <= 1
     R = X X^T ;  X <- a X + (b R + c R R) X                    once per triple (a, b, c)
 
-Writing U = P S Q^T, the result is P f(S) Q^T, where f is the composition of s -> a s + b s^3 + c s^5: f(s) is close to 1
-for every s that is not tiny, so the result is close to P Q^T, and it does not depend on the scale of U.
+Writing U = P S Q^T, the result is P f(S) Q^T, where f is the composition of s -> a s + b s^3 + c s^5: f(s) is close to
+1 for every s that is not tiny, so the result is close to P Q^T, and it does not depend on the scale of U.
 
 Methods  direct   the lines above. 2-byte dtypes are safe: each step starts from X, so rounding does not pile up
-         hybrid   direct, but the last two steps in Gram form: two products with X instead of four. Safe in bfloat16, because the
-                  polynomials before them have lifted the small singular values and none follows to amplify an error
-         gram     R = X X^T, Q = I; per step Q <- Q (aI + Z), R <- R (aI + Z)^2 with Z = bR + cR^2; X <- QX and a new start
-                  after two steps, then after every three. float32 or float16; in bfloat16 it overshoots 15-fold: refused
-         cayley   X <- 2t (I + t^2 X X^T)^(-1) X, t = l^(-1/2), l <- 2 sqrt(l) / (1 + l) from l = 1e-3: s -> 2ts / (1 + t^2 s^2), by
-                  Cholesky, float32 or float64. Accurate; it takes no coefficients, `steps` counts solves
-Scale c  ||U||_F, times 1.02 for Polar Express, which was fitted with that margin. `polar_express4` measures its own first
-         Gram matrix instead: c = 1.01 ||R R||_F^(1/4), the Schatten-8 norm of U, a bound of its spectral norm that is up to
-         5 times closer than ||U||_F and free, as R R is needed anyway. U is first multiplied by a power of two that brings
-         its largest entry near 1, so squares neither underflow nor overflow. There is no floor such as 1e-7: a tiny
-         gradient is a direction like any other. An all-zero matrix gives exactly zero, without touching its neighbours
-         in the batch; Inf or NaN gives NaN
-Shapes   G (..., A, B), leading dimensions are a batch. m = min(A, B), n = max(A, B): R is m x m, from the right if A > B
+         hybrid   direct, but the last two steps in Gram form: two products with X instead of four. Safe in bfloat16,
+                  because the polynomials before them have lifted the small singular values and none follows to amplify
+                  an error
+         gram     R = X X^T, Q = I; per step Q <- Q (aI + Z), R <- R (aI + Z)^2 with Z = bR + cR^2; X <- QX and a new
+                  start after two steps, then after every three. float32 or float16; in bfloat16 it overshoots 15-fold:
+                  refused
+         cayley   X <- 2t (I + t^2 X X^T)^(-1) X, t = l^(-1/2), l <- 2 sqrt(l) / (1 + l) from l = 1e-3:
+                  s -> 2ts / (1 + t^2 s^2), by Cholesky, float32 or float64. Accurate; it takes no coefficients,
+                  `steps` counts solves
+Scale c  ||U||_F, times 1.02 for Polar Express, which was fitted with that margin. `polar_express4` measures its own
+         first Gram matrix instead: c = 1.01 ||R R||_F^(1/4), the Schatten-8 norm of U, a bound of its spectral norm
+         that is up to 5 times closer than ||U||_F and free, as R R is needed anyway. U is first multiplied by a power
+         of two that brings its largest entry near 1, so squares neither underflow nor overflow. There is no floor such
+         as 1e-7: a tiny gradient is a direction like any other. An all-zero matrix gives exactly zero, without touching
+         its neighbours in the batch; Inf or NaN gives NaN
+Shapes   G (..., A, B), leading dimensions are a batch. m = min(A, B), n = max(A, B): R is m x m; on the right if A > B
 Cost     flops a matrix: direct 4 m^2 n + 2 m^3 a step; hybrid saves 4 m^2 n - 6 m^3, a gain for n > 1.5 m
-Raises   ValueError for an unknown set or method, bad triples, bad step counts, a dtype the method cannot use, tensors that are
-         not floating or below 2-D
+Raises   ValueError for an unknown set or method, bad triples, bad step counts, a dtype the method cannot use, tensors
+         that are not floating or below 2-D
 Source   keller: github.com/KellerJordan/Muon · polar_express: Amsel et al., arXiv 2505.16932 (safety 2e-2, cushion 2) ·
          cans: arXiv 2506.10935 · deepseek: DeepSeek-V4 report · Gram form: Dao's Gram Newton-Schulz ·
-         polar_express4: ours, four quintics composed as in Polar Express for [0.004, 1] of the closer scale (safety 1.01,
-         cushion 0.024): f stays within 1 +- 0.14 there, and bfloat16 rounding cannot leave the next step's interval
+         polar_express4: ours, four quintics composed as in Polar Express for [0.004, 1] of the closer scale (safety
+         1.01, cushion 0.024): f stays within 1 +- 0.14 there, and bfloat16 rounding cannot leave the next step's
+         interval
 """
 
 import math
@@ -62,8 +66,8 @@ COEFFICIENTS: dict[str, list[Triple]] = {
         (2.3476238397737106, -1.7171321621257454, 0.4273086279919582),
     ],
 }
-"""Triples (a, b, c) per step. A set shorter than the number of steps repeats its last triple; a longer one is cut, except
-those of WHOLE, whose last steps are the point of them."""
+"""Triples (a, b, c) per step. A set shorter than the number of steps repeats its last triple; a longer one is cut,
+except those of WHOLE, whose last steps are the point of them."""
 
 WHOLE = ("deepseek", "polar_express4")
 SAFETY = {"polar_express": 1.02}
@@ -75,22 +79,23 @@ CAYLEY_FLOOR = 1e-3  # smallest singular value, relative to ||U||_F, that cayley
 def triples(coefficients: str | list[Triple], steps: int) -> list[Triple]:
     """The (a, b, c) of each of `steps` iterations for a named set or a list of triples."""
     if not isinstance(steps, int) or not 1 <= steps <= 99:
-        raise ValueError(f"ns_steps={steps!r} is not a whole number from 1 to 99; 5 is usual")
+        raise ValueError(f"`ns_steps` = {steps!r} is not a whole number from 1 to 99; 5 is usual")
     if isinstance(coefficients, str):
         if coefficients not in COEFFICIENTS:
             near = get_close_matches(coefficients, COEFFICIENTS, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"unknown coefficients {coefficients!r}: did you mean {near!r}? Known: {', '.join(COEFFICIENTS)}"
-            )
+            known = ", ".join(COEFFICIENTS)
+            raise ValueError(f"`coefficients` = {coefficients!r} is unknown: did you mean {near!r}? Known: {known}")
         given = COEFFICIENTS[coefficients]
         if coefficients in WHOLE and steps < len(given):
-            raise ValueError(f"coefficients={coefficients!r} is a schedule of {len(given)} steps, found ns_steps={steps}; "
-                             f"use ns_steps={len(given)}")  # fmt: skip
+            raise ValueError(
+                f"`coefficients` = {coefficients!r} is a schedule of {len(given)} steps, found {steps}; "
+                f"use `ns_steps` {len(given)}"
+            )
     else:
         given = [tuple(t) if isinstance(t, list | tuple) else () for t in coefficients]
         if not given or any(len(t) != 3 for t in given):
             raise ValueError(
-                f"coefficients must be a name or a non-empty list of triples [(a, b, c), ...], found {coefficients!r}"
+                f"`coefficients` must be a name or a non-empty list of triples [(a, b, c), ...], found {coefficients!r}"
             )
     return list(islice(chain(given, repeat(given[-1])), steps))
 
@@ -99,26 +104,29 @@ def check_method(method: str, coefficients: str | list[Triple], dtype: torch.dty
     """ValueError if the method does not exist, or cannot go with these coefficients or in this dtype."""
     if method not in METHODS:
         near = get_close_matches(str(method), METHODS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown ns_method {method!r}: did you mean {near!r}? Known: auto, {', '.join(METHODS)}")
+        known = ", ".join(METHODS)
+        raise ValueError(f"`ns_method` = {method!r} is unknown: did you mean {near!r}? Known: auto, {known}")
     named = coefficients if isinstance(coefficients, str) else ""
     if named == "polar_express4" and method not in ("direct", "hybrid"):
         raise ValueError(
-            f'coefficients="polar_express4" choose their own scale; use ns_method="direct" or "hybrid", not {method!r}'
+            f'`coefficients` = "{named}" choose their own scale; use `ns_method` "direct" or "hybrid", not {method!r}'
         )
     if dtype == torch.bfloat16 and method == "gram":
-        raise ValueError('ns_method="gram" is not accurate in bfloat16 (singular values up to 15); use ns_dtype="float32" or '
-                         '"float16", or ns_method="hybrid"')  # fmt: skip
+        raise ValueError(
+            '`ns_method` = "gram" is not accurate in bfloat16 (singular values up to 15); use `ns_dtype` "float32" or '
+            '"float16", or `ns_method` "hybrid"'
+        )
     if dtype in (torch.bfloat16, torch.float16) and method == "cayley":
-        raise ValueError('ns_method="cayley" solves by Cholesky, which needs ns_dtype="float32" or "float64"')
+        raise ValueError('`ns_method` = "cayley" solves by Cholesky, which needs `ns_dtype` "float32" or "float64"')
     if dtype == torch.float16 and named == "polar_express4":
         raise ValueError(
-            'coefficients="polar_express4" squares a Gram matrix before scaling it, beyond float16; use "bfloat16"'
+            f'`coefficients` = "{named}" squares a Gram matrix before scaling it, beyond float16; use "bfloat16"'
         )
 
 
 # -------------------------------------------------------------------------------------------------- pieces
-# All work on batches X (N, A, B), `iterate` also on one matrix, and nothing is transposed in memory: for A > B the small Gram
-# matrix is X^T X and multiplies from the right.
+# All work on batches X (N, A, B), `iterate` also on one matrix, and nothing is transposed in memory: for A > B the
+# small Gram matrix is X^T X and multiplies from the right.
 
 
 def _tall(X: Tensor) -> bool:
@@ -141,7 +149,7 @@ def _times(P: Tensor, X: Tensor, beta: float, out: Tensor | None = None) -> Tens
 
 
 def power_of_two(X: Tensor) -> Tensor:
-    """(N, 1, 1): per matrix of a batch a power of two that brings its largest entry near [0.5, 1); 1 for a zero matrix."""
+    """(N, 1, 1): per matrix a power of two that brings its largest entry near [0.5, 1); 1 for a zero matrix."""
     flat = X.flatten(1)  # one long row a matrix: these reductions are vectorised, those over two dimensions are not
     largest = torch.maximum(flat.amax(1), -flat.amin(1))
     limit = math.frexp(torch.finfo(X.dtype).max)[1] - 3  # subnormals: as far up as the dtype goes
@@ -166,7 +174,7 @@ def iterate(X: Tensor, steps: list[Triple]) -> Tensor:
 
 
 def _scaled_first_step(X: Tensor, step: Triple) -> Tensor:
-    """The first triple applied to X / c with c = 1.01 ||R R||_F^(1/4), for X of any moderate scale. X itself is overwritten."""
+    """The first triple applied to X / c, c = 1.01 ||R R||_F^(1/4), for X of any moderate scale. X is overwritten."""
     a, b, c = step
     R = _gram(X)
     RR = torch.bmm(R, R).to(torch.promote_types(X.dtype, torch.float32))
@@ -224,7 +232,7 @@ def _orthogonalise(U: Tensor, coefficients: str | list[Triple], steps: int, meth
 
 
 def _sections(schedule: list[Triple]) -> list[list[Triple]]:
-    """Where the Gram form restarts from X: after two steps, whose errors the steep first polynomials amplify, then every three."""
+    """Where the Gram form restarts from X: after two steps, as the first amplify errors, then after every three."""
     return [schedule[:2]] + [schedule[i : i + 3] for i in range(2, len(schedule), 3)]
 
 

@@ -1,8 +1,9 @@
 """Which Newton-Schulz method and dtype is fastest here for a given shape: measured once, never guessed.
 
-Forced bfloat16 is several times slower on CPUs without native bf16 products, and on those with them small matrices may still
-gain nothing; the hybrid form saves products with X but adds small ones. So each candidate runs three times on a bounded stand-in
-of the bucket (large shapes are represented by smaller ones of the same aspect): some 50 ms a shape, once a process.
+Forced bfloat16 is several times slower on CPUs without native bf16 products, and on those with them small matrices may
+still gain nothing; the hybrid form saves products with X but adds small ones. So each candidate runs three times on a
+bounded stand-in of the bucket (large shapes are represented by smaller ones of the same aspect): some 50 ms a shape,
+once a process.
 """
 
 import math
@@ -100,7 +101,7 @@ def fastest(
 def dtype_name(value, source: str) -> str:
     name = str(value).removeprefix("torch.")
     if name not in NS_DTYPES:
-        raise ValueError(f"{source}={value!r} is no dtype that can be used here; use one of {', '.join(NS_DTYPES)}")
+        raise ValueError(f"{source} = {value!r} is no dtype that can be used here; use one of {', '.join(NS_DTYPES)}")
     return name
 
 

@@ -8,8 +8,8 @@
 
 State    normuon: v has max(A, B) entries a block · adamuon: as many as the block · hyperball: R, one number a block
 A block of norm 0 has no sphere to stay on: groups.py refuses it
-Source   NorMuon: arXiv 2510.05491, with the mean over the shorter side as in modded-nanogpt and nanochat (the paper takes rows);
-         AdaMuon: arXiv 2507.11005; hyperball (MuonH): modded-nanogpt, track 3
+Source   NorMuon: arXiv 2510.05491, with the mean over the shorter side as in modded-nanogpt and nanochat (the paper
+         takes rows); AdaMuon: arXiv 2507.11005; hyperball (MuonH): modded-nanogpt, track 3
 """
 
 import torch

@@ -1,9 +1,9 @@
 """How a fused matrix is cut into the matrices it holds: q|k|v, gate|up, the projections of state-space models, heads.
 
-`layout` reads the module around the tensor (numbers of heads, ranks, the shapes of its neighbours; never a model class of
-ours) and gives the cut as a tag would: {"split": (dim, [sizes])}, {"heads": (dim, n)}. `splits_entry` turns that into what
-the optimizer's group wants, with slices too thin for Newton-Schulz left to AdamW. What cannot be found is left whole or, for
-state-space models, left to AdamW, and the reason says so.
+`layout` reads the module around the tensor (numbers of heads, ranks, the shapes of its neighbours; never a model class
+of ours) and gives the cut as a tag would: {"split": (dim, [sizes])}, {"heads": (dim, n)}. `splits_entry` turns that
+into what the optimizer's group wants, with slices too thin for Newton-Schulz left to AdamW. What cannot be found is
+left whole or, for state-space models, left to AdamW, and the reason says so.
 """
 
 from dataclasses import dataclass

@@ -14,27 +14,22 @@ Splits   A fused matrix is orthogonalised slice by slice: {"split": (dim, [sizes
          ones. "adamw": [i, ...]: slices too thin for Muon (`min_dim`), which AdamW trains. "transposed": the tensor
          stores (in, out). Where the slices begin is read from the tag, or else from the module around the matrix.
 Experts  (E, out, in): one matrix each. For a stack stored as (E, in, out) set `is_transposed = True` on its module.
-Units    predicted update RMS = lr s(A, B) / sqrt(max(A, B)) for a perfectly orthogonal update
-Raises   UserError for an override that matches nothing or cannot be followed, for a Muon run without a Muon tensor, for
-         one on flattened shards, and for an optimizer that forgets a parameter
+Raises   UserError for an override or a tag that matches nothing or cannot be followed
 """
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from difflib import get_close_matches
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from muonlm.errors import UserError
 
-from ..muon.blocks import FIXED, adamw_blocks, blocks, predicted_rms, shape_factor
 from .layouts import Flags, Place, is_ssm, is_x_proj, layout, names, splits_entry, transposed
+from .plan import Decision, RoutingPlan
 
 ROLES = ("matrix", "embed", "head", "scalar")
 SETTINGS = ("lr_mult", "wd", "split", "heads", "adamw")  # what an override may say beside the route
@@ -46,7 +41,8 @@ WRAPPERS = names("_orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module base
 HEADS_ANYWHERE = names("lm_head lm_heads unembed unembedding embed_out")
 HEADS = HEADS_ANYWHERE | names("head output output_layer classifier score qa_outputs")  # only outside numbered layers
 POSITIONS = names("""wpe pos_emb pos_embed pos_embedding position_embedding position_embeddings positional_embedding
-                      embed_positions pos pos_enc pos_encoding positions relative_attention_bias relative_position_bias_table""")
+                      embed_positions pos pos_enc pos_encoding positions relative_attention_bias
+                      relative_position_bias_table""")
 SCALARS = names("""bias A_log D dt_bias cls_token class_embedding mask_token meta_tokens register_tokens query_tokens
                     prompt prompt_embeddings time_decay time_first time_faaaa""")
 SMALL_HEADS = names("dt_proj dt_head shared_expert_gate")  # their weight is a matrix by shape, but no hidden map
@@ -54,190 +50,10 @@ GATE_HEADS = names("a_proj b_proj beta_proj in_proj_a in_proj_b in_proj_ba")  # 
 LORA = names("lora_A lora_B lora_a lora_b lora_embedding_A lora_embedding_B")
 
 
-@dataclass(frozen=True)
-class Decision:
-    name: str
-    aliases: list[str]
-    shape: tuple[int, ...]
-    numel: int
-    route: str
-    role: str
-    split: dict | None
-    reason: str
-    param: Tensor = field(repr=False, compare=False)
-    lr_mult: float = 1.0
-    wd: float | None = None  # None: its group's
-    flat: str = ""  # why it is no whole tensor
-
-    def block_shapes(self) -> list[tuple[int, int]]:
-        """(fan out, fan in) of every block that Muon orthogonalises."""
-        split = self.split or {}
-        cut = {key: split[key] for key in ("split", "heads", "flatten") if key in split} or None
-        every = blocks(torch.empty(self.shape, device="meta"), cut)
-        aux = adamw_blocks(split, len(every))
-        kept = [b.shape for i, b in enumerate(every) if i not in aux]
-        return [(B, A) if split.get("transposed") else (A, B) for A, B in kept]
-
-    def counts(self) -> dict[str, int]:
-        """Values trained by each: a tensor of Muon may have slices of AdamW."""
-        muon = sum(A * B for A, B in self.block_shapes()) if self.route == "muon" else 0
-        return {"muon": muon, "adamw": self.numel - muon if self.route in ("muon", "adamw") else 0}
-
-
-@dataclass(frozen=True)
-class RoutingPlan:
-    decisions: list[Decision]
-
-    def counts(self) -> dict[str, int]:
-        """Values trained by Muon and by AdamW when this plan is followed."""
-        return {who: sum(d.counts()[who] for d in self.decisions) for who in ("muon", "adamw")}
-
-    def groups(
-        self,
-        *,
-        lr: float,
-        adamw_lr: float | None = None,
-        embed_lr: float | None = None,
-        head_lr: float | None = None,
-        scalar_lr: float | None = None,
-        wd: float = 0.0,
-        adamw_wd: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        allow_empty_muon: bool = False,
-    ) -> list[dict]:
-        """Parameter groups "muon", "embed", "head", "scalar" for `Muon`; empty ones are dropped, vectors not decayed.
-
-        Tensors with their own lr_mult or wd get groups of their own, e.g. "muon x2" and "embed wd 0.1". AdamW's slices
-        of fused matrices stay in the Muon group, whose "slices" gives their rate as a multiple of the group's.
-        """
-        trained = [d for d in self.decisions if d.route in ("muon", "adamw")]
-        if flat := next((d for d in trained if d.flat), None):
-            raise UserError(
-                f"{flat.name} has shape {flat.shape}: {flat.flat}. Muon orthogonalises whole matrices, and a flat "
-                f"piece has neither rows nor columns; use DDP or FSDP2 (fully_shard keeps the shapes), or --optim.name adamw"
-            )
-        if not trained:
-            raise UserError(
-                "no parameter is left to train: all are frozen or excluded; set requires_grad=True on some, "
-                "or remove an --muon.route ...=exclude"
-            )
-        if not allow_empty_muon and all(d.route != "muon" for d in trained):
-            raise UserError(
-                "this run asks for Muon but no parameter is routed to it (see the reasons in plan.table(), routing.txt); "
-                "use --optim.name adamw, or allow_empty_muon=True if that is intended"
-            )
-        rates = {"embed": embed_lr, "head": head_lr, "scalar": scalar_lr}
-        rates = {"muon": lr} | {role: adamw_lr if rate is None else rate for role, rate in rates.items()}
-        decays = {"muon": wd, "embed": adamw_wd, "head": adamw_wd, "scalar": 0.0}
-        sliced = any((d.split or {}).get("adamw") for d in trained if d.route == "muon")
-        members: dict[tuple, list[Decision]] = {(role, 1.0, decay): [] for role, decay in decays.items()}
-        for d in trained:
-            role = "muon" if d.route == "muon" else d.role if d.role in ("embed", "head") else "scalar"
-            if rates[role] is None or (sliced and rates["scalar"] is None):
-                role = role if rates[role] is None else "scalar"
-                raise UserError(f"the {role} parameters are trained by AdamW and need a rate of their own, found none; "
-                                f"pass adamw_lr=3e-4 or {role}_lr (--muon.adamw_lr, --optim.{role}_lr)")  # fmt: skip
-            usual = adamw_wd if role == "scalar" and d.role == "matrix" else decays[role]
-            members.setdefault((role, d.lr_mult, usual if d.wd is None else d.wd), []).append(d)
-
-        groups = []
-        for (role, mult, decay), chosen in sorted(members.items(), key=lambda item: list(decays).index(item[0][0])):
-            if not chosen:
-                continue
-            name = role + (f" x{mult:g}" if mult != 1.0 else "") + (f" wd {decay:g}" if decay != decays[role] else "")
-            rate = rates[role] * mult
-            params = [(d.name, d.param) for d in chosen]
-            group = {"params": params, "name": name, "use_muon": role == "muon", "weight_decay": decay}
-            group |= {"lr": rate, "base_lr": rate}
-            if role != "muon":
-                group |= {"betas": tuple(betas), "eps": eps}
-            else:
-                group["splits"] = [d.split for d in chosen]
-                if any((d.split or {}).get("adamw") for d in chosen):
-                    if not lr > 0.0:
-                        raise UserError(
-                            f"slices of group {name!r} are trained by AdamW at a multiple of Muon's rate, {lr}; "
-                            f"set --optim.lr above 0"
-                        )
-                    ratio = rates["scalar"] / lr
-                    group["slices"] = {"lr_ratio": ratio, "betas": tuple(betas), "eps": eps, "weight_decay": 0.0}
-            groups.append(group)
-        return groups
-
-    def table(self, groups: list[dict] | None = None) -> str:
-        """The text of routing.txt. With the optimizer's `param_groups` also rates, decay and predicted update RMS."""
-        rows = list(self._rows(groups))
-        totals = _totals(rows)
-        everything = totals["Muon"][0] + totals["AdamW"][0]
-        share = 100.0 * totals["Muon"][0] / everything if everything else 0.0
-        lines = [f"[{kind}] Assigning: {d.name} (torch.Size({list(d.shape)}))" for kind, d, _ in rows]
-        lines += ["", *(_row(kind, d, group) for kind, d, group in rows), ""]
-        lines += [f"{kind} optimizer params: {_millions(n)} ({count} tensors)" for kind, (n, count) in totals.items()]
-        lines.append(f"Muon optimizes {share:.1f}% of parameters")
-        lines += _group_lines(groups or [])
-        muon = [(d, group) for kind, d, group in rows if kind == "Muon" and group is not None]
-        if sizes := [rms for d, group in muon for _, _, rms in _predicted(d, group)]:
-            variant, mode = muon[0][1].get("variant", "muon"), muon[0][1].get("lr_mode", "original")
-            scale = f"variant {variant}" if variant in FIXED else f"lr mode {mode}"
-            lines.append(f"Using {scale}: an orthogonal update of Muon has RMS {min(sizes):.2e} to {max(sizes):.2e}")
-        return "\n".join(lines) + "\n"
-
-    def to_dict(self, groups: list[dict] | None = None) -> dict:
-        """Decisions and totals as JSON values; with `param_groups` also lr, wd, s(A, B) and update RMS."""
-        rows, tensors = list(self._rows(groups)), []
-        for kind, d, group in rows:
-            split = {k: list(v) if isinstance(v, tuple) else v for k, v in d.split.items()} if d.split else None
-            row = {"name": d.name, "aliases": d.aliases, "shape": list(d.shape), "numel": d.numel}
-            row |= {"route": kind.lower(), "role": d.role, "split": split, "lr_mult": d.lr_mult}
-            if group is not None:
-                row |= {"group": group["name"], "lr": float(group["lr"]), "wd": group["weight_decay"]}
-            if group is not None and kind == "Muon":
-                row["blocks"] = [{"shape": list(b), "s": s, "update_rms": rms} for b, s, rms in _predicted(d, group)]
-            tensors.append(row | {"reason": d.reason})
-        muon, adamw = (total[0] for total in _totals(rows).values())
-        return {
-            "tensors": tensors,
-            "muon_params": muon,
-            "adamw_params": adamw,
-            "muon_share": muon / max(1, muon + adamw),
-        }
-
-    def _rows(self, groups: list[dict] | None) -> Iterator[tuple[str, Decision, dict | None]]:
-        """(Muon, AdamW, exclude or frozen; decision; group). Groups of torch.optim.AdamW overrule the plan."""
-        of = {id(p[1] if isinstance(p, tuple) else p): group for group in groups or [] for p in group["params"]}
-        for d in self.decisions:
-            kind, group = {"muon": "Muon", "adamw": "AdamW"}.get(d.route, d.route), of.get(id(d.param))
-            if groups is not None and d.route == "muon" and not (group or {}).get("use_muon"):
-                kind = "AdamW"
-            yield kind, d, group
-
-
-def assert_complete(optimizer: torch.optim.Optimizer, model_or_plan: nn.Module | RoutingPlan) -> None:
-    """UserError unless every trainable parameter is in exactly one group, by identity; a plan may leave some out."""
-    if isinstance(model_or_plan, RoutingPlan):
-        wanted = {id(d.param): d.name for d in model_or_plan.decisions if d.route in ("muon", "adamw")}
-    else:
-        wanted = {id(p): name for name, p in model_or_plan.named_parameters() if p.requires_grad}
-    found = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
-    if lost := [name for key, name in wanted.items() if key not in found]:
-        raise UserError(
-            f"{lost[0]} is trainable but in no group of the optimizer ({len(lost)} in all), so it would stay as it is; "
-            f"build the groups with route(model).groups(...), or set requires_grad_(False) on it"
-        )
-    if twice := [wanted.get(key, "a tensor") for key, count in found.items() if count > 1]:
-        raise UserError(f"{twice[0]} is in two groups of the optimizer and would be updated twice; remove it from one")
-    if strangers := [key for key in found if key not in wanted]:
-        raise UserError(
-            f"the optimizer trains {len(strangers)} tensors that are not trainable parameters of this model; "
-            f"build it after the model is final: moved, wrapped, tied and frozen"
-        )
-
-
 def route(
     model: nn.Module,
     *,
-    overrides: Sequence[tuple] = (),
+    overrides: Sequence[tuple | str] = (),
     split_fused: bool = True,
     per_head: bool = False,
     min_dim: int = 16,
@@ -246,8 +62,8 @@ def route(
 ) -> RoutingPlan:
     """Decide for every parameter of `model`, once by identity.
 
-    overrides    [(regex, "muon" | "adamw" | "exclude"[, settings]), ...], searched in every name of a tensor; the first
-                 match wins. settings: some of lr_mult, wd, split, heads, adamw; its cut beats the flags below
+    overrides    [(regex, "muon" | "adamw" | "exclude"[, settings]), ...], or "regex=muon", searched in every name of a
+                 tensor; the first match wins. settings: some of lr_mult, wd, split, heads, adamw; its cut wins
     split_fused  orthogonalise fused matrices (q|k|v) slice by slice; per_head: head by head; neither: as one matrix
     min_dim      a matrix with fewer rows or columns goes to AdamW: its orthogonal factor says little more than its norm
     x_proj       of Mamba and Longhorn: "split" into dt|B|C, "fused" as one matrix, or "adamw"
@@ -353,7 +169,7 @@ def _checked_tag(p: Tensor, name: str) -> dict:
     if not good:
         raise UserError(
             f"the tag of {name}, p.muonlm = {tag!r}, cannot be followed; write a dict with some of {', '.join(known)}: "
-            f"role one of {', '.join(ROLES)}; route muon, adamw or exclude; split (dim, [sizes]); heads (dim, n); numbers"
+            f"role one of {', '.join(ROLES)}; route muon, adamw or exclude; split (dim, [sizes]); heads (dim, n)"
         )
     if "split" in tag:
         _check_cut(name, p, {key: tag[key] for key in ("split", "adamw") if key in tag})
@@ -467,11 +283,12 @@ def _flattened(p: Tensor, places: list[Place]) -> str:
 # -------------------------------------------------------------------------------- overrides
 
 
-def _compile(overrides: Sequence[tuple], names: list[str]) -> list[tuple[re.Pattern, str, dict]]:
+def _compile(overrides: Sequence[tuple | str], names: list[str]) -> list[tuple[re.Pattern, str, dict]]:
     """The overrides with their regexes compiled; every one must match a name and make sense."""
     rules = []
     for rule in overrides:
-        if isinstance(rule, str) or not 2 <= len(rule) <= 3 or (len(rule) == 3 and not isinstance(rule[2], dict)):
+        rule = tuple(rule.rsplit("=", 1)) if isinstance(rule, str) else rule
+        if not 2 <= len(rule) <= 3 or (len(rule) == 3 and not isinstance(rule[2], dict)):
             raise UserError(
                 f'the override {rule!r} is no (regex, route) or (regex, route, settings); write ("attn", "adamw")'
             )
@@ -514,83 +331,16 @@ def _check_cut(name: str, p: Tensor, cut: dict) -> dict:
     whole = p.shape[dim] if p.ndim in (2, 3) and p.ndim - 2 <= dim < p.ndim else 0
     fits = sum(parts) == whole and min(parts) > 0 if "split" in cut else parts > 0 and whole > 0 and whole % parts == 0
     if not fits:
-        raise UserError(f"the override or tag of {name} cuts dimension {dim} into {parts}, but its shape is {tuple(p.shape)}; "
-                        f"give sizes that add up to that dimension, or a number of heads that divides it")  # fmt: skip
+        raise UserError(
+            f"the override or tag of {name} cuts dimension {dim} into {parts}, but its shape is {tuple(p.shape)}; "
+            f"give sizes that add up to that dimension, or a number of heads that divides it"
+        )
     thin = sorted(set(cut.get("adamw", ())))
     if thin and not (0 <= thin[0] and thin[-1] < len(parts) and len(thin) < len(parts)):
-        raise UserError(f"the override or tag of {name} gives slices {thin} of {len(parts)} to AdamW; "
-                        f"count from 0 and leave at least one to Muon")  # fmt: skip
+        raise UserError(
+            f"the override or tag of {name} gives slices {thin} of {len(parts)} to AdamW; "
+            f"count from 0 and leave at least one to Muon"
+        )
     if "heads" in cut:
         return {"heads": (dim, parts)}
     return {"split": (dim, list(parts))} | ({"adamw": thin} if thin else {})
-
-
-# -------------------------------------------------------------------------------- text
-
-
-def _totals(rows: list[tuple[str, Decision, dict | None]]) -> dict[str, list[int]]:
-    """Values and tensors trained by each; slices left to AdamW count as its values."""
-    totals = {"Muon": [0, 0], "AdamW": [0, 0]}
-    for kind, d, _ in rows:
-        if kind in totals:
-            muon = d.counts()["muon"] if kind == "Muon" else 0
-            totals["Muon"][0] += muon
-            totals["AdamW"][0] += d.numel - muon
-            totals[kind][1] += 1
-    return totals
-
-
-def _predicted(d: Decision, group: dict) -> list[tuple[tuple[int, int], float, float]]:
-    """(shape, s(A, B), predicted update RMS) of every kind of block; s is 1 for variants that set the size themselves."""
-    variant, found = group.get("variant", "muon"), []
-    weight_rms = math.nan
-    if variant == "hyperball" and not d.param.is_meta:
-        weight_rms = d.param.detach().float().square().mean().sqrt().item()
-    for A, B in dict.fromkeys(d.block_shapes()):
-        s = 1.0
-        if variant not in FIXED:
-            s = shape_factor(group.get("lr_mode", "original"), A, B, group.get("rms_target", 0.2))
-        rms = predicted_rms({"variant": "muon", **group}, float(group["lr"]), s, max(A, B), weight_rms)
-        found.append(((A, B), s, rms))
-    return found
-
-
-def _row(kind: str, d: Decision, group: dict | None) -> str:
-    parts = [f"{d.name}", f"{'x'.join(map(str, d.shape)) or 'scalar'}", f"{d.numel} values", kind, d.role]
-    if d.aliases:
-        parts.append(f"also {', '.join(d.aliases)}")
-    if group is not None:
-        parts += [f"lr {group['lr']:g}", f"wd {group['weight_decay']:g}"]
-    if kind == "Muon":
-        if d.split:
-            parts.append(" ".join(f"{k} {v}" for k, v in d.split.items()))
-        if group is not None:
-            predicted = _predicted(d, group)
-            parts.append("s(A,B) " + ", ".join(f"{A}x{B}: {s:.3f}" for (A, B), s, _ in predicted))
-            parts.append("predicted update RMS " + ", ".join(f"{rms:.2e}" for _, _, rms in predicted))
-    return " | ".join([*parts, d.reason])
-
-
-def _group_lines(groups: list[dict]) -> list[str]:
-    lines = []
-    for group in groups:
-        count = sum((p[1] if isinstance(p, tuple) else p).numel() for p in group["params"])
-        text = f"group {group['name']}: {len(group['params'])} tensors, {_millions(count)}, "
-        text += f"lr={group['lr']:g}, wd={group['weight_decay']:g}"
-        if "slices" in group:
-            text += f"; AdamW trains thin slices of them at lr={group['lr'] * group['slices']['lr_ratio']:g}"
-        lines.append(text)
-    if muon := next((g for g in groups if g.get("use_muon")), None):
-        present = {g["name"].split(" ")[0] for g in groups}
-        lines += [f"group {role}: empty" for role in ("embed", "head", "scalar") if role not in present]
-        lines.append(
-            f"Using Muon optimizer for 2D parameters (lr={muon['lr']:g}, momentum={muon.get('momentum', 0.95):g})"
-        )
-    rates = dict.fromkeys(f"{g['lr']:g}" for g in groups if not g.get("use_muon"))
-    if rates:
-        lines.append(f"Using AdamW optimizer for 1D/0D parameters (lr={', '.join(rates)})")
-    return lines
-
-
-def _millions(n: int) -> str:
-    return f"{n / 1e6:.2f}M" if n >= 10_000 else f"{n / 1e6:.6f}M"

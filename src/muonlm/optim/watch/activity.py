@@ -1,4 +1,4 @@
-"""Is Muon really at work? A check that stops a run whose matrices are silently trained by something else, or not at all.
+"""Is Muon at work? A check that stops a run whose matrices are silently trained by something else, or not at all.
 
     check = ActivityCheck(optimizer, every=1000)
     with check(step): optimizer.step()                           step = 1, 2, ...: the one about to be taken
@@ -18,7 +18,9 @@ from muonlm.errors import RunFailed
 
 from ..muon.blocks import blocks, predicted_rms
 from ..muon.distributed import is_sharded
-from ..muon.muon import Muon, decay_rate, direction, names_of
+from ..muon.groups import names_of
+from ..muon.muon import Muon
+from ..muon.update import decay_rate, direction
 from .advice import HIGH_ERROR, RMS_BAND
 from .diagnostics import PROBES, block_list, exact_error, hutchinson_error, probe_vectors, rms, scalar_map, unit
 
@@ -36,7 +38,7 @@ class ActivityCheck:
 
     Asserts   ns_calls = number of Muon blocks that have a gradient; every Muon weight whose direction is not zero
               moved; the update (decay taken out) has an RMS within RMS_BAND of lr s / sqrt(max(A, B)) and, for variant
-              "muon", is nearly orthogonal. Where U lacks rank, both are compared with what NS can make of its singular values
+              "muon", is nearly orthogonal. Where U lacks rank, both are compared with what NS makes of its spectrum
     Ranks     ns_calls is summed over the owners; each checks the weights whose momentum it holds
     Cost      in a checked step: a copy of the Muon weights, O(mn) a block; svdvals only in doubt
     """
@@ -46,7 +48,7 @@ class ActivityCheck:
         if not any(group.get("use_muon") for group in optimizer.param_groups):
             raise MuonInactive(
                 f"{type(optimizer).__name__} has no group with use_muon=True, so nothing is trained by Muon: "
-                "look at the routing table, or use --optim.name adamw"
+                "look at the routing table, or use `name` adamw"
             )
 
     @contextlib.contextmanager
@@ -90,8 +92,8 @@ class ActivityCheck:
 
     def _weights(self, group: dict, params: list[Tensor]) -> dict[Tensor, Tensor]:
         """What the optimizer really updates: the parameter, or the fp32 numbers of a bf16 one and its mantissa."""
-        twins = self.optimizer._twins(group, params) if isinstance(self.optimizer, Muon) else {}
-        return {p: twins.get(p, p.detach()) for p in params}
+        masters = self.optimizer.master_weights(group, params) if isinstance(self.optimizer, Muon) else {}
+        return {p: masters.get(p, p.detach()) for p in params}
 
     def _count(self, names: list[str]) -> None:
         calls, owners = getattr(self.optimizer, "ns_calls", 0), self._owners()

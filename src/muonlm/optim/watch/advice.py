@@ -1,7 +1,7 @@
 """Plain lines of advice from Muon's signals: what is wrong, in which layer, and what to try. Silent on a healthy run.
 
-`Advice.see` judges the signals of one event (diagnostics.py), `Advice.lines` adds what the loop knows and says each kind of
-line at most once in QUIET_STEPS steps. The thresholds are ours.
+`Advice.see` judges the signals of one event (diagnostics.py), `Advice.lines` adds what the loop knows and says each
+kind of line at most once in QUIET_STEPS steps. The thresholds are ours.
 """
 
 import math
@@ -131,7 +131,9 @@ class Advice:
             spread = median(abs(x - usual) for x in self.losses)
             if loss - usual > max(SPIKE, SPIKE_SPREADS * spread):
                 rise = f"loss spike +{loss - usual:.2g} at step {step}"
-                told["spike"] = f"{rise}: try a lower lr or a longer warm-up; qk_norm or qk_clip bound the attention's logits"
+                told["spike"] = (
+                    f"{rise}: try a lower lr or a longer warm-up; qk_norm or qk_clip bound the attention's logits"
+                )
         self.losses.append(loss)
         fresh = {kind: line for kind, line in told.items() if step - self.said.get(kind, -QUIET_STEPS) >= QUIET_STEPS}
         self.said |= dict.fromkeys(fresh, step)

@@ -42,8 +42,10 @@ from muonlm.errors import UserError
 
 from ..muon.blocks import FIXED, adamw_blocks, blocks, predicted_rms, shape_factor
 from ..muon.distributed import is_sharded
-from ..muon.muon import Muon, Observation, names_of
+from ..muon.groups import names_of
+from ..muon.muon import Muon
 from ..muon.newton_schulz import SAFETY, SCHATTEN_MARGIN, power_of_two, triples
+from ..muon.update import Observation
 from .advice import Advice, Layers
 
 PROBES = 4
@@ -78,8 +80,8 @@ class Diagnostics:
     def __init__(self, every: int = 100, spectra_every: int = 1000, advice: bool = True, seed: int = 0):
         if every < 0 or spectra_every < 0 or (every and spectra_every % every):
             raise UserError(
-                f"log.diagnostics = {every} and log.spectra = {spectra_every} do not fit: spectra are taken "
-                f"at a multiple of diagnostics; use --log.spectra {10 * max(every, 1)}"
+                f"spectra_every={spectra_every} is no multiple of every={every}, when all else is measured; "
+                f"use {10 * max(every, 1)}"
             )
         self.every, self.spectra_every, self.seed = every, spectra_every, seed
         self.advice = Advice() if advice else None

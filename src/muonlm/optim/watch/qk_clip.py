@@ -72,7 +72,7 @@ def qk_clip(
         if not all(map(math.isfinite, tops)):
             raise UserError(
                 f"qk_clip: head {[math.isfinite(s) for s in tops].index(False)} of layer {i} has a logit that is not "
-                f"finite; nothing was scaled. Lower --optim.lr, or go back to the last good checkpoint"
+                f"finite; nothing was scaled. Lower `lr`, or go back to the last good checkpoint"
             )
     g = tau / S.clamp(min=tau)  # exactly 1 up to tau, also below 0
     for (q, k, top), mine, tops in zip(layers, g.split(sizes), values):

@@ -1,0 +1,180 @@
+"""One step of the matrices of a group: pieces of one shape are orthogonalised together, then their weights change.
+
+    update(group, pieces, observe)                               the equations of muon.py from U to W
+
+Shapes   a batch (N, A, B) holds as many pieces as `max_batch_bytes` allows
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .newton_schulz import iterate, orthogonalise, triples
+from .probe import choose
+from .variants import adapt, stay_on_sphere
+
+
+@dataclass
+class Piece:
+    """One matrix in the current step; all views have the parameter's orientation."""
+
+    name: str
+    weight: Tensor  # where - lr s O is added: the parameter, or its fp32 master
+    grad: Tensor
+    momentum: Tensor  # fp32 after this step's update
+    state: Tensor | None  # flat, of the variant
+    factor: float
+    transposed: bool = False  # stored (in, out)
+
+
+@dataclass
+class Observation:
+    """What diagnostics see of one batch in a sampled step, before the weights change."""
+
+    names: list[str]
+    U: Tensor  # (N, m, n), wide: the input of Newton-Schulz at any scale
+    O: Tensor  # (N, m, n), wide: its result before s(A, B) and before the variant
+    weights: list[Tensor]
+    factors: list[float]
+    lr: float
+    weight_decay: float
+    step: int
+
+
+Observer = Callable[[Observation], None]
+
+
+def update(group: dict, pieces: list[Piece], observe: Observer | None = None) -> int:
+    """Orthogonalise the pieces, batched by shape, and change their weights. Returns how many were orthogonalised.
+
+    observe   called with every batch before its weights change; not with compat="torch"
+    """
+    decay = decay_rate(group)
+    if decay and not group["cautious"]:
+        torch._foreach_mul_([piece.weight for piece in pieces], 1.0 - _rate(group) * decay)
+    buckets = defaultdict(list)
+    for piece in pieces:
+        key = (*piece.weight.shape, piece.factor, piece.transposed, piece.momentum.dtype, piece.momentum.device)
+        buckets[key if group["batch_by_shape"] else len(buckets)].append(piece)
+    for bucket in buckets.values():
+        entries = bucket[0].weight.numel() * bucket[0].momentum.element_size()
+        per_batch = max(1, group["max_batch_bytes"] // entries)
+        for i in range(0, len(bucket), per_batch):
+            batch = bucket[i : i + per_batch]
+            O = (
+                _torch_orthogonalise(batch, group)
+                if group["compat"]
+                else _direction(batch, group, len(bucket), observe)
+            )
+            _move(batch, group, O, decay if group["cautious"] else 0.0)
+    return len(pieces)
+
+
+def _direction(batch: list[Piece], group: dict, count: int, observe: Observer | None) -> Tensor:
+    """O (N, A, B) of a batch, one of a bucket of `count` pieces, after the variant (hyperball: before it)."""
+    first, variant = batch[0], group["variant"]
+    U = _stack(batch, group)
+    before = U.clone() if observe else None
+    if variant == "adamuon" and group["adamuon_sign"]:
+        U.sign_()
+    method, dtype = choose(group, *first.weight.shape, count, U.dtype, U.device)
+    polar = _compiled() if group["compile"] else orthogonalise
+    O = polar(U, group["coefficients"], group["ns_steps"], method, dtype)
+    O = U.copy_(O) if O.dtype != U.dtype else O
+    if observe and before is not None:
+        observe(_observation(batch, group, before, O))
+    if variant in ("normuon", "adamuon"):
+        second = [piece.state for piece in batch]
+        O = adapt(variant, O, second, group["beta2"], group["rms_target"], first.transposed)
+    return O
+
+
+def _observation(batch: list[Piece], group: dict, U: Tensor, O: Tensor) -> Observation:
+    tall = U.shape[1] > U.shape[2]
+    return Observation(
+        names=[piece.name for piece in batch],
+        U=U.mT if tall else U,
+        O=O.mT if tall else O,
+        weights=[piece.weight for piece in batch],
+        factors=[piece.factor for piece in batch],
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        step=group["step"],
+    )
+
+
+def _move(batch: list[Piece], group: dict, O: Tensor, cautious_decay: float) -> None:
+    """Change the weights of a batch by its directions O (N, A, B), which are used up."""
+    weights, lr = [piece.weight for piece in batch], _rate(group)
+    if group["variant"] == "hyperball":
+        stay_on_sphere(weights, O, [piece.state for piece in batch], lr)
+        return
+    directions = list(O.unbind(0))
+    if cautious_decay:
+        keep = [(o * w).ge_(0.0).to(w.dtype) for o, w in zip(directions, weights, strict=True)]
+        torch._foreach_mul_(keep, weights)  # what decays: W where the update pulls the same way, 0 elsewhere
+        torch._foreach_mul_(keep, lr * cautious_decay)
+        torch._foreach_sub_(weights, keep)
+    scale = lr * (1.0 if group["variant"] == "adamuon" else batch[0].factor)
+    if isinstance(scale, Tensor):  # stays on the device: no synchronisation
+        torch._foreach_sub_(weights, [o * scale for o in directions])
+    else:
+        torch._foreach_add_(weights, directions, alpha=-scale)
+
+
+def _rate(group: dict) -> float | Tensor:
+    """lr, as a number under compat="torch": a tensor would round its bf16 updates once more."""
+    return float(group["lr"]) if group["compat"] else group["lr"]
+
+
+def decay_rate(group: dict) -> float:
+    """The decoupled decay of this step, before lr."""
+    decay = group["weight_decay"] if group["decoupled_wd"] else 0.0
+    if decay and group["wd_follows_lr"]:
+        peaks = (float(group[key]) for key in ("base_lr", "max_lr", "initial_lr", "first_lr") if group.get(key))
+        peak = next(peaks, 0.0)  # the loop's, OneCycleLR's, other schedulers', the constructor's
+        decay = decay * float(group["lr"]) / peak if peak else 0.0
+    return decay
+
+
+def direction(group: dict, G: Tensor, M: Tensor, out: Tensor) -> Tensor:
+    """U, written to `out`."""
+    if not group["nesterov"]:
+        return out.copy_(M)
+    if group["momentum_form"] == "ema":
+        return torch.lerp(G, M, group["momentum"], out=out)
+    return torch.add(G, M, alpha=group["momentum"], out=out)
+
+
+def _stack(batch: list[Piece], group: dict) -> Tensor:
+    """U of pieces that share a shape, as one contiguous batch (N, A, B)."""
+    first = batch[0].momentum
+    U = torch.empty(len(batch), *first.shape, dtype=first.dtype, device=first.device)
+    for piece, slot in zip(batch, U.unbind(0), strict=True):
+        direction(group, piece.grad, piece.momentum, slot)
+    return U
+
+
+def _torch_orthogonalise(batch: list[Piece], group: dict) -> Tensor:
+    """What torch.optim.Muon does, in its order: bf16 first, then a norm clamped at 1e-7, one matrix a time."""
+    (piece,) = batch
+    g, m = piece.grad, piece.momentum
+    X = (g.lerp(m, group["momentum"]) if group["nesterov"] else m).to(torch.bfloat16, copy=True)
+    X = X.mT if g.shape[0] > g.shape[1] else X
+    X.div_(X.norm().clamp(min=1e-7))
+    O = iterate(X, triples(group["coefficients"], group["ns_steps"]))
+    # a bf16 add_ rounds differently with other strides
+    return (O.contiguous().mT if g.shape[0] > g.shape[1] else O)[None]
+
+
+_compiled_orthogonalise = None
+
+
+def _compiled():
+    global _compiled_orthogonalise
+    if _compiled_orthogonalise is None:
+        _compiled_orthogonalise = torch.compile(orthogonalise, dynamic=False)
+    return _compiled_orthogonalise

@@ -1,0 +1,73 @@
+"""THE table of optimizers: it is read without torch, its names are real, and one file and one line add a toy."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from muonlm.cli.main import main
+from muonlm.config.schema import Config
+from muonlm.errors import UserError
+from muonlm.optim import OPTIMIZERS, Entry, build, build_optimizer
+
+TOY = '''
+"""Gradient descent with a memory of how often it stepped."""
+import torch
+
+
+def build(plan, *, lr, wd, decay, betas, eps, process_group=None):
+    params = [(d.name, d.param) for d in plan.trained]
+    return Descent([{"params": params, "name": "all", "lr": lr, "base_lr": lr}], {})
+
+
+class Descent(torch.optim.Optimizer):
+    group_state = ("steps",)
+
+    def state_layout(self, p, group):
+        return {"last": (tuple(p.shape), p.dtype)}
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+            for p in group["params"]:
+                self.state[p]["last"] = p.grad.clone()
+                p.add_(p.grad, alpha=-group["lr"])
+'''
+
+
+def test_a_toy_optimizer_is_one_file_and_one_line_and_trains_through_the_loop(smoke, tmp_path, monkeypatch):
+    (tmp_path / "toys").mkdir()
+    (tmp_path / "toys" / "__init__.py").write_text("")
+    (tmp_path / "toys" / "descent.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(OPTIMIZERS, "descent", Entry("toys.descent:build"))  # the line
+    flags = ["--optim.name", "descent", "--optim.lr", "0.5"]
+    assert main(smoke(tmp_path / "whole", *flags)) == 0
+    assert main(smoke(tmp_path / "half", *flags, "--sched.kind", "constant", "--train.steps", "3")) == 0
+    assert main(["train", "--resume", str(tmp_path / "half"), "--train.steps", "6"]) == 0
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    steps = [r for r in map(json.loads, lines) if "loss" in r]
+    assert steps[-1]["loss"] < steps[0]["loss"] and steps[0]["lr_descent"] == 0.5
+    meta = json.loads((tmp_path / "half" / "checkpoints" / "step-00000006" / "meta.json").read_text())
+    assert meta["optimizer"]["groups"] == {"all": {"steps": 6}} and meta["optimizer"]["optimizer"] == "Descent"
+    assert all(name.endswith("/last") for name in meta["optimizer"]["tensors"])
+
+
+def test_the_table_is_read_without_torch():
+    code = "import sys; from muonlm.optim import OPTIMIZERS; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_an_entry_names_is_there(name):
+    entry = OPTIMIZERS[name]
+    assert callable(build._load(entry.build)) and issubclass(build._load(entry.watch), build._load(Entry.watch))
+    named = {*entry.routed, *entry.watched, *entry.rates, *entry.exact}
+    assert named <= (vars(getattr(Config(), entry.section)).keys() if entry.section else set())
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(UserError, match="`name` = 'mun' is no optimizer: did you mean 'muon'"):
+        build_optimizer(None, name="mun", lr=0.1)
