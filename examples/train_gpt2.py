@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 2 examples/train_gpt2.py
     torchrun --nproc_per_node 2 examples/train_gpt2.py --fsdp
 
-A tiny model of random weights on fixed synthetic tokens, on the CPU. All three print the same losses, up to rounding: each rank
-takes its share of the same batch.   pip install "muonlm[hf]"
+A tiny model of random weights on fixed synthetic tokens, on the CPU. All three print the same losses, up to rounding:
+each rank takes its share of the same batch.   pip install "muonlm[hf]"
 """
 
 import os
@@ -26,13 +26,23 @@ if world > 1:
     dist.init_process_group("gloo")
 
 torch.manual_seed(0)
-config = GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=256, n_positions=LENGTH, bos_token_id=0, eos_token_id=0,
-                    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
+config = GPT2Config(
+    n_layer=2,
+    n_embd=64,
+    n_head=2,
+    vocab_size=256,
+    n_positions=LENGTH,
+    bos_token_id=0,
+    eos_token_id=0,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+)
 model = GPT2LMHeadModel(config)
 steps = torch.arange(LENGTH) * torch.randint(1, 5, (STEPS, ROWS, 1))
 tokens = (torch.randint(256, (STEPS, ROWS, 1)) + steps) % 256  # arithmetic sequences
 
-# --- training: all that a model of your own needs -----------------------------------------------------------------------------
+# --- training: all that a model of your own needs -------------------------------------------------------------------
 if "--fsdp" in sys.argv:
     mesh = init_device_mesh("cpu", (world,))
     for part in (*model.transformer.h, model):
@@ -47,7 +57,7 @@ for step in range(STEPS):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    # ---------------------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------------------------
     mean = loss.detach() / world
     if world > 1:
         dist.all_reduce(mean)

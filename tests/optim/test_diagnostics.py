@@ -1,4 +1,4 @@
-"""Signals against exact values, advice against planted faults and a healthy run, checks against sabotage."""
+"""Measurements against exact values, advice against planted faults and a healthy run, checks against sabotage."""
 
 import json
 import math
@@ -345,8 +345,18 @@ def test_weights_that_grow_linearly_without_decay_are_told_and_a_random_walk_is_
     lines = []
     for t in range(100, 3001, 100):
         rms = 1e-4 * t if drift else 1e-3 * math.sqrt(t)
-        layer = dict(step=t, lr=0.02, weight_decay=0.0, nonfinite=0.0, zero_update=0.0, k=1.0, weight_rms=rms,
-                     update_rms=1e-4, predicted_rms=1e-4, u_w=1e-4 / rms)  # fmt: skip
+        layer = dict(
+            step=t,
+            lr=0.02,
+            weight_decay=0.0,
+            nonfinite=0.0,
+            zero_update=0.0,
+            k=1.0,
+            weight_rms=rms,
+            update_rms=1e-4,
+            predicted_rms=1e-4,
+            u_w=1e-4 / rms,
+        )
         d.advice.see(dict.fromkeys(d.names, layer), d.names, {n: d._group(n) for n in d.names})
         lines += d.advise(t, 2.0)
     assert (

@@ -1,8 +1,8 @@
 """Distributed Muon on real gloo processes: 2 and 3 ranks against one process on the joint batch.
 
-Starting processes is the slow part, so this file is also their script: `python test_distributed.py RANK WORLD FOLDER` runs all
-functions named check_* in order, and each is a test of its own here, per number of ranks. Every rank computes the one-process
-reference itself. A rank that fails stops; the others then run into the timeout and say so.
+Starting processes is the slow part, so this file is also their script: `python test_distributed.py RANK WORLD FOLDER`
+runs all functions named check_* in order, and each is a test of its own here, per number of ranks. Every rank computes
+the one-process reference itself. A rank that fails stops; the others then run into the timeout and say so.
 """
 
 import copy
@@ -33,7 +33,7 @@ TOLERANCE = 1e-5  # relative, after 20 steps: sums over ranks and batches are in
 MIXED = [(24, 24), (48, 24), (8, 40), (24, 24), (1, 9), (3, 8, 12), (6, 4, 3, 3)]
 
 
-# --- what the ranks train -----------------------------------------------------------------------------------------------------
+# --- what the ranks train ---------------------------------------------------------------------------------------------
 
 
 def matrices(shapes, dtype=torch.float32):
@@ -102,12 +102,14 @@ def groups(net):
     named = [(n, p) for n, p in net.named_parameters()]
     muon = [(n, p) for n, p in named if p.ndim == 2 and "embed" not in n]
     others = [(n, p) for n, p in named if p.ndim != 2 or "embed" in n]
-    return [{"params": muon, "name": "muon", "use_muon": True, "lr": 0.02, "weight_decay": 0.1},
-            {"params": others, "name": "rest", "use_muon": False, "lr": 0.01, "eps": 1e-6}]  # fmt: skip
+    return [
+        {"params": muon, "name": "muon", "use_muon": True, "lr": 0.02, "weight_decay": 0.1},
+        {"params": others, "name": "rest", "use_muon": False, "lr": 0.01, "eps": 1e-6},
+    ]
 
 
 def batch(step, world):
-    """12 rows (6 ranks at most), and the expert of each: in every other step rank 0 has no use for expert 2, nobody for 1."""
+    """12 rows (6 ranks at most), and the expert of each: every other step rank 0 lacks expert 2, and all lack 1."""
     g = torch.Generator().manual_seed(step)
     x = torch.randint(11, (12, 6), generator=g)
     share = 12 // world
@@ -121,7 +123,7 @@ def loss_of(net, x, expert):
 
 
 def train_net(world, rank, wrap, accumulate=1, **muon):
-    """Losses do not matter here: the weights after 20 steps, of this rank's share and of one process on the joint batch."""
+    """Losses do not matter here: the weights after 20 steps, of this rank's share and of one process on all."""
     net, reference = Net(), Net()
     wrapped = wrap(net)
     ours, alone = Muon(groups(net), **EXACT, **muon), Muon(groups(reference), **EXACT)
@@ -144,7 +146,7 @@ def train_net(world, rank, wrap, accumulate=1, **muon):
     return net, ours
 
 
-# --- checks: replicas ---------------------------------------------------------------------------------------------------------
+# --- checks: replicas -------------------------------------------------------------------------------------------------
 
 
 def check_any_number_of_matrices_moves_as_in_one_process(rank, world, folder):
@@ -233,9 +235,14 @@ def check_a_missing_gradient_is_zero_where_another_rank_has_one_and_skipped_wher
 class Counted:
     """Counts the bytes that a rank sends in the large collectives, as their ring forms do, and the calls by name."""
 
-    NAMES = {"all_gather_single": "all_gather", "all_gather_into_tensor": "all_gather", "all_reduce": "all_reduce",
-             "reduce_scatter_single": "reduce_scatter", "reduce_scatter_tensor": "reduce_scatter",
-             "all_to_all_single": "all_to_all"}  # fmt: skip
+    NAMES = {
+        "all_gather_single": "all_gather",
+        "all_gather_into_tensor": "all_gather",
+        "all_reduce": "all_reduce",
+        "reduce_scatter_single": "reduce_scatter",
+        "reduce_scatter_tensor": "reduce_scatter",
+        "all_to_all_single": "all_to_all",
+    }
 
     def __enter__(self):
         self.sent, self.calls = 0, []
@@ -322,15 +329,22 @@ def check_all_ranks_follow_the_method_that_rank_0_measured(rank, world, folder):
     ]
 
 
-# --- checks: state ------------------------------------------------------------------------------------------------------------
+# --- checks: state ----------------------------------------------------------------------------------------------------
 
 
 def shared_groups(named):
-    return [{"params": named[:3], "name": "a", "use_muon": True, "momentum_schedule": [(0, 0.8), (9, 0.95)]},
-            {"params": named[3:6], "name": "b", "use_muon": True,
-             "splits": [{"heads": (1, 4)}, None, {"split": (0, [8, 3]), "adamw": [1]}],
-             "variant": "normuon", "slices": {"lr_ratio": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}},
-            {"params": named[6:], "name": "c", "use_muon": False, "lr": 1e-3}]  # fmt: skip
+    return [
+        {"params": named[:3], "name": "a", "use_muon": True, "momentum_schedule": [(0, 0.8), (9, 0.95)]},
+        {
+            "params": named[3:6],
+            "name": "b",
+            "use_muon": True,
+            "splits": [{"heads": (1, 4)}, None, {"split": (0, [8, 3]), "adamw": [1]}],
+            "variant": "normuon",
+            "slices": {"lr_ratio": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0},
+        },
+        {"params": named[6:], "name": "c", "use_muon": False, "lr": 1e-3},
+    ]
 
 
 SHARED = [(12, 8), (8, 20), (12, 8), (6, 12), (3, 5, 7), (11, 6), (4,)]
@@ -411,7 +425,7 @@ def check_state_that_does_not_fit_is_refused_and_changes_nothing(rank, world, fo
     assert all(torch.equal(before[key], value) for p in muon.state for key, value in muon.state[p].items())
 
 
-# --- checks: FSDP2 ------------------------------------------------------------------------------------------------------------
+# --- checks: FSDP2 ----------------------------------------------------------------------------------------------------
 
 
 def sharded(named, world, placements=None):
@@ -442,8 +456,10 @@ UNEVEN = [
 
 def uneven_groups(named, **options):
     splits = [None, {"heads": (0, 3)}, None, None, {"split": (1, [4, 4])}, None]
-    return [{"params": named[:6], "name": "m", "use_muon": True, "splits": splits, **options},
-            {"params": named[6:], "name": "v", "use_muon": False, "lr": 0.01}]  # fmt: skip
+    return [
+        {"params": named[:6], "name": "m", "use_muon": True, "splits": splits, **options},
+        {"params": named[6:], "name": "v", "use_muon": False, "lr": 0.01},
+    ]
 
 
 def check_shards_move_as_whole_matrices_do(rank, world, folder):
@@ -579,7 +595,7 @@ def check_other_shardings_are_refused_by_name(rank, world, folder):
 CHECKS = [name for name in globals() if name.startswith("check_")]
 
 
-# --- the processes ------------------------------------------------------------------------------------------------------------
+# --- the processes ----------------------------------------------------------------------------------------------------
 
 
 def run_checks(rank, world, folder):
@@ -630,7 +646,7 @@ def test_ranks(world, name, tmp_path_factory):
         assert results[name] == "passed", f"rank {rank}: {results[name]}"
 
 
-# --- without processes --------------------------------------------------------------------------------------------------------
+# --- without processes ------------------------------------------------------------------------------------------------
 
 
 def test_owners_are_balanced_and_a_function_of_names_shapes_and_ranks_alone():

@@ -153,8 +153,8 @@ ERRORS = [  # set, method, (e, k) on a Gaussian 256 x 256, (e, k) on the spectru
 def test_error_and_size_of_the_result_are_the_published_ones(name, method, gauss, decaying):
     steps = 5 if method == "cayley" else STEPS[name]
     spectrum = 1.0 / torch.arange(1, 257, dtype=torch.float64)
-    # cayley errs on a Gaussian's smallest singular value alone, which no two draws share (e .003 to .06 over four seeds);
-    # the others by .01; the 1/k spectrum is fixed, so the table's digits hold
+    # cayley errs on a Gaussian's smallest singular value alone, which no two draws share (e .003 to .06 over four
+    # seeds); the others by .01; the 1/k spectrum is fixed, so the table's digits hold
     for U, (e, k), within in (
         (gaussian(256, 256), gauss, 0.04 if method == "cayley" else 0.012),
         (with_spectrum(spectrum), decaying, 6e-4),

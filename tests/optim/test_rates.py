@@ -96,7 +96,7 @@ def test_a_rate_that_cannot_be_converted_is_answered_with_the_remedy(arguments, 
     assert what in str(error.value) and fix in str(error.value)
 
 
-# --- muonlm info --convert-lr ---------------------------------------------------------------------------------------------------
+# --- muonlm info --convert-lr -----------------------------------------------------------------------------------------
 
 
 def test_info_converts_a_rate_and_says_what_stays_the_same(capsys):

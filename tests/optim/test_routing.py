@@ -262,14 +262,23 @@ GDN_TABLE = {
 @pytest.mark.parametrize(
     "make, golden, muon, adamw",  # values each trains, counted by hand from the shapes
     [
-        (Mamba, MAMBA_TABLE, 2 * 64 * 32 + 2 * 16 * 64 + 32 * 64, (64 * 4 + 64) + 2 * 64 + (2 * 64 + 64) + 64 * 16 + 64),
-        (lambda tag: Mamba(tag, dt="dt_head"), LONGHORN_TABLE, 2 * 64 * 32 + 2 * 16 * 64 + 32 * 64,
-         (64 * 4 + 64) + 2 * 64 + (2 * 64 + 64) + 64),
+        (
+            Mamba,
+            MAMBA_TABLE,
+            2 * 64 * 32 + 2 * 16 * 64 + 32 * 64,
+            (64 * 4 + 64) + 2 * 64 + (2 * 64 + 64) + 64 * 16 + 64,
+        ),
+        (
+            lambda tag: Mamba(tag, dt="dt_head"),
+            LONGHORN_TABLE,
+            2 * 64 * 32 + 2 * 16 * 64 + 32 * 64,
+            (64 * 4 + 64) + 2 * 64 + (2 * 64 + 64) + 64,
+        ),
         (Mamba2, MAMBA2_TABLE, 160 * 32 + 32 * 64, 4 * 32 + (96 * 4 + 96) + 3 * 4 + 64),
         (GatedDeltaNet, GDN_TABLE, 200 * 32 + 60 * 32, 2 * 20 * 32 + 140 * 4 + 2 * 20 + 3),
     ],
     ids=["mamba", "longhorn", "mamba2", "gated deltanet"],
-)  # fmt: skip
+)
 def test_golden_tables_of_state_space_mixers(make, golden, muon, adamw, tag):
     model = make(tag)
     plan = route(model)
@@ -409,7 +418,7 @@ def test_a_split_with_only_thin_slices_goes_to_adamw():
     assert short(route(layer, split_fused=False)) == {"weight": "muon"}
 
 
-# ------------------------------------------------------------------------------------------------ models of other people
+# ----------------------------------------------------------------------------------------------- models of other people
 
 TINY = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 GQA = TINY | {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48}
@@ -568,13 +577,15 @@ ARCHITECTURES = {  # class -> (config, tensors of two dimensions and more, value
             "encoder.embed_positions.weight": "frozen",
             "decoder.embed_tokens.weight": "adamw embed",
             "decoder.embed_positions.weight": "adamw scalar",
-            **{f"{s}.self_attn.{n}.weight": "muon" for s in ("encoder", "decoder") for n in ("q_proj", "k_proj", "v_proj", "out_proj")},
-            **{f"decoder.encoder_attn.{n}.weight": "muon" for n in ("q_proj", "k_proj", "v_proj", "out_proj")},
+            **{
+                f"{s}.self_attn.{n}_proj.weight": "muon" for s in ("encoder", "decoder") for n in ("q", "k", "v", "out")
+            },
+            **{f"decoder.encoder_attn.{n}_proj.weight": "muon" for n in ("q", "k", "v", "out")},
             **{f"{s}.fc{i}.weight": "muon" for s in ("encoder", "decoder") for i in (1, 2)},
         },
         32 * 96 + 12 * 32 * 32 + 4 * 32 * 64,
     ),
-}  # fmt: skip
+}
 PREFIX = re.compile(r"^(model|backbone|transformer|gpt_neox|bert)\.|(h|layers|encoder\.layer)\.\d\.")
 
 
@@ -598,7 +609,7 @@ def test_golden_tables_of_transformers_models(architecture):
 
 
 def test_slices_named_by_the_layout_are_those_that_the_model_cuts():
-    """GPT-NeoX mixes its heads: block 3h of the split must be the query rows of head h, as the model itself reads them."""
+    """GPT-NeoX mixes its heads: block 3h of the split must be the query rows of head h, as the model reads them."""
     transformers = pytest.importorskip("transformers")
     model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**TINY, intermediate_size=128))
     layer = model.gpt_neox.layers[0].attention
@@ -639,7 +650,8 @@ def test_muon_follows_the_plan_every_block_once_and_every_weight_moves(make):
     for d in (d for d in plan.decisions if d.split and d.split.get("adamw")):
         dim, sizes = d.split["split"]
         for i, (new, old) in enumerate(zip(d.param.split(sizes, dim), before[d.name].split(sizes, dim), strict=True)):
-            # AdamW's first step is lr sign(G), so its largest entry is lr to an ulp of W (1e-8 of 1e-3, far inside rel=1e-3)
+            # AdamW's first step is lr sign(G), so its largest entry is lr to an ulp of W (1e-8 of 1e-3, far inside
+            # rel=1e-3)
             rate = (new - old).abs().max().item()
             assert (rate == pytest.approx(1e-3, rel=1e-3)) == (i in d.split["adamw"])
 
@@ -658,7 +670,7 @@ def test_names_that_only_resemble_a_norm_a_head_or_a_decay_are_projections():
 
 
 def test_no_hidden_matrix_is_taken_for_a_head_because_of_its_shape():
-    """A byte vocabulary of 256 and an up-projection 256x64 have one shape; so have a square embedding and a square matrix."""
+    """A byte vocabulary of 256 and an up-projection 256x64 have one shape; as a square embedding and matrix do."""
     model = nn.ModuleDict({"wte": nn.Embedding(256, 64), "lm_head": nn.Linear(64, 256, bias=False)})
     model["up"] = nn.Linear(64, 256, bias=False)
     assert short(route(model))["up.weight"] == "muon"  # the head is known by its name
@@ -705,7 +717,13 @@ def test_an_embedding_class_of_ones_own_and_bare_tables_are_not_orthogonalised()
     model.pos_embed, model.register_tokens = nn.Parameter(torch.zeros(24, 32)), nn.Parameter(torch.zeros(20, 32))
     model.hidden = nn.Linear(32, 32)
     assert short(route(model)) == {
-        "tokens.table": "adamw embed", "norm.weight": "adamw scalar", "where.weight": "adamw scalar", "pos_embed": "adamw scalar", "register_tokens": "adamw scalar", "hidden.weight": "muon"}  # fmt: skip
+        "tokens.table": "adamw embed",
+        "norm.weight": "adamw scalar",
+        "where.weight": "adamw scalar",
+        "pos_embed": "adamw scalar",
+        "register_tokens": "adamw scalar",
+        "hidden.weight": "muon",
+    }
 
 
 def test_routers_are_left_to_adamw_and_gates_of_an_mlp_are_not():
@@ -742,7 +760,12 @@ def test_stacks_of_experts_are_known_by_their_name_class_or_number_and_other_sta
     model.b.num_experts, model.b.w = 4, nn.Parameter(torch.zeros(4, 48, 32))
     model.c.w, model.c.one = nn.Parameter(torch.zeros(4, 48, 32)), nn.Parameter(torch.zeros(1, 48, 32))
     assert short(route(model)) == {
-        "a.up": "muon", "a.thin": "adamw matrix", "b.w": "muon", "c.w": "adamw scalar", "c.one": "adamw scalar"}  # fmt: skip
+        "a.up": "muon",
+        "a.thin": "adamw matrix",
+        "b.w": "muon",
+        "c.w": "adamw scalar",
+        "c.one": "adamw scalar",
+    }
     assert by_name(route(model))["a.up"].block_shapes() == [(48, 32)] * 4
 
 
@@ -823,11 +846,15 @@ def test_small_and_three_dimensional_leftovers_go_to_adamw_and_stacked_experts_t
     model.experts.up = nn.Parameter(torch.zeros(4, 32, 64))
     model.A_log = nn.Parameter(torch.zeros(32, 16))
     assert {k: r for k, (r, _) in taken(route(model)).items()} == {
-        "narrow.weight": "adamw", "memory": "adamw", "experts.up": "muon", "A_log": "adamw"}  # fmt: skip
+        "narrow.weight": "adamw",
+        "memory": "adamw",
+        "experts.up": "muon",
+        "A_log": "adamw",
+    }
     assert taken(route(model, min_dim=4))["narrow.weight"] == ("muon", "matrix")
 
 
-# ------------------------------------------------------------------------------------------------ overrides, groups, checks
+# -------------------------------------------------------------------------------------------- overrides, groups, checks
 
 
 def test_an_override_beats_a_tag_a_tag_the_owner_the_owner_a_name_and_a_name_the_shape():
@@ -869,7 +896,13 @@ def test_overrides_may_set_rates_decay_and_splits():
         "scalar x0.5": ["wpe.weight"],
     }
     assert [(g["lr"], g["base_lr"], g["weight_decay"]) for g in groups.values()] == [
-        (0.02, 0.02, 0.05), (0.04, 0.04, 0.05), (0.04, 0.04, 0.0), (1e-3, 1e-3, 0.1), (1e-3, 1e-3, 0.0), (5e-4, 5e-4, 0.0)]  # fmt: skip
+        (0.02, 0.02, 0.05),
+        (0.04, 0.04, 0.05),
+        (0.04, 0.04, 0.0),
+        (1e-3, 1e-3, 0.1),
+        (1e-3, 1e-3, 0.0),
+        (5e-4, 5e-4, 0.0),
+    ]
     assert "slices" in groups["muon x2"] and "slices" not in groups["muon"]
     text = plan.table(list(groups.values()))
     assert "group embed: empty" not in text and "group head: empty" in text
@@ -1049,9 +1082,20 @@ def test_the_json_report_has_rates_splits_and_predictions_of_every_tensor():
     rows = {row["name"]: row for row in report["tensors"]}
     qkv = rows["blocks.0.qkv.weight"]
     assert qkv == {
-        "name": "blocks.0.qkv.weight", "aliases": [], "shape": [96, 32], "numel": 96 * 32, "route": "muon", "role": "matrix",
-        "split": {"split": [0, [32, 32, 32]]}, "lr_mult": 1.0, "group": "muon", "lr": 0.02, "wd": 0.1,
-        "blocks": [{"shape": [32, 32], "s": 1.0, "update_rms": 0.02 / 32**0.5}], "reason": "tagged matrix by its model class"}  # fmt: skip
+        "name": "blocks.0.qkv.weight",
+        "aliases": [],
+        "shape": [96, 32],
+        "numel": 96 * 32,
+        "route": "muon",
+        "role": "matrix",
+        "split": {"split": [0, [32, 32, 32]]},
+        "lr_mult": 1.0,
+        "group": "muon",
+        "lr": 0.02,
+        "wd": 0.1,
+        "blocks": [{"shape": [32, 32], "s": 1.0, "update_rms": 0.02 / 32**0.5}],
+        "reason": "tagged matrix by its model class",
+    }
     assert rows["wte.weight"]["aliases"] == ["head.weight"] and rows["wte.weight"]["lr"] == 5e-4
     assert rows["blocks.0.up.weight"]["route"] == "frozen" and "lr" not in rows["blocks.0.up.weight"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -1183,10 +1227,18 @@ def test_a_plan_feeds_the_optimizer_with_names_for_its_messages():
 
 @pytest.mark.parametrize(
     "tag",
-    [{"role": "matirx"}, {"route": "Muon"}, "muon", {"split": [32, 32]}, {"lr_mult": "2"}, {"splits": (0, [32, 32])},
-     {"split": (0, [32, 32]), "adamw": [5]}, {"heads": (0, 5)}],
+    [
+        {"role": "matirx"},
+        {"route": "Muon"},
+        "muon",
+        {"split": [32, 32]},
+        {"lr_mult": "2"},
+        {"splits": (0, [32, 32])},
+        {"split": (0, [32, 32]), "adamw": [5]},
+        {"heads": (0, 5)},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_tag_that_cannot_be_followed_is_refused_by_the_tensors_name(tag):
     model = torch.nn.Sequential(torch.nn.Linear(32, 64))
     model[0].weight.muonlm = tag

@@ -110,8 +110,8 @@ def read_config(run: str | Path) -> Config:
 def upgrade(tree: dict) -> dict:
     """The config.json of an older run in today's keys.
 
-    Until 2026-11-26 Muon's own settings stood in [optim], among them adaptive_ns (LOG.md tells why it went), and selectors
-    stood beside the pattern that they had become.
+    Until 2026-11-26 Muon's own settings stood in [optim], among them adaptive_ns (LOG.md tells why it went), and
+    selectors stood beside the pattern that they had become.
     """
     model = {key: value for key, value in tree.get("model", {}).items() if not key.endswith("_per_layer")}
     own = typing.get_type_hints(MuonConfig).keys()

@@ -56,7 +56,9 @@ def _gathered(
     joined = {}
     for full in sorted(full for full in tensors if is_sharded(tensors[full])):
         shard, dtype = tensors[full], tensors[full].dtype
-        whole = (shard.to(torch.int32) if dtype == torch.int16 else shard).full_tensor()  # no backend gathers int16
+        wide = shard.to(torch.int32) if dtype == torch.int16 else shard  # no backend gathers int16
+        assert is_sharded(wide)
+        whole = wide.full_tensor()
         joined[full] = whole.to("cpu", dtype) if owners.rank == 0 else None
     mine = {
         full: t for full, t in tensors.items() if full not in joined and owners.owns(names[full.rpartition("/")[0]])
@@ -163,7 +165,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _owners(optimizer: torch.optim.Optimizer) -> list:
-    return optimizer.owners() if hasattr(optimizer, "owners") else []
+    return getattr(optimizer, "owners", list)()
 
 
 def _copied(group: dict, optimizer: torch.optim.Optimizer) -> dict:

@@ -100,6 +100,8 @@ def repeatable(cfg: Config) -> Config:
     if cfg.train.dtype != "float32":
         return cfg
     entry = OPTIMIZERS[cfg.optim.name]
-    own = getattr(cfg, entry.section, None)
+    if not entry.exact:
+        return cfg
+    own = getattr(cfg, entry.section)
     exact = {key: value for key, value in entry.exact.items() if getattr(own, key) == "auto"}
-    return dataclasses.replace(cfg, **{entry.section: dataclasses.replace(own, **exact)}) if exact else cfg
+    return dataclasses.replace(cfg, **{entry.section: dataclasses.replace(own, **exact)})

@@ -60,12 +60,14 @@ def blocks(t: Tensor, split: dict | None) -> list[Tensor]:
 
 def adamw_blocks(split: dict | None, count: int) -> set[int]:
     """Which of a parameter's `count` blocks AdamW trains: the slices named by "adamw", in every matrix of a stack."""
-    aux = (split or {}).get("adamw", ())
-    return {i for i in range(count) if i % len(split["split"][1]) in aux} if aux else set()
+    if not split or not split.get("adamw"):
+        return set()
+    aux, period = split["adamw"], len(split["split"][1])
+    return {i for i in range(count) if i % period in aux}
 
 
 def block_shapes(shape: torch.Size, split: dict | None) -> list[tuple[int, int]]:
     """(rows, columns) of the blocks that Newton-Schulz sees: all but the slices left to AdamW."""
     every = blocks(torch.empty(shape, device="meta"), split)
     aux = adamw_blocks(split, len(every))
-    return [tuple(b.shape) for i, b in enumerate(every) if i not in aux]
+    return [(b.shape[0], b.shape[1]) for i, b in enumerate(every) if i not in aux]

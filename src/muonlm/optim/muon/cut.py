@@ -49,14 +49,15 @@ def cut(
 def _slices_step(group: dict, state: dict, pieces: list[tuple[Tensor, Tensor]]) -> None:
     """AdamW on the slices of a fused matrix that are too thin for Newton-Schulz; their state is one flat tensor."""
     options, sizes = group["slices"], [w.numel() for w, _ in pieces]
-    moments = [
+    first, second = (
         [v.view(w.shape) for v, (w, _) in zip(state[key].split(sizes), pieces)] for key in ("exp_avg", "exp_avg_sq")
-    ]
+    )
     steps = [state["step"].clone() for _ in pieces]
     adamw(
         [w for w, _ in pieces],
         [g for _, g in pieces],
-        *moments,
+        first,
+        second,
         [],
         steps,
         foreach=False,

@@ -31,10 +31,14 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 GRADS = ("averaged", "local")
 ROUND_BYTES = 64 * 2**20
@@ -56,7 +60,7 @@ def share_out(items: list[tuple[float, str]], load: list[float]) -> list[tuple[i
     return shares
 
 
-def is_sharded(t: Tensor) -> bool:
+def is_sharded(t: Tensor) -> "TypeGuard[DTensor]":
     """A DTensor? Nobody has one who has not imported its module, which takes a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
@@ -74,7 +78,7 @@ def like(p: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def sharded_like(p: Tensor, whole: Tensor) -> Tensor:
+def sharded_like(p: "DTensor", whole: Tensor) -> Tensor:
     """This rank's part of `whole`, as a DTensor laid out like p. Every rank has `whole`: nothing is sent."""
     from torch.distributed.tensor import distribute_tensor
 
@@ -84,11 +88,11 @@ def sharded_like(p: Tensor, whole: Tensor) -> Tensor:
 @contextlib.contextmanager
 def keep_tags(model: torch.nn.Module):
     """`with keep_tags(model): fully_shard(model)`: the parameters that it makes keep their tags, such as splits."""
-    tags = {name: p.muonlm for name, p in model.named_parameters() if hasattr(p, "muonlm")}
+    tags = {name: getattr(p, "muonlm") for name, p in model.named_parameters() if hasattr(p, "muonlm")}
     yield
     for name, p in model.named_parameters():
         if name in tags:
-            p.muonlm = tags[name]
+            setattr(p, "muonlm", tags[name])
 
 
 def check_sharding(group: dict, names: list[str], tensors: list[Tensor]) -> None:
@@ -143,7 +147,7 @@ class Owners:
         return cls(group, grads) if dist.get_world_size(group) > 1 else None
 
     @classmethod
-    def of_mesh(cls, params: list[Tensor]) -> "Owners":
+    def of_mesh(cls, params: list["DTensor"]) -> "Owners":
         mesh = params[0].device_mesh
         if any(p.device_mesh != mesh for p in params):
             raise ValueError(
@@ -318,7 +322,7 @@ class Owners:
 
     def gather(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """(all that the ranks hold, on rank 0: what it receives on its CPU; elsewhere nothing; the names of all)."""
-        held = [None] * self.size
+        held: list[Any] = [None] * self.size
         dist.all_gather_object(held, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, group=self.group)
         device = next((p.device for p in self.owner), torch.device("cpu"))
         whole = {}
@@ -336,7 +340,7 @@ class Owners:
 
     def gather_objects(self, value) -> list:
         """Every rank's value, on every rank."""
-        held = [None] * self.size
+        held: list[Any] = [None] * self.size
         dist.all_gather_object(held, value, group=self.group)
         return held
 

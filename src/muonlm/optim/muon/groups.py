@@ -6,6 +6,7 @@ Raises   ValueError for values and tensors that cannot work, naming them and the
 import math
 import warnings
 from difflib import get_close_matches
+from typing import Any
 
 from torch import Tensor
 
@@ -80,12 +81,13 @@ def _members(group: dict, others: list[dict]) -> tuple[list[str], list[Tensor]]:
     params = group["params"]
     if isinstance(params, set):
         raise TypeError("parameters must come in an order that is the same in every run; pass a list instead of a set")
-    group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
-    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+    members: list[Any] = [params] if isinstance(params, Tensor) else list(params)
+    group["params"] = members
+    tensors = [p[1] if isinstance(p, tuple) else p for p in members]
     if strange := [type(p).__name__ for p in tensors if not isinstance(p, Tensor)]:
         raise TypeError(f"a group holds tensors or (name, tensor) pairs, found {strange[0]}")
     group.setdefault("name", f"group{len(others)}")
-    names = [p[0] if isinstance(p, tuple) else f"#{i} of group {group['name']!r}" for i, p in enumerate(params)]
+    names = [p[0] if isinstance(p, tuple) else f"#{i} of group {group['name']!r}" for i, p in enumerate(members)]
     if group["name"] in {other["name"] for other in others}:
         raise ValueError(f"two groups are named {group['name']!r}; give each a name of its own")
     seen = {id(p) for other in others for p in other["params"]}
@@ -181,11 +183,11 @@ def check_splits(given: list[dict | None] | None, names: list[str], tensors: lis
     if given is None:
         cuts = ("split", "heads", "flatten", "adamw", "transposed")
         tags = [getattr(p, "muonlm", None) or {} for p in tensors]
-        given = [{key: tag[key] for key in cuts if key in tag} for tag in tags]
-        for split in given:
+        found = [{key: tag[key] for key in cuts if key in tag} for tag in tags]
+        for split in found:
             if "split" in split:
                 split.pop("heads", None)  # a tag may offer both; single heads are asked of `route`
-        given = [split or None for split in given]
+        given = [split or None for split in found]
     if len(given) != len(tensors):
         raise ValueError(f"splits has {len(given)} entries for {len(tensors)} parameters; give one (or None) for each")
     for name, p, split in zip(names, tensors, given, strict=True):

@@ -40,6 +40,7 @@ Source   Keller Jordan, github.com/KellerJordan/Muon; classical momentum, match_
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ class Muon(torch.optim.Optimizer):
         if grads not in GRADS:
             raise ValueError(f'grads={grads!r} is unknown; use "averaged" (DDP did it) or "local" (Muon shall)')
         self.ns_calls = 0
-        self.diagnostics = diagnostics
+        self.diagnostics: Any = diagnostics
         self.replicas = Owners.of(process_group, grads)
         self.shards = None  # the owners of DTensor parameters
         self.settled = False  # whether all matrices have an owner, see `assign_owners`
@@ -286,8 +287,8 @@ class Muon(torch.optim.Optimizer):
     def _step_whole(
         self, group: dict, found: list[tuple], weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor]
     ) -> None:
-        watched = self.diagnostics is not None and self.diagnostics.due(group["step"])
-        observe = self.diagnostics.observe if watched else None
+        watch = self.diagnostics
+        observe = watch.observe if watch is not None and watch.due(group["step"]) else None
         self.ns_calls += update(group, cut(group, self.state, found, weights, grads, momenta), observe)
 
     def _step_shards(
@@ -337,10 +338,9 @@ class Muon(torch.optim.Optimizer):
         return grads, momenta
 
     def new_state(self, p: Tensor, split: dict | None, group: dict) -> None:
-        """All but the mantissa, which `master_weights` makes. Of a sharded parameter what is not sharded is the owner's
-        alone."""
+        """All but the mantissa, which `master_weights` makes. What is not sharded like the parameter is the owner's."""
         for key, (shape, dtype) in matrix_layout(p, split, group).items():
             if key == "momentum_buffer":
                 self.state[p][key] = like(p, dtype)
-            elif key != "mantissa" and (not is_sharded(p) or self.shards.owns(p)):
+            elif key != "mantissa" and (not is_sharded(p) or (self.shards and self.shards.owns(p))):
                 self.state[p][key] = torch.zeros(shape, dtype=dtype, device="cpu" if key == "step" else p.device)

@@ -36,6 +36,7 @@ Source   keller: github.com/KellerJordan/Muon · polar_express: Amsel et al., ar
 import math
 from difflib import get_close_matches
 from itertools import chain, islice, repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ def triples(coefficients: str | list[Triple], steps: int) -> list[Triple]:
     """The (a, b, c) of each of `steps` iterations for a named set or a list of triples."""
     if not isinstance(steps, int) or not 1 <= steps <= 99:
         raise ValueError(f"`ns_steps` = {steps!r} is not a whole number from 1 to 99; 5 is usual")
+    given: list[Any]
     if isinstance(coefficients, str):
         if coefficients not in COEFFICIENTS:
             near = get_close_matches(coefficients, COEFFICIENTS, n=1, cutoff=0.0)[0]
@@ -194,6 +196,7 @@ def _gram_form(X: Tensor, steps: list[Triple]) -> Tensor:
         if i + 1 < len(steps):
             Y = _axpby(R, R, Z, beta=a)
             R = _axpby(Y, Y, Z, beta=a)
+    assert Q is not None  # there is a step
     return _times(Q, X, beta=q)
 
 

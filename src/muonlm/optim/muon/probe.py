@@ -36,11 +36,12 @@ def choose(group: dict, A: int, B: int, count: int, dtype: torch.dtype, device: 
     m, n = min(A, B), max(A, B)
     key = f"{m}x{n}" if dtype != torch.float64 else f"{m}x{n} float64"
     options = candidates(m, n, group["coefficients"], group["ns_steps"], method, ns_dtype, device)
-    stored = group["ns_chosen"].get(key, " ").split(" ")
-    chosen = (stored[0], NS_DTYPES.get(stored[1]))
-    if chosen not in options:  # nothing stored, or it was chosen under settings that have changed since
-        chosen = fastest(m, n, count, group["coefficients"], group["ns_steps"], options, device)
-        group["ns_chosen"][key] = f"{chosen[0]} {str(chosen[1]).removeprefix('torch.')}"
+    way, _, name = group["ns_chosen"].get(key, "").partition(" ")
+    if name in NS_DTYPES and (way, NS_DTYPES[name]) in options:
+        return way, NS_DTYPES[name]
+    # nothing stored, or it was chosen under settings that have changed since
+    chosen = fastest(m, n, count, group["coefficients"], group["ns_steps"], options, device)
+    group["ns_chosen"][key] = f"{chosen[0]} {str(chosen[1]).removeprefix('torch.')}"
     return chosen
 
 
@@ -59,14 +60,15 @@ def candidates(
             "cuda": ["float32"] if method in ("gram", "cayley") else ["bfloat16"],
         }.get(device.type, ["float32"])
     )
-    legal, refusal = [], None
+    legal: list[Choice] = []
+    refusal: ValueError | None = None
     for choice in ((way, NS_DTYPES[name]) for name in dtypes for way in methods):
         try:
             check_method(choice[0], coefficients, choice[1])
             legal.append(choice)
         except ValueError as error:
             refusal = error
-    if not legal:
+    if refusal and not legal:
         raise refusal
     return legal
 
@@ -94,7 +96,7 @@ def fastest(
         worth = [slow[way] / t for (way, dtype), t in best.items() if dtype == torch.bfloat16 and slow[way]]
         if worth and max(worth) < BF16_GAIN:  # no native bf16 products: not worth the rounding in any form
             options = [option for option in options if option[1] != torch.bfloat16]
-        _measured[key] = min(options, key=best.get)
+        _measured[key] = min(options, key=best.__getitem__)
     return _measured[key]
 
 

@@ -76,20 +76,23 @@ def update(group: dict, pieces: list[Piece], observe: Observer | None = None) ->
 def _direction(batch: list[Piece], group: dict, count: int, observe: Observer | None) -> Tensor:
     """O (N, A, B) of a batch, one of a bucket of `count` pieces, after the variant (hyperball: before it)."""
     first, variant = batch[0], group["variant"]
-    U = _stack(batch, group)
+    (A, B), U = first.weight.shape, _stack(batch, group)
     before = U.clone() if observe else None
     if variant == "adamuon" and group["adamuon_sign"]:
         U.sign_()
-    method, dtype = choose(group, *first.weight.shape, count, U.dtype, U.device)
+    method, dtype = choose(group, A, B, count, U.dtype, U.device)
     polar = _compiled() if group["compile"] else orthogonalise
     O = polar(U, group["coefficients"], group["ns_steps"], method, dtype)
     O = U.copy_(O) if O.dtype != U.dtype else O
     if observe and before is not None:
         observe(_observation(batch, group, before, O))
     if variant in ("normuon", "adamuon"):
-        second = [piece.state for piece in batch]
-        O = adapt(variant, O, second, group["beta2"], group["rms_target"], first.transposed)
+        O = adapt(variant, O, _states(batch), group["beta2"], group["rms_target"], first.transposed)
     return O
+
+
+def _states(batch: list[Piece]) -> list[Tensor]:
+    return [piece.state for piece in batch if piece.state is not None]
 
 
 def _observation(batch: list[Piece], group: dict, U: Tensor, O: Tensor) -> Observation:
@@ -110,7 +113,7 @@ def _move(batch: list[Piece], group: dict, O: Tensor, cautious_decay: float) -> 
     """Change the weights of a batch by its directions O (N, A, B), which are used up."""
     weights, lr = [piece.weight for piece in batch], _rate(group)
     if group["variant"] == "hyperball":
-        stay_on_sphere(weights, O, [piece.state for piece in batch], lr)
+        stay_on_sphere(weights, O, _states(batch), lr)
         return
     directions = list(O.unbind(0))
     if cautious_decay:

@@ -158,7 +158,7 @@ def splits_entry(p: Tensor, place: Place, cut: dict, flags: Flags) -> tuple[dict
     """(the group's `splits` entry of a Muon tensor, why it is none of Muon's after all)."""
     if p.ndim > 3 or isinstance(place.module, _ConvNd):
         return {"flatten": True}, ""
-    entry = {}
+    entry: dict = {}
     if "heads" in cut and (flags.per_head or (flags.split_fused and "interleaved" in cut)):
         entry = {"heads": tuple(cut["heads"])}
     elif "split" in cut and flags.split_fused:

@@ -159,11 +159,12 @@ def _check_for_muon(trained: list[Decision], allow_empty_muon: bool) -> None:
         )
 
 
-def _of_muon(chosen: list[Decision], name: str, lr: float, scalar_lr: float, adam: dict) -> dict:
+def _of_muon(chosen: list[Decision], name: str, lr: float, scalar_lr: float | None, adam: dict) -> dict:
     """What a group of Muon holds besides: how its tensors are cut, and how their slices are trained."""
     splits = [d.split for d in chosen]
     if not any((split or {}).get("adamw") for split in splits):
         return {"splits": splits}
+    assert scalar_lr is not None
     if not lr > 0.0:
         raise UserError(
             f"slices of group {name!r} are trained by AdamW at a multiple of Muon's rate, {lr}; set `lr` above 0"

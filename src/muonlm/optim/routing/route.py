@@ -21,6 +21,7 @@ import math
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -287,18 +288,19 @@ def _compile(overrides: Sequence[tuple | str], names: list[str]) -> list[tuple[r
     """The overrides with their regexes compiled; every one must match a name and make sense."""
     rules = []
     for rule in overrides:
-        rule = tuple(rule.rsplit("=", 1)) if isinstance(rule, str) else rule
-        if not 2 <= len(rule) <= 3 or (len(rule) == 3 and not isinstance(rule[2], dict)):
+        given: tuple[Any, ...] = tuple(rule.rsplit("=", 1)) if isinstance(rule, str) else rule
+        if not 2 <= len(given) <= 3 or (len(given) == 3 and not isinstance(given[2], dict)):
             raise UserError(
                 f'the override {rule!r} is no (regex, route) or (regex, route, settings); write ("attn", "adamw")'
             )
-        regex, wanted, settings = *rule[:2], dict(rule[2]) if len(rule) == 3 else {}
+        regex, wanted = given[:2]
+        settings = dict(given[2]) if len(given) == 3 else {}
         if wanted not in ("muon", "adamw", "exclude"):
             raise UserError(
                 f'the override "{regex}={wanted}" has no such route; write "{regex}=muon", "=adamw" or "=exclude"'
             )
         try:
-            pattern = re.compile(regex)
+            pattern: re.Pattern[str] = re.compile(regex)
         except re.error as error:
             raise UserError(
                 f"the override {regex!r} is not a regular expression ({error}); escape it, e.g. {re.escape(regex)}"
@@ -308,21 +310,25 @@ def _compile(overrides: Sequence[tuple | str], names: list[str]) -> list[tuple[r
             raise UserError(
                 f"the override {regex!r} matches no parameter; did you mean {near[0] if near else 'another model'}?"
             )
-        if unknown := sorted(set(settings) - set(SETTINGS)):
-            raise UserError(f"the override {regex!r} sets {unknown[0]!r}; it can set {', '.join(SETTINGS)}")
-        if cuts := sorted({"split", "heads", "adamw"}.intersection(settings) if wanted != "muon" else ()):
-            raise UserError(
-                f'the override "{regex}={wanted}" sets {cuts[0]!r}, which only Muon follows; write "{regex}=muon"'
-            )
-        if ("split" in settings and "heads" in settings) or ("adamw" in settings and "split" not in settings):
-            raise UserError(f"the override {regex!r} must give either split (with adamw, if need be) or heads")
-        for key, least in (("lr_mult", "above 0"), ("wd", "at least 0")):
-            value = settings.get(key, 1.0)
-            number = isinstance(value, int | float) and math.isfinite(value)
-            if not number or value < 0 or (value == 0 and key == "lr_mult"):
-                raise UserError(f"the override {regex!r} sets {key}={value!r}; use a finite number {least}")
+        _check_settings(regex, wanted, settings)
         rules.append((pattern, wanted, settings))
     return rules
+
+
+def _check_settings(regex: str, wanted: str, settings: dict) -> None:
+    if unknown := sorted(set(settings) - set(SETTINGS)):
+        raise UserError(f"the override {regex!r} sets {unknown[0]!r}; it can set {', '.join(SETTINGS)}")
+    if cuts := sorted({"split", "heads", "adamw"}.intersection(settings) if wanted != "muon" else ()):
+        raise UserError(
+            f'the override "{regex}={wanted}" sets {cuts[0]!r}, which only Muon follows; write "{regex}=muon"'
+        )
+    if ("split" in settings and "heads" in settings) or ("adamw" in settings and "split" not in settings):
+        raise UserError(f"the override {regex!r} must give either split (with adamw, if need be) or heads")
+    for key, least in (("lr_mult", "above 0"), ("wd", "at least 0")):
+        value = settings.get(key, 1.0)
+        number = isinstance(value, int | float) and math.isfinite(value)
+        if not number or value < 0 or (value == 0 and key == "lr_mult"):
+            raise UserError(f"the override {regex!r} sets {key}={value!r}; use a finite number {least}")
 
 
 def _check_cut(name: str, p: Tensor, cut: dict) -> dict:

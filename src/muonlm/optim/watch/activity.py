@@ -99,7 +99,7 @@ class ActivityCheck:
         calls, owners = getattr(self.optimizer, "ns_calls", 0), self._owners()
         if owners:
             ranks = owners.gather_objects((calls, names))
-            calls, names = sum(c for c, _ in ranks), {name for _, there in ranks for name in there}
+            calls, names = sum(c for c, _ in ranks), sorted({name for _, there in ranks for name in there})
         if calls != len(names):
             some = ", ".join(sorted(names)[:2])
             raise MuonInactive(

@@ -1,7 +1,7 @@
-"""Plain lines of advice from Muon's signals: what is wrong, in which layer, and what to try. Silent on a healthy run.
+"""Plain lines of advice from Muon's measurements: what is wrong, where, and what to try. Silent on a healthy run.
 
-`Advice.see` judges the signals of one event (diagnostics.py), `Advice.lines` adds what the loop knows and says each
-kind of line at most once in QUIET_STEPS steps. The thresholds are ours.
+`Advice.see` judges the measurements of one event (diagnostics.py), `Advice.lines` adds what the loop knows and says
+each kind of line at most once in QUIET_STEPS steps. The thresholds are ours.
 """
 
 import math
@@ -10,7 +10,7 @@ from statistics import median
 
 from ..muon.blocks import FIXED
 
-Layers = dict[str, dict[str, float]]  # layer -> signal -> value
+Layers = dict[str, dict[str, float]]  # layer -> what was measured -> value
 
 # A line is said beyond these.
 RMS_BAND = (0.5, 1.5)  # measured update RMS over prediction
@@ -25,7 +25,7 @@ QUIET_STEPS = 1000  # between two lines of one kind
 
 
 class Advice:
-    """Turns signals into lines, at most one of each kind in QUIET_STEPS steps."""
+    """Turns measurements into lines, at most one of each kind in QUIET_STEPS steps."""
 
     def __init__(self):
         self.said: dict[str, int] = {}
@@ -36,20 +36,20 @@ class Advice:
 
     def see(self, layers: Layers, names: list[str], groups: dict[str, dict]) -> None:
         """Judge one event; `names` are all layers that Muon should train."""
-        say = self.pending
-        say.clear()
+        pending = self.pending
+        pending.clear()
         step = int(max(v["step"] for v in layers.values()))
         for name in names:
             if name not in layers:
-                say.setdefault("inactive", f"Muon inactive: no Newton-Schulz call for {name}")
+                pending.setdefault("inactive", f"Muon inactive: no Newton-Schulz call for {name}")
         for name, v in sorted(layers.items()):
             if v["nonfinite"]:
-                say.setdefault(
+                pending.setdefault(
                     "nonfinite",
                     f"non-finite update in {name} at step {step}: skip or stop; lower optim.lr (now {v['lr']:g})",
                 )
             elif v["zero_update"]:
-                say.setdefault(
+                pending.setdefault(
                     "dead",
                     f"dead layer: the gradient of {name} has been exactly 0: it is not used, or cut off from the loss",
                 )
@@ -88,20 +88,20 @@ class Advice:
         self.high_since = {n: self.high_since.get(n, step) for n, r in ratios.items() if r > HIGH_U_W}
         long = [n for n, since in self.high_since.items() if step - since >= HIGH_U_W_STEPS]
         if long:
-            name = max(long, key=ratios.get)
+            name = max(long, key=ratios.__getitem__)
             line = f"Muon lr too high: u/w > {HIGH_U_W} for {step - self.high_since[name]} steps in {name}; try lr/2"
             self.pending["high"] = line + f" (u/w {ratios[name]:.2g}, lr {layers[name]['lr']:g})"
         # a low rate in warm-up or cooldown is meant
         at_peak = {n: r for n, r in ratios.items() if layers[n]["lr"] >= 0.5 * _peak_lr(groups[n])}
         if at_peak and median(at_peak.values()) < LOW_U_W:
-            name = min(at_peak, key=at_peak.get)
+            name = min(at_peak, key=at_peak.__getitem__)
             self.pending["low"] = (
                 f"lr too low: u/w < {LOW_U_W:g} (u/w {at_peak[name]:.2g} in {name}, lr {layers[name]['lr']:g})"
             )
 
     def _error(self, layers: Layers, groups: dict[str, dict]) -> None:
         errors = {name: v["orthogonality_error"] for name, v in layers.items() if "orthogonality_error" in v}
-        name = max(errors, key=errors.get, default=None)
+        name = max(errors, key=errors.__getitem__, default=None)
         if name and errors[name] > HIGH_ERROR:
             steps = groups[name]["ns_steps"]
             self.pending["error"] = (

@@ -1,10 +1,10 @@
-"""Is Muon healthy? Signals of every matrix, cheap, every k steps; advice in plain lines is made of them (advice.py).
+"""Is Muon healthy? Measurements of every matrix, cheap, every k steps; advice.py makes plain lines of them.
 
     diagnostics = Diagnostics(every=100).attach(optimizer)       sets optimizer.diagnostics; None there = no cost at all
     if diagnostics.due(step):  metrics = diagnostics.collect()   on every rank, after the step
-    for line in diagnostics.advise(step, loss=loss): say(line)
+    for line in diagnostics.advise(step, loss=loss): log(line)
 
-Signals, of a block W (A x B) with NS input U and output O, both wide (m, n), m <= n; median, max or min, worst layer:
+Measured, of a block W (A x B) with NS input U and output O, both wide (m, n), m <= n; median, max or min, worst layer:
 
     update_rms = lr s RMS(O)                  predicted_rms = lr s / sqrt(max(A, B)), s of the group's lr_mode
     u_w = update_rms / RMS(W)                 k = ||O||_F / sqrt(m): 1 for a polar factor, sqrt(r/m) where U has rank r
@@ -66,7 +66,7 @@ def block_list(group: dict) -> Iterator[tuple[str, Tensor, dict | None, int, flo
                 yield (f"{name}[{i}]" if len(pieces) > 1 else name), p, split, i, factor
 
 
-# -------------------------------------------------------------------------------------------------- signals
+# -------------------------------------------------------------------------------------------------- measurements
 
 
 class Diagnostics:
@@ -77,6 +77,8 @@ class Diagnostics:
     advice         False: advise() returns nothing
     """
 
+    optimizer: Muon  # see `attach`
+
     def __init__(self, every: int = 100, spectra_every: int = 1000, advice: bool = True, seed: int = 0):
         if every < 0 or spectra_every < 0 or (every and spectra_every % every):
             raise UserError(
@@ -85,7 +87,6 @@ class Diagnostics:
             )
         self.every, self.spectra_every, self.seed = every, spectra_every, seed
         self.advice = Advice() if advice else None
-        self.optimizer: Muon | None = None
         self.places: dict[str, int] = {}  # block name -> index of its group; load_state_dict makes new group dicts
         self.factors: dict[str, float] = {}
         self.names: list[str] = []
@@ -114,7 +115,6 @@ class Diagnostics:
     @torch.no_grad()
     def observe(self, seen: Observation) -> None:
         """Measure one batch of a due step; called by the optimizer before the weights change."""
-        assert self.optimizer is not None, "Diagnostics.attach(optimizer) comes first"
         if seen.step % self.every == 0:
             self._measure_batch(seen)
         if self.spectra_every and (seen.step + 1) % self.spectra_every == 0:
@@ -257,7 +257,7 @@ def merge(parts: list[Layers]) -> dict[str, float | str]:
     """Flat metrics of the layers that several ranks measured (a layer that two of them hold counts once)."""
     layers = dict(sorted(_union(parts).items()))
     flat: dict[str, float | str] = {}
-    for signal, kinds in {
+    for what, kinds in {
         "update_rms": "median max",
         "predicted_rms": "median",
         "weight_rms": "median max",
@@ -268,19 +268,19 @@ def merge(parts: list[Layers]) -> dict[str, float | str]:
         "spectral_norm_u": "median max",
         "stable_rank": "median min",
     }.items():
-        values = {name: v[signal] for name, v in layers.items() if signal in v}
+        values = {name: v[what] for name, v in layers.items() if what in v}
         for kind in kinds.split() if values else ():
-            flat[f"muon/{signal}_{kind}"] = {"median": median, "max": max, "min": min}[kind](values.values())
-        if signal in ("u_w", "orthogonality_error") and values:
-            flat[f"muon/{signal}_layer"] = max(values, key=values.get)
+            flat[f"muon/{what}_{kind}"] = {"median": median, "max": max, "min": min}[kind](values.values())
+        if what in ("u_w", "orthogonality_error") and values:
+            flat[f"muon/{what}_layer"] = max(values, key=values.__getitem__)
     if "muon/orthogonality_error_layer" in flat:
         flat["muon/worst_layer"] = flat.pop("muon/orthogonality_error_layer")
-    for signal in ("orthogonality_error_exact", "cos_previous", "sigma_05", "sigma_50", "sigma_95"):
-        values = {name: v[signal] for name, v in layers.items() if signal in v}
+    for what in ("orthogonality_error_exact", "cos_previous", "sigma_05", "sigma_50", "sigma_95"):
+        values = {name: v[what] for name, v in layers.items() if what in v}
         if values:  # of one layer
-            flat[f"muon/{signal}"] = median(values.values())
-        if len(values) == 1 and signal in ("orthogonality_error_exact", "sigma_05"):
-            flat[f"muon/{signal}_layer"] = next(iter(values))
+            flat[f"muon/{what}"] = median(values.values())
+        if len(values) == 1 and what in ("orthogonality_error_exact", "sigma_05"):
+            flat[f"muon/{what}_layer"] = next(iter(values))
     for count in ("zero_update", "nonfinite"):
         flat[f"muon/{count}_layers"] = int(sum(v.get(count, 0.0) for v in layers.values()))
     return flat | {"muon/layers": len(layers)}

@@ -12,6 +12,7 @@ On many ranks every rank calls all of them.
 """
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ class MuonWatch(Watch):
 
 def _layers_to_clip(model: nn.Module, tau: float) -> list:
     """The attention layers of ours that QK-clip measures from now on; none if it is off."""
-    layers = [module for module in model.modules() if hasattr(module, "qk_heads")] if tau else []
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "qk_heads")] if tau else []
     if tau and not layers:
         raise UserError(f"`qk_clip` = {tau:g}, but this model has no attention to clip; leave it out.")
     for layer in layers:
