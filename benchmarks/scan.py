@@ -135,7 +135,7 @@ def mamba(s: Shape) -> Case:
     D = leaf(torch.ones(s.D))
 
     def ours(backend: str) -> Arm:
-        return lambda: diag_scan(("mamba", delta, A), delta * u, k, q, backend=backend)[0] + D * u
+        return lambda: diag_scan((delta, A), delta * u, k, q, backend=backend)[0] + D * u
 
     arms = {"ours": ours("auto"), "ours chunked": ours("chunked")}
     if s.L <= SMALL.L:
@@ -157,7 +157,7 @@ def ops(s: Shape) -> Case:
 
         def forward() -> Tensor:
             gate, writes = mixer.gate(T, k), mixer.writes
-            w = writes(gate[1] * u, k)
+            w = writes(gate[0] * u, k)
             y, *_ = diag_scan(gate, w, k, q, gamma=writes.gamma, alpha=writes.alpha, backend=backend)
             return torch.addcmul(y, u, mixer.D)
 

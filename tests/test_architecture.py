@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def room(parts: tuple[str, ...]) -> str:
 
 
 def imported_rooms(path: Path) -> set[str]:
-    """Rooms of muonlm that a file imports anywhere in it, functions included. The package itself (its version) counts as none."""
+    """Rooms that a file imports anywhere in it, functions included; the package itself (its version) is none."""
     here, found = path.parent.parts, set()
     for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -70,10 +71,118 @@ def test_imports_run_one_way(path):
 
 def test_the_reader_of_imports_sees_all_their_forms(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
-    code = "from .. import checkpoint, __version__\nfrom ..config import UserError\nimport muonlm.model.lm\ndef f():\n    from muonlm.train import train\nfrom . import packed\nimport torch"
+    code = (
+        "from .. import checkpoint, __version__\nfrom ..config import UserError\nimport muonlm.model.lm\n"
+        "def f():\n    from muonlm.train import train\nfrom . import packed\nimport torch"
+    )
     (tmp_path / "data" / "x.py").write_text(code)
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     assert imported_rooms(Path("data/x.py")) == {"checkpoint", "config", "model", "train", "data"}
+
+
+# --- size -------------------------------------------------------------------------------------------------------------
+
+LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 450, 60
+LONG_FILES: dict[str, str] = {}
+LONG_FUNCTIONS = {  # "file:function" -> why it is not split
+    "scan/diagonal_triton_kernels.py:backward_kernel": "helpers would take thirty values each, in registers",
+}
+
+
+def functions(path: Path):
+    """(name, lines) of every function of a file, methods as Class.method."""
+
+    def within(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield f"{prefix}{child.name}", child.end_lineno - child.lineno + 1
+                yield from within(child, f"{prefix}{child.name}.")
+            elif isinstance(child, ast.ClassDef):
+                yield from within(child, f"{prefix}{child.name}.")
+            else:
+                yield from within(child, prefix)
+
+    return list(within(ast.parse((ROOT / path).read_text("utf-8")), ""))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_files_and_functions_stay_small_enough_to_hold_in_the_head(path):
+    lines = len((ROOT / path).read_text("utf-8").splitlines())
+    assert lines < LINES_OF_A_FILE or str(path) in LONG_FILES, lines
+    long = {f"{path}:{name}": n for name, n in functions(path) if n >= LINES_OF_A_FUNCTION}
+    assert long.keys() <= LONG_FUNCTIONS.keys(), long
+
+
+def test_no_exception_from_the_sizes_outlives_its_reason():
+    assert all(len((ROOT / path).read_text("utf-8").splitlines()) >= LINES_OF_A_FILE for path in LONG_FILES)
+    for where in LONG_FUNCTIONS:
+        path, _, name = where.partition(":")
+        assert dict(functions(Path(path)))[name] >= LINES_OF_A_FUNCTION, where
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def table_names() -> dict[str, set[str]]:
+    """room (a folder) -> the names that its table gives, which nobody else may compare with a string."""
+    from muonlm.data.open import SOURCES
+    from muonlm.data.prep.index import KINDS as KINDS_OF_EXAMPLES
+    from muonlm.model import KINDS
+    from muonlm.model.mixers import MIXERS
+    from muonlm.optim import OPTIMIZERS
+    from muonlm.training.objectives import OBJECTIVES
+
+    return {
+        "model": {*MIXERS, *(entry.name for entry in MIXERS.values()), *KINDS},
+        "training/objectives": set(OBJECTIVES),
+        "optim": set(OPTIMIZERS),
+        "data": {source.name for source in SOURCES} - {""} | set(KINDS_OF_EXAMPLES),
+    }
+
+
+def compared_strings(tree: ast.AST):
+    """(line, string) of every string that is compared with == or !=, sought with `in`, or matched by a case."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            sides += [item for side in sides if isinstance(side, (ast.Tuple, ast.List, ast.Set)) for item in side.elts]
+            yield from ((s.lineno, s.value) for s in sides if isinstance(s, ast.Constant) and isinstance(s.value, str))
+        elif isinstance(node, ast.MatchValue) and isinstance(node.value, ast.Constant):
+            yield node.value.lineno, node.value.value
+
+
+def test_nobody_outside_its_room_compares_a_name_of_a_table_with_a_string():
+    found = []
+    for path in MODULES:
+        tree = ast.parse((ROOT / path).read_text("utf-8"))
+        for line, text in compared_strings(tree):
+            rooms = [room for room, names in table_names().items() if text in names]
+            if rooms and not any(path.as_posix().startswith(room + "/") for room in rooms):
+                found.append(f"{path}:{line} compares with {text!r}, a name of {' and '.join(rooms)}")
+    assert not found, "\n".join(found)
+
+
+def test_contributing_names_rooms_tables_and_proofs_that_exist():
+    """Its six recipes are proven by tests that add a toy through the table alone."""
+    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text("utf-8")
+    named = set(re.findall(r"`([\w./]+\.py|[\w/]+/)`", page))
+    missing = [name for name in named if not (ROOT / name).exists() and not (Path(__file__).parents[1] / name).exists()]
+    missing = [name for name in missing if not list(ROOT.rglob(name))]  # `base.py` of the room just named
+    assert len(named) > 15 and not missing, missing
+    for file, table in re.findall(r"`([\w/]+\.py)`: `(\w+)`", page):
+        assert re.search(rf"^{table}\b", (ROOT / file).read_text("utf-8"), re.M), (file, table)
+    proofs = re.findall(r"Proof:\s+`([\w/.]+)`", page)
+    assert len(proofs) == 6
+    for proof in proofs:
+        assert "tmp_path" in (Path(__file__).parents[1] / proof).read_text("utf-8"), proof
+
+
+def test_the_reader_of_comparisons_sees_all_their_forms():
+    code = 'a == "x"\nif "y" != b: pass\nc in ("z", "w")\nmatch d:\n    case "v": pass\n"u" in e\nf = "not compared"'
+    assert sorted(text for _, text in compared_strings(ast.parse(code))) == ["u", "v", "w", "x", "y", "z"]
+
+
+# --- what importing costs and touches ---------------------------------------------------------------------------------
 
 
 def python(code: str, *argv: str) -> str:
@@ -101,15 +210,17 @@ def test_what_needs_no_tensor_does_not_wait_for_torch(code):
 
 
 def test_importing_changes_nothing_for_others():
-    """Every module, in one process: random states, threads, default dtype, precision, signals, environment, logging, warnings stay."""
+    """Every module, in one process: random states, threads, precision, signals, environment, logging, warnings stay."""
     code = """
 import importlib, json, logging, os, random, signal, sys, warnings
 import numpy, torch
 import rich.console, torch._dynamo, torch.distributed  # what these change (rich draws random numbers) is theirs
 def state():
-    return [torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist(), random.getstate(), torch.get_num_threads(), str(torch.get_default_dtype()),
-            torch.get_float32_matmul_precision(), torch.is_grad_enabled(), torch.backends.cudnn.benchmark, str(signal.getsignal(signal.SIGINT)),
-            str(signal.getsignal(signal.SIGTERM)), dict(os.environ), logging.getLogger().handlers, len(warnings.filters), os.getcwd(), sys.path]
+    return [torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist(), random.getstate(),
+            torch.get_num_threads(), str(torch.get_default_dtype()), torch.get_float32_matmul_precision(),
+            torch.is_grad_enabled(), torch.backends.cudnn.benchmark, str(signal.getsignal(signal.SIGINT)),
+            str(signal.getsignal(signal.SIGTERM)), dict(os.environ), logging.getLogger().handlers,
+            len(warnings.filters), os.getcwd(), sys.path]
 before = [repr(part) for part in state()]
 for name in json.loads(sys.argv[1]):
     importlib.import_module(name)

@@ -311,8 +311,8 @@ def test_what_is_too_long_is_cut_or_dropped_as_stated_and_counted(folders, kind,
     assert found == Counter(repr(w) for w in wanted if w)
     cut, out = sum(w is not None and on for w, on in zip(wanted, long, strict=True)), sum(w is None for w in wanted)
     text = " ".join(data.notes)
-    assert (f" {cut} {module.KINDS[kind]}" in text) == (cut > 0) and (
-        f" {out} {module.KINDS[kind]} left out" in text
+    assert (f" {cut} {module.KINDS[kind].items}" in text) == (cut > 0) and (
+        f" {out} {module.KINDS[kind].items} left out" in text
     ) == (out > 0)
     if not all(long):
         dropped = ExampleData(folders[kind], block_size=width, rows=2, seed=1, overlong="drop")

@@ -563,7 +563,7 @@ def test_under_autocast_gates_and_writes_are_computed_in_fp32_from_the_bias_on(l
     seen, scan = [], diagonal.diag_scan
 
     def spy(gate, w, k, q, *rest, **options):
-        seen.extend([*gate[1:], w, k, q])
+        seen.extend([*gate, w, k, q])
         return scan(gate, w, k, q, *rest, **options)
 
     monkeypatch.setattr(diagonal, "diag_scan", spy)

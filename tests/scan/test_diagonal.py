@@ -26,7 +26,7 @@ def inputs(kind, gamma, B=3, L=37, D=6, N=4, dtype=F64, seed=0):
 
 def scan(kind, tensors, gamma, **options):
     delta, A, w, k, q, S0, M0 = tensors
-    gate = (kind, delta) if A is None else (kind, delta, A)
+    gate = (delta,) if A is None else (delta, A)
     return diag_scan(gate, w, k, q, S0, M0, gamma=gamma, alpha=0.7, **options)
 
 
@@ -209,14 +209,14 @@ def test_lengths_beyond_the_row_mean_its_end_and_may_change_after_the_forward_pa
 def test_shapes_that_do_not_fit_never_reach_the_kernels():
     delta, _, w, k, q, S0, M0 = (x if x is None else x.detach().float() for x in inputs("longhorn", 0.9))
     wrong = [
-        {"gate": ("longhorn", delta[..., :1])},
+        {"gate": (delta[..., :1],)},
         {"k": k[:, :5]},
         {"q": q[..., :2]},
         {"S0": S0[:1]},
         {"lengths": torch.tensor([3])},
     ]
     for change in wrong:
-        given = {"gate": ("longhorn", delta), "w": w, "k": k, "q": q, "S0": S0, "M0": M0, "gamma": 0.9} | change
+        given = {"gate": (delta,), "w": w, "k": k, "q": q, "S0": S0, "M0": M0, "gamma": 0.9} | change
         with pytest.raises(AssertionError):
             diag_scan(**given)
 

@@ -52,7 +52,7 @@ def loop(x, gamma, *, alpha=0.7, lengths=None, gradients=True):
     """The same from the reference in fp64."""
     x = {name: None if v is None else v.double() for name, v in x.items()}
     leaves = {name: x[name].requires_grad_(gradients) for name in NAMES if x[name] is not None}
-    gate = ("mamba", x["delta"], x["A"]) if x["A"] is not None else ("longhorn", x["delta"])
+    gate = (x["delta"], x["A"]) if x["A"] is not None else (x["delta"],)
     out = reference.diag_scan(gate, *(x[n] for n in NAMES[2:]), gamma=gamma, alpha=alpha, lengths=lengths)
     if not gradients:
         return out, {}

@@ -52,7 +52,7 @@ def problem(*, mamba: bool, gamma: float, B=2, L=37, D=24, N=5, seed=0) -> dict:
 def by_loop(inputs, grads, gamma, alpha, lengths=None) -> dict:
     """Outputs and gradients of reference.diag_scan in fp64, by autograd; gradients are named d_<input>."""
     x = {name: None if v is None else v.double().requires_grad_() for name, v in inputs.items()}
-    gate = ("longhorn", x["delta"]) if x["A"] is None else ("mamba", x["delta"], x["A"])
+    gate = (x["delta"],) if x["A"] is None else (x["delta"], x["A"])
     outputs = reference.diag_scan(
         gate, x["w"], x["k"], x["q"], x["S0"], x["M0"], gamma=gamma, alpha=alpha, lengths=lengths
     )

@@ -110,7 +110,9 @@ def prepare(args: argparse.Namespace, progress: Callable | None, log: Callable[[
         "progress": progress,
         "log": log,
     }
-    if args.layout in ("sft", "preferences"):
+    from muonlm.data.prep.index import KINDS
+
+    if args.layout in KINDS:
         from muonlm.data.prep.examples import prepare_examples
 
         kind = {"kind": args.layout, "template": args.template or "qa", "val": args.val or "hash:0.01"}
@@ -138,6 +140,8 @@ def number_of_tokens(given: str | None) -> int | None:
 
 def summary(made: dict, to: str) -> list[str]:
     """What was made, and what to do with it."""
+    from muonlm.data.prep.index import KINDS
+
     layout, lines = made["layout"], []
     if layout == "raw":
         lines = [f"Downloaded {made['documents']:,} samples ({made['bytes']:,} bytes of text)"]
@@ -167,7 +171,7 @@ def summary(made: dict, to: str) -> list[str]:
         lines.append(f"mixture: {part['share']:.1%} of the training text is {weight}")
     if layout in ("rows", "litpkds"):
         lines.append("Data preparation complete!")
-    flags = "" if layout != "examples" else f" --train.objective {'sft' if made['kind'] == 'sft' else 'dpo'}"
+    flags = f" --train.objective {KINDS[made['kind']].objective}" if layout == "examples" else ""
     return [*lines, f"made {to}; train on it with: muonlm train quickstart --data {to}{flags}"]
 
 

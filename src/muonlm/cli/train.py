@@ -148,6 +148,7 @@ def numbers_of(seeds: str) -> list[int]:
 
 def next_steps(report: dict) -> list[str]:
     """Commands to go on with."""
+    from muonlm.optim import OPTIMIZERS
     from muonlm.training.objectives import OBJECTIVES
 
     run, again, objective = report["run"], f"muonlm train {report['recipe']}", OBJECTIVES[report["objective"]]
@@ -159,7 +160,7 @@ def next_steps(report: dict) -> list[str]:
             f"muonlm eval {run} --tasks bpb                      held-out bits per byte beside a byte trigram model",
             f"{again} --data YOUR.txt             the same on your own text (.txt, .jsonl, .parquet, folders)",
         ]
-    other = "adamw" if report["optimizer"] == "muon" else "muon"
+    other = next(name for name in OPTIMIZERS if name != report["optimizer"])
     return [
         f"{again} --optim.name {other} --out {run}-other     another optimizer",
         f"{again} {objective.more}",

@@ -88,8 +88,8 @@ class OptimConfig(Section):
     """muon (matrices) with AdamW (everything else); adamw for everything, with the recipe's [baseline] settings; soap
     (matrices in the eigenbasis of Shampoo) with Adam (everything else)."""
     lr: Annotated[float, Gt(0)] = 0.02
-    """Peak rate. muon: spectral norm per step of a square matrix (see muon.lr_mode). adamw, soap: of every parameter. To
-    tune it, double and halve it first."""
+    """Peak rate. muon: spectral norm per step of a square matrix (see muon.lr_mode). adamw, soap: of every parameter.
+    To tune it, double and halve it first."""
     wd: Annotated[float, Ge(0)] = 0.0
     """Decoupled weight decay of the matrices, per unit of rate. Raising it shrinks weights."""
     decay: Literal["2d", "all"] = "2d"
@@ -137,7 +137,7 @@ class MuonConfig(Section):
     ns_steps: Annotated[int, In("[1, 99]", usual="5")] = 5
     """Newton–Schulz iterations, 1–99. More is closer to orthogonal and costs time."""
     coefficients: str = "polar_express"
-    """Newton–Schulz polynomial: polar_express, polar_express4, keller, cans or deepseek (optim/muon/newton_schulz.py)."""
+    """Newton–Schulz polynomial: polar_express, polar_express4, keller, cans, deepseek (optim/muon/newton_schulz.py)."""
     ns_method: Literal["auto", "direct", "hybrid", "gram", "cayley"] = "auto"
     """direct, hybrid, gram or cayley (optim/muon/newton_schulz.py). auto: direct, hybrid or gram, what a timing
     probe prefers."""

@@ -92,7 +92,7 @@ class ExampleData(Dataset):
             self._first, self._slot = np.arange(n + 1), np.arange(n)
         self._samples = len(self._first) - 1
         filled = self._size.sum() / (self._samples * block_size)
-        what = KINDS[self.kind]
+        what = KINDS[self.kind].items
         self.notes.insert(0, f"{split}: {n:,} {what} in {self._samples:,} rows of {block_size}, {filled:.1%} filled")
         # The seed of (2), unlike that of (3): else items and rows would move alike.
         self._fill_seed = int.from_bytes(hashlib.blake2b(f"fill {seed}".encode(), digest_size=8).digest())
@@ -218,7 +218,7 @@ class ExampleData(Dataset):
         self._begin, self._length = begin[keep].ravel(), length[keep].ravel()
         # uint16 where it suffices: numpy sorts it in linear time
         self._size = length[keep].sum(1).astype(np.uint16 if width < 2**16 else np.int64)
-        what = KINDS[self.kind]
+        what = KINDS[self.kind].items
         found, kept = int(long.sum()), int((long & keep).sum())
         self.notes: list[str] = []
         if found and overlong == "drop":

@@ -53,7 +53,7 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
     """diag_scan, with the arguments of reference.py's and `chunk`, by these two passes."""
 
     def diag_scan(gate, w, k, q, S0=None, M0=None, *, gamma=0.0, alpha=1.0, lengths=None, chunk=0):
-        delta, A = gate[1], gate[2] if gate[0] == "mamba" else None
+        delta, A = gate if len(gate) == 2 else (*gate, None)
         L = w.shape[1]
         lengths = None if lengths is None else lengths.clamp(0, L)
         dtype = torch.float64 if w.dtype == torch.float64 else torch.float32

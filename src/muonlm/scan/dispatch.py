@@ -88,12 +88,12 @@ def diag_scan(
     backend: str = "auto",
     chunk: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """gate ("longhorn", Δ) or ("mamba", Δ, A) -> y (B,L,D), S (B,N,D), M (B,N,D) or None where γ = 0."""
+    """gate (Δ, A): f = exp(Δ A), or (Δ,): f = 1 − Δ k² -> y (B,L,D), S (B,N,D), M (B,N,D) or None where γ = 0."""
     (B, L, D), N = w.shape, k.shape[-1]
     # The kernels read addresses: what does not fit may not reach them.
-    assert gate[0] in ("longhorn", "mamba") and L > 0 and (M0 is None or gamma), (gate[0], L, gamma)
-    assert gate[1].shape == w.shape and k.shape == q.shape == (B, L, N), (gate[1].shape, w.shape, k.shape, q.shape)
-    assert gate[0] == "longhorn" or gate[2].shape == (D, N), (gate[2].shape, D, N)
+    assert L > 0 and (M0 is None or gamma), (L, gamma)
+    assert gate[0].shape == w.shape and k.shape == q.shape == (B, L, N), (gate[0].shape, w.shape, k.shape, q.shape)
+    assert [A.shape for A in gate[1:]] in ([], [(D, N)]), (gate[1:], D, N)
     assert lengths is None or lengths.shape == (B,), (lengths.shape, B)
     assert all(x is None or x.shape == (B, N, D) for x in (S0, M0)), (B, N, D)
     options = {"gamma": gamma, "alpha": alpha, "lengths": lengths, "chunk": chunk}

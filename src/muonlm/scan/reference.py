@@ -45,9 +45,9 @@ def widen(*tensors: Tensor | None) -> list:
 
 
 def diag_scan(gate, w, k, q, S0=None, M0=None, *, gamma=0.0, alpha=1.0, lengths=None):
-    """gate = ("longhorn", Δ) or ("mamba", Δ, A) -> y (B,L,D), S (B,N,D), M (B,N,D) or None where γ = 0."""
-    A = gate[2] if gate[0] == "mamba" else None
-    delta, A, w, k, q, S, M = widen(gate[1], A, w, k, q, S0, M0)
+    """gate = (Δ, A): f = exp(Δ A), or (Δ,): f = 1 − Δ k² -> y (B,L,D), S (B,N,D), M (B,N,D) or None where γ = 0."""
+    delta, A = gate if len(gate) == 2 else (*gate, None)
+    delta, A, w, k, q, S, M = widen(delta, A, w, k, q, S0, M0)
     B, L, D = w.shape
     S = w.new_zeros(B, k.shape[-1], D) if S is None else S
     M = torch.zeros_like(S) if M is None else M

@@ -53,17 +53,10 @@ def loop(job: Setup) -> bool:
     meter = Meter(job)
     with job.run, StopSignals() as signals:
         while True:
-            ended, best = job.ended, False
-            if progress.step != job.resumed_at:  # what the checkpoint holds was evaluated and saved with it
-                with meter.paused():
-                    if ended or due(progress.step, cfg.eval.every):
-                        best = judge(job)
-                        ended = job.ended
-                    wanted = ended or best or signals.agreed or due(progress.step, cfg.train.save_every)
-                    if wanted and progress.step > 0:
-                        save(job, best)
-            if ended or signals.agreed:
-                return not ended
+            with meter.paused():
+                judge_and_save(job, signals.agreed)
+            if job.ended or signals.agreed:
+                return not job.ended
 
             begin = time.perf_counter()
             net.train()
@@ -117,6 +110,17 @@ def backward(job: Setup, batch: Batch, scale: float) -> dict[str, Tensor]:
         for name, value in {"loss": loss_sum, **metrics}.items():
             sums[name] = sums.get(name, 0) + value.detach()
     return sums
+
+
+def judge_and_save(job: Setup, stopping: bool) -> None:
+    """Evaluate and write a checkpoint, where they are due before the next step."""
+    step, best = job.progress.step, False
+    if step == job.resumed_at:  # what a checkpoint holds was evaluated and saved with it
+        return
+    if job.ended or due(step, job.cfg.eval.every):
+        best = judge(job)
+    if step > 0 and (job.ended or stopping or best or due(step, job.cfg.train.save_every)):
+        save(job, best)
 
 
 def judge(job: Setup) -> bool:

@@ -184,11 +184,8 @@ def begin_run(run: Run, data: Splits, step: int, started: bool, dist: Dist) -> N
 
 
 def describe_run(run, cfg: Config, plan: RoutingPlan, watch: Watch, data: Splits, step: int, started: bool, dist: Dist):
-    counts, rows, block = (
-        count_parameters(cfg.model),
-        cfg.train.global_batch // cfg.model.block_size,
-        cfg.model.block_size,
-    )
+    counts, block = count_parameters(cfg.model), cfg.model.block_size
+    rows = cfg.train.global_batch // block
     table = plan.table(watch.optimizer.param_groups)
     write_atomically(run.path / "routing.txt", table)
     run.log(f"run {run.path}" + (f": resumed at step {step:,}" if step else ""))

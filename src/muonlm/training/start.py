@@ -15,7 +15,7 @@ from muonlm.errors import UserError
 
 
 def describe(cfg: Config, parameters: int) -> str:
-    """A line for the start of a run: where weights, model, tokenizer and template come from; empty for a first stage."""
+    """A line for the start of a run: where weights, model, tokenizer, template come from; empty for a first stage."""
     from muonlm.data.text.templates import template as find_template
 
     if not cfg.init_from:

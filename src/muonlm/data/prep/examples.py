@@ -92,8 +92,8 @@ def prepared_examples(source, *, cache=None, progress: Progress | None = None, *
         found = read_examples(one)["kind"]
         if found != kind:
             raise UserError(
-                f"{one} holds {KINDS[found]} ({found}), but {KINDS[kind]} ({kind}) are wanted; train it with "
-                f"`objective` {'sft' if found == 'sft' else 'dpo'}, or give other data"
+                f"{one} holds {KINDS[found].items} ({found}), but {KINDS[kind].items} ({kind}) are wanted; train it "
+                f"with `objective` {KINDS[found].objective}, or give other data"
             )
         return one
     files = expand(many, name=options.name, split=options.split)

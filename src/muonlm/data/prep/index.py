@@ -10,6 +10,7 @@ Raises    UserError: no prepared data, altered, of another version, a file missi
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,17 @@ from .formats import foreign_index, foreign_tokenizer, is_foreign
 FORMAT_VERSION = 1
 INDEX_NAMES = ("index.json", "meta.json")  # of token files
 OURS = (*INDEX_NAMES, "raw.json", "metadata.json")
-KINDS = {"sft": "examples", "preferences": "pairs"}  # kinds of examples, and what a message calls their items
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of examples, as an index calls it."""
+
+    items: str  # what a message calls them
+    objective: str  # that trains on them, for messages
+
+
+KINDS = {"sft": Kind("examples", "sft"), "preferences": Kind("pairs", "dpo")}
 
 
 def remake(path) -> str:

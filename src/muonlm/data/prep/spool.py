@@ -51,7 +51,7 @@ class Job:
 
     @property
     def items(self) -> str:
-        return KINDS[self.options.kind]
+        return KINDS[self.options.kind].items
 
     def save(self, **news) -> None:
         for name, value in news.items():

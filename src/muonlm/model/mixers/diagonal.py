@@ -26,7 +26,7 @@ from ..norm import at_least_fp32
 from ..packing import compact
 from .base import Recurrent, State, inner_width
 
-Gate = tuple  # ("longhorn", Δ) or ("mamba", Δ, A), as diag_scan takes it
+Gate = tuple[Tensor, ...]  # (Δ,) or (Δ, A), as diag_scan takes it
 
 
 class Diagonal(Recurrent):
@@ -95,7 +95,7 @@ class Diagonal(Recurrent):
             T, k, q, v = (at_least_fp32(a) for a in (T, k, q, u))
             gate, writes = self.gate(T, k), self.writes
             how = {"lengths": lengths, "backend": self.backend, "chunk": self.chunk}
-            w = writes(gate[1] * v, k)
+            w = writes(gate[0] * v, k)
             y, S, M = diag_scan(gate, w, k, q, S, M, gamma=writes.gamma, alpha=writes.alpha, **how)
             y = torch.addcmul(y, v, at_least_fp32(self.D)) * F.silu(z)
         y = undo(self.out_proj(y.to(z.dtype)))
@@ -109,7 +109,7 @@ class Diagonal(Recurrent):
         u = F.silu(u, inplace=True)
         t, k, q = F.linear(u, self.x_proj.weight).split(self.sizes, -1)
         gate, writes = self.gate(F.linear(t, self.step_proj.weight), k), self.writes
-        w, k = writes(gate[1] * u, k), k.mT  # k (B,N,1)
+        w, k = writes(gate[0] * u, k), k.mT  # k (B,N,1)
         new = k * w if writes.alpha == 1.0 else k * (writes.alpha * w)
         if M is not None:
             M = new = new.add_(M, alpha=writes.gamma)

@@ -40,9 +40,9 @@ class Longhorn(Diagonal):
     def step_proj(self) -> nn.Linear:
         return self.dt_head
 
-    def gate(self, T: Tensor, k: Tensor) -> tuple[str, Tensor]:
+    def gate(self, T: Tensor, k: Tensor) -> tuple[Tensor]:
         """(1)."""
-        return "longhorn", implicit_step(T + at_least_fp32(self.dt_head.bias), k)
+        return (implicit_step(T + at_least_fp32(self.dt_head.bias), k),)
 
     def next_state(self, gate: tuple, k: Tensor, S: Tensor, new: Tensor) -> Tensor:
-        return torch.addcmul(new + S, k.square() * gate[1], S, value=-1)
+        return torch.addcmul(new + S, k.square() * gate[0], S, value=-1)

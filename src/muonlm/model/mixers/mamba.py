@@ -46,10 +46,10 @@ class Mamba(Diagonal):
     def step_proj(self) -> nn.Linear:
         return self.dt_proj
 
-    def gate(self, T: Tensor, k: Tensor) -> tuple[str, Tensor, Tensor]:
+    def gate(self, T: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """(1), which does not ask k."""
         A = -torch.exp(at_least_fp32(self.A_log))
-        return "mamba", F.softplus(T + at_least_fp32(self.dt_proj.bias)), A
+        return F.softplus(T + at_least_fp32(self.dt_proj.bias)), A
 
     def next_state(self, gate: tuple, k: Tensor, S: Tensor, new: Tensor) -> Tensor:
-        return torch.addcmul(new, torch.exp(gate[1] * gate[2].t()), S)
+        return torch.addcmul(new, torch.exp(gate[0] * gate[1].t()), S)
