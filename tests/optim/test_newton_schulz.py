@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from muonlm.optim.muon import probe
-from muonlm.optim.muon.newton_schulz import COEFFICIENTS, METHODS, WHOLE, newton_schulz, triples
+from muonlm.optim.muon.choices import COEFFICIENTS, METHODS, WHOLE
+from muonlm.optim.muon.newton_schulz import newton_schulz, triples
 
 KELLER, NEWTON = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
 PUBLISHED = {  # name: (triples copied from the papers, divisor c0)

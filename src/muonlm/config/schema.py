@@ -22,6 +22,7 @@ from .convert import Device, Ge, Gt, In, Matches, Section, Table, annotations, c
 from .model import ModelConfig
 from .spelling import nearest
 
+MUON = "muonlm.optim.muon.choices"  # tables of an upper room, read without torch
 Share = Annotated[float, In("[0, 1)")]
 Rule = Annotated[
     str, Matches(".*=(muon|adamw|exclude)", "a rule", 'REGEX=muon, =adamw or =exclude, as in "blocks.0=adamw"')
@@ -118,12 +119,12 @@ class MuonConfig(Section):
     """Muon's momentum after its warm-up, in [0, 1)."""
     momentum_warmup: str = ""
     """"0.85:0.95:300" raises momentum linearly from .85 to .95 over 300 steps. Empty = constant."""
-    momentum_form: Literal["ema", "classical"] = "ema"
+    momentum_form: Annotated[str, Table(MUON, "MOMENTUM_FORMS")] = "ema"
     """ema averages gradients (Keller, torch); classical sums them (Moonlight, Dion). At constant momentum the direction
     is the same."""
     nesterov: bool = True
     """Look one momentum step ahead (Muon)."""
-    variant: Literal["muon", "normuon", "adamuon", "hyperball"] = "muon"
+    variant: Annotated[str, Table(MUON, "VARIANTS")] = "muon"
     """muon, normuon (rows evened out by a second moment), adamuon (all entries) or hyperball (weights keep their norm;
     wd 0)."""
     beta2: float = 0.95
@@ -136,9 +137,10 @@ class MuonConfig(Section):
     """Scale Muon's wd with the schedule of its rate as well."""
     ns_steps: Annotated[int, In("[1, 99]", usual="5")] = 5
     """Newton–Schulz iterations, 1–99. More is closer to orthogonal and costs time."""
-    coefficients: str = "polar_express"
-    """Newton–Schulz polynomial: polar_express, polar_express4, keller, cans, deepseek (optim/muon/newton_schulz.py)."""
-    ns_method: Literal["auto", "direct", "hybrid", "gram", "cayley"] = "auto"
+    coefficients: Annotated[str, Table(MUON, "COEFFICIENTS")] = "polar_express"
+    """Polynomial of Newton–Schulz: polar_express, polar_express4, keller, cans or deepseek
+    (optim/muon/newton_schulz.py)."""
+    ns_method: Annotated[str, Table(MUON, "METHODS_OR_AUTO")] = "auto"
     """direct, hybrid, gram or cayley (optim/muon/newton_schulz.py). auto: direct, hybrid or gram, what a timing
     probe prefers."""
     ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -146,7 +148,7 @@ class MuonConfig(Section):
     prefers."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Muon's momentum in float32, or in bfloat16 for half the memory."""
-    lr_mode: Literal["original", "match_rms_adamw", "spectral", "none"] = "original"
+    lr_mode: Annotated[str, Table(MUON, "LR_MODES")] = "original"
     """Multiplier by shape: original √max(1, rows/cols), match_rms_adamw 0.2·√max(rows, cols), spectral √(rows/cols),
     none 1."""
     split_fused: bool = True
@@ -171,7 +173,7 @@ class SoapConfig(Section):
 
 @dataclass(kw_only=True)
 class SchedConfig(Section):
-    kind: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
+    kind: Annotated[str, Table("muonlm.optim.schedule", "KINDS")] = "wsd"
     """wsd (warm-up, constant, linear cool-down), cosine, linear or constant."""
     warmup: Annotated[int, Ge(0)] = 0
     """Steps of linear warm-up from 0 to the peak rate."""

@@ -16,7 +16,8 @@ from difflib import get_close_matches
 
 from muonlm.errors import UserError
 
-from .muon.blocks import LR_MODES, shape_factor
+from .muon.blocks import shape_factor
+from .muon.choices import LR_MODES
 
 MODES = (*LR_MODES, "adamw")
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LR_MODES = ("original", "match_rms_adamw", "spectral", "none")
+from .choices import LR_MODES
+
 FIXED = ("adamuon", "hyperball")  # variants whose update has a given size, whatever O is
 
 

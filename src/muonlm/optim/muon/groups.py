@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from ..schedule import check_momentum_schedule
-from .blocks import LR_MODES, blocks
+from .blocks import blocks
+from .choices import COEFFICIENTS, LR_MODES, MOMENTUM_FORMS, VARIANTS, WHOLE
 from .distributed import check_sharding
-from .newton_schulz import COEFFICIENTS, WHOLE, check_method, triples
+from .newton_schulz import check_method, triples
 from .probe import NS_DTYPES, dtype_name
-from .variants import VARIANTS
 
 SETTINGS = (  # arguments of Muon that a group of Muon may set for itself
     "momentum nesterov momentum_form momentum_schedule decoupled_wd cautious wd_follows_lr ns_steps coefficients "
@@ -146,7 +146,7 @@ def check_group(group: dict) -> None:
         return
     group.setdefault("first_lr", float(group["lr"]))
     need(0.0 <= group["momentum"] < 1.0, "momentum", "a number in [0, 1), e.g. 0.95")
-    need(group["momentum_form"] in ("ema", "classical"), "momentum_form", '"ema" or "classical"')
+    need(group["momentum_form"] in MOMENTUM_FORMS, "momentum_form", " or ".join(MOMENTUM_FORMS))
     need(callable(group["lr_mode"]) or group["lr_mode"] in LR_MODES, "lr_mode", f"one of {', '.join(LR_MODES)}")
     need(math.isfinite(group["rms_target"]) and group["rms_target"] > 0.0, "rms_target", "a number > 0, e.g. 0.2")
     need(group["max_batch_bytes"] > 0, "max_batch_bytes", "a number of bytes > 0")

@@ -15,7 +15,6 @@ Source   NorMuon: arXiv 2510.05491, with the mean over the shorter side as in mo
 import torch
 from torch import Tensor
 
-VARIANTS = ("muon", "normuon", "adamuon", "hyperball")
 EPS = 1e-10
 
 
