@@ -1,15 +1,17 @@
 """Tokens per second of generation: our engine beside transformers' `generate`, on the same weights, one row, greedy.
 
-    python benchmarks/decode.py [--json [FILE]] [--models small,130m] [--tokens 100] [--repeats 5] [--threads 2] [--quick]
+    python benchmarks/decode.py [--json [FILE]] [--models small,130m] [--tokens 100] [--repeats 5]
+                                [--threads 2] [--quick]
 
 Models   transformers' MambaForCausalLM with random weights, N 16, and the same in ours by muonlm.export:
          small   width 256, 4 layers, vocabulary 4096
          130m    width 768, 24 layers, vocabulary 50280: the shapes of state-spaces/mamba-130m
 Gate     logits of both on a row of 64 tokens, all at once and token by token, at most AGREE apart, or nothing is timed
-generate tokens/s of muonlm.generate.stream and of transformers' generate, from a prompt of 16 tokens, prefill included:
-         median [range] over rounds in which both run, in turn; the ratio is the median over rounds of theirs / ours in time
-position tokens/s of STEPS single steps after 100, 1000 and 10000 tokens, whose state was prefilled before; each round times every
-         position, in turn. spread: (largest - smallest median) / smallest
+generate tokens/s of muonlm.engine.stream and of transformers' generate, from a prompt of 16 tokens, prefill included:
+         median [range] over rounds in which both run, in turn; the ratio is the median over rounds of theirs / ours
+         in time
+position tokens/s of STEPS single steps after 100, 1000 and 10000 tokens, whose state was prefilled before; each round
+         times every position, in turn. spread: (largest - smallest median) / smallest
 state    bytes of everything that the model carries from token to token, at these positions, for one row
 
 The table goes to stderr, JSON to stdout or to a file.
@@ -29,10 +31,8 @@ from muonlm.export.hf import from_transformers
 from muonlm.sampling import Sampling
 
 AGREE = 1e-4
-STEPS, PREFILL = (
-    50,
-    256,
-)  # single steps that are timed at once; tokens of a piece of the prefill: it bounds the logits in memory
+STEPS = 50  # single steps that are timed at once
+PREFILL = 256  # tokens of a piece of the prefill: it bounds the logits in memory
 POSITIONS = [100, 1000, 10_000]
 MODELS = {
     "small": {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 4096},
@@ -57,7 +57,8 @@ def pair(shape: dict):
 def deviation(theirs, ours) -> tuple[float, float]:
     """(largest difference of logits, of whole rows and token by token; theirs from the same weights in fp64).
 
-    Rounding grows through layers of random weights: 24 of them bring any fp32 model 4e-3 away from fp64, whoever computes it.
+    Rounding grows through layers of random weights: 24 of them bring any fp32 model 4e-3 away from fp64, whoever
+    computes it.
     """
     tokens = torch.randint(ours.cfg.vocab_size, (1, 64), generator=torch.Generator().manual_seed(1))
     expected = theirs(tokens).logits
@@ -129,8 +130,9 @@ def table(document: dict) -> str:
     lines = [", ".join(f"{key} {value}" for key, value in document["machine"].items())]
     for name, r in document["models"].items():
         rates = r["generate"]["tokens_per_s"]
-        lines += ["", f"{name}: {r['parameters']:,} parameters, logits differ by {r['deviation']:.0e} at most; tokens generated "
-                  f"{'agree' if r['generate']['same_tokens'] else 'DIFFER'}"]  # fmt: skip
+        size, verdict = f"{r['parameters']:,} parameters", "agree" if r["generate"]["same_tokens"] else "DIFFER"
+        lines += [""]
+        lines += [f"{name}: {size}, logits differ by {r['deviation']:.0e} at most; tokens generated {verdict}"]
         lines += [f"  {arm:14} {span(rate)} tokens/s" for arm, rate in rates.items()]
         lines.append(f"  {'ratio':14} {span(r['generate']['speedup'], form='.2f')}")
         at = r["position"]
@@ -162,8 +164,8 @@ def main() -> None:
         worst, rounding = deviation(theirs, ours)
         if not worst <= max(AGREE, 2 * rounding):  # NaN too
             raise SystemExit(
-                f"{name}: logits deviate by {worst:.1e}, more than {AGREE:.0e} and than twice their distance from fp64, "
-                f"{rounding:.1e}; no time is worth taking"
+                f"{name}: logits deviate by {worst:.1e}, more than {AGREE:.0e} and than twice their distance from "
+                f"fp64, {rounding:.1e}; no time is worth taking"
             )
         document["models"][name] = {
             "parameters": sum(p.numel() for p in ours.parameters()),

@@ -1,12 +1,14 @@
 """Fine-tuning: trained tokens per second with and without packing, and what a DPO step costs beside SFT.
 
-    python benchmarks/finetune.py [--json [FILE]] [--patterns A,M] [--data gsm8k,alpaca] [--repeats 5] [--threads 2] [--quick]
+    python benchmarks/finetune.py [--json [FILE]] [--patterns A,M] [--data gsm8k,alpaca] [--repeats 5] [--threads 2]
+                                  [--quick]
 
-packing  forward, backward and Muon's step on batches of ROWS rows of T positions (conversations of ../shared/data in template qa or
-         alpaca-plain, BPE of 4,096): several examples a row (data.pack), one a row padded to T, and one a row padded to the longest
-         of its batch, the usual compromise. Trained tokens a second; the ratio is packed / padded.
-dpo      a step on pairs with cached reference sums, beside an SFT step on the same rows and targets; ratio of times dpo / sft,
-         and the same with the reference model in memory.
+packing  forward, backward and Muon's step on batches of ROWS rows of T positions (conversations of ../shared/data in
+         template qa or alpaca-plain, BPE of 4,096): several examples a row (data.pack), one a row padded to T, and one
+         a row padded to the longest of its batch, the usual compromise. Trained tokens a second; the ratio is
+         packed / padded.
+dpo      a step on pairs with cached reference sums, beside an SFT step on the same rows and targets; ratio of times
+         dpo / sft, and the same with the reference model in memory.
 
 Each round runs all variants in turn on fresh batches; medians [range] over rounds, ratios are medians of paired ratios.
 The table goes to stderr, JSON to stdout or to a file.
@@ -49,7 +51,10 @@ def prepared(name: str, folder: Path) -> Path:
 
 
 def plain(batch, *, trim: bool):
-    """One example a row as any loop computes it: padding goes through the whole model. `trim`: up to the longest of the batch."""
+    """One example a row as any loop computes it: padding goes through the whole model.
+
+    `trim`: pad up to the longest row of the batch instead of to T.
+    """
     width = int((batch.segments >= 0).any(0).nonzero().max()) + 1 if trim else batch.inputs.shape[1]
     return replace(batch, inputs=batch.inputs[:, :width], targets=batch.targets[:, :width], segments=None)
 

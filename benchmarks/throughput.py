@@ -5,7 +5,8 @@
 Arms, interleaved in one process; every repeat runs each for `steps` steps and takes the median step:
     plain        our LM (nanoGPT's architecture) in a textbook loop: fp32, eager, SDPA, torch.optim.AdamW as it comes
     plain again  the same once more: what no difference looks like (A/A)
-    ours adamw   `muonlm train` with the same model and AdamW: the real loop, its data, logging, clipping and chosen dtype included
+    ours adamw   `muonlm train` with the same model and AdamW: the real loop, its data, logging, clipping and chosen
+                 dtype included
     ours muon    the same with Muon
     gpt2         transformers' GPT2LMHeadModel of that shape in the textbook loop (where transformers is installed)
 
@@ -203,18 +204,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = [measure(name, args.data, args.repeats, args.steps, Path(folder)) for name in args.shapes.split(",")]
     print(
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
-        f"{args.repeats} interleaved repeats of {args.steps} steps"
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{torch.backends.cpu.get_cpu_capability()}, {args.repeats} interleaved repeats of {args.steps} steps"
     )
     print(f"{'shape':8} {'arm':12} {'dtype':9} {'ms/step [range]':28} {'tok/s':>9}   speed-up over plain [range]")
     for result in results:
         for r in result["rows"]:
-            print(
-                f"{r['shape']:8} {r['arm']:12} {r['dtype']:9} {r['ms']:9.1f} [{r['ms_range'][0]:.1f}–{r['ms_range'][1]:.1f}]".ljust(
-                    60
-                )
-                + f" {r['tok_per_s']:9,.0f}   {r['speedup']:.2f} [{r['speedup_range'][0]:.2f}–{r['speedup_range'][1]:.2f}]"
-            )
+            (least, most), (low, high) = r["ms_range"], r["speedup_range"]
+            left = f"{r['shape']:8} {r['arm']:12} {r['dtype']:9} {r['ms']:9.1f} [{least:.1f}–{most:.1f}]"
+            print(f"{left:60} {r['tok_per_s']:9,.0f}   {r['speedup']:.2f} [{low:.2f}–{high:.2f}]")
         o = result["overheads"]
         print(f"{o['shape']:8} batch assembly {o['batch_share']:.2%} of a step, logging {o['log_share']:.2%}")
     if args.json:

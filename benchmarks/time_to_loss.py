@@ -4,12 +4,14 @@
 
 Arms, run one after the other in every repeat, each a real `muonlm train` process with the repeat's number as seed:
     ours        shakespeare-cpu
-    nanogpt     keller/nanogpt-char --preset cpu: nanoGPT's documented CPU settings (fp32, AdamW, 2000 steps) in our loop
+    nanogpt     keller/nanogpt-char --preset cpu: nanoGPT's documented CPU settings (fp32, AdamW, 2000 steps) in our
+                loop
     nanogpt-bf16   the same with the dtype that our probe chooses, as the strongest form of the baseline
 
-Loss: nats per character over the whole last 10 % of the text, in windows of the model's own block. Time: training seconds (evaluation,
-data preparation and start-up not counted) until the first evaluation at or below the target; a run that never gets there counts
-with all of its training time, which favours it. Prints medians with ranges, the ratio of each repeat, and JSON.
+Loss: nats per character over the whole last 10 % of the text, in windows of the model's own block. Time: training
+seconds (evaluation, data preparation and start-up not counted) until the first evaluation at or below the target; a run
+that never gets there counts with all of its training time, which favours it. Prints medians with ranges, the ratio of
+each repeat, and JSON.
 """
 
 import argparse
@@ -88,17 +90,20 @@ def main() -> None:
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     by = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
     print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"{torch.backends.cpu.get_cpu_capability()}, {args.repeats} interleaved repeats, target {args.target}"
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{args.repeats} interleaved repeats, target {args.target}"
     )
     print(
-        f"{'arm':14} {'reached':8} {'final loss':22} {'steps':>6} {'ms/step':22} {'seconds to target':26} baseline / ours"
+        f"{'arm':14} {'reached':8} {'final loss':22} {'steps':>6} {'ms/step':22} {'seconds to target':26} "
+        "baseline / ours"
     )
     ratios = {}
     for arm, mine in by.items():
         ratios[arm] = [row["seconds"] / ours["seconds"] for row, ours in zip(mine, by.get("ours", []))]
         print(
-            f"{arm:14} {sum(r['reached'] for r in mine)}/{len(mine):<6} {spread([r['final_loss'] for r in mine], 4):22} "
+            f"{arm:14} {sum(r['reached'] for r in mine)}/{len(mine):<6} "
+            f"{spread([r['final_loss'] for r in mine], 4):22} "
             f"{statistics.median(r['steps'] for r in mine):6.0f} {spread([r['ms_per_step'] for r in mine]):22} "
             f"{spread([r['seconds'] for r in mine]):26} {spread(ratios[arm], 1) if ratios[arm] else ''}"
         )

@@ -1,4 +1,4 @@
-"""What the tests of whole verbs share: a cache of their own, a little text, and the command line called in this process."""
+"""What the tests of whole verbs share: a cache of their own, a little text, the command line called in this process."""
 
 import json
 import random
@@ -8,7 +8,8 @@ import pytest
 
 from muonlm.cli.main import main
 
-WORDS = "the of and people union states government law peace war nation great united congress power shall every year".split()
+WORDS = "the of and people union states government law peace war nation great united congress power shall every year"
+WORDS = WORDS.split()
 TINY = [
     "--train.steps",
     "6",

@@ -313,10 +313,10 @@ class Terminal:
     def __init__(self, *argv: str):
         self.master, slave = pty.openpty()
         command = [sys.executable, "-m", "muonlm", *argv]
+        terminal = {"stdin": slave, "stdout": slave, "stderr": slave, "env": os.environ | {"TERM": "dumb"}}
         self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, close_fds=True,
-            preexec_fn=_take_terminal, env=os.environ | {"TERM": "dumb"},
-        )  # fmt: skip
+            command, **terminal, start_new_session=True, close_fds=True, preexec_fn=_take_terminal
+        )
         os.close(slave)
         self.seen = ""
 

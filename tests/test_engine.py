@@ -159,9 +159,8 @@ def test_a_stop_token_ends_its_sample_only():
     assert tokens_of(model, [1, 2], max_tokens=20, temperature=2.0, seed=1, stop=frozenset(range(50))) == [[]]
 
 
-MIXERS = VARIANTS | {
-    letter: {"pattern": letter, "qk_norm": True} for letter in "MmLlDdGgVRS"
-} | {"a convolution on the embedding": {"embed_conv": 4}, "loops": {"loops": 2}}  # fmt: skip
+MIXERS = VARIANTS | {letter: {"pattern": letter, "qk_norm": True} for letter in "MmLlDdGgVRS"}
+MIXERS |= {"a convolution on the embedding": {"embed_conv": 4}, "loops": {"loops": 2}}
 
 
 def prompts_of(lengths) -> list[list[int]]:

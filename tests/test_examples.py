@@ -40,21 +40,12 @@ def test_two_ranks_print_the_losses_of_one(alone, flags):
 
 def test_the_road_runs_its_three_stages_and_prints_an_exam_after_each(tmp_path):
     out = tmp_path / "road"
-    data = [
-        "prep",
-        "word_problems:300:1-2",
-        "--tokenizer",
-        "bpe:400:digits",
-        "--val",
-        "hash:0.1",
-        "--to",
-        str(out / "data"),
-    ]
-    assert main(data) == 0  # the script finds its text prepared, and less of it
+    data = ["prep", "word_problems:300:1-2", "--tokenizer", "bpe:400:digits", "--val", "hash:0.1"]
+    assert main([*data, "--to", str(out / "data")]) == 0  # the script finds its text prepared, and less of it
     flags = ["--smoke", "--data.val", "hash:0.05", "--train.steps", "3", "--eval.iters", "1", "--eval.sample", "4"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    run = subprocess.run(["bash", str(ROAD), "adamw", "3", str(out), *flags], capture_output=True, text=True,
-                         timeout=400, env=os.environ | {"PATH": path, "EXAM": "12"})  # fmt: skip
+    command, env = ["bash", str(ROAD), "adamw", "3", str(out), *flags], os.environ | {"PATH": path, "EXAM": "12"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env)
     assert run.returncode == 0, run.stderr
     exams = re.findall(r"(\w+) \(step-\d+\): word_problems \((train|held_out)\) exact", run.stdout)
     once = [(stage, split) for stage in ("pretrain", "sft", "dpo") for split in ("train", "held_out")]

@@ -120,8 +120,10 @@ def test_programs_can_be_kept_as_they_are_with_a_tag(tmp_path):
 def test_questions_of_a_test_set_are_dropped_whole_or_by_thirteen_words_in_a_row(tmp_path):
     thirteen = "a farmer walks to the market with two baskets of eggs every single"
     assert len(thirteen.split()) == 13
-    test = [{"question": "How many legs have 3 cows?", "answer": "3 * 4 = 12\n#### 12"},
-            {"question": f"Once, {thirteen} day. He sells 5. How many?", "answer": "#### 5"}]  # fmt: skip
+    test = [
+        {"question": "How many legs have 3 cows?", "answer": "3 * 4 = 12\n#### 12"},
+        {"question": f"Once, {thirteen} day. He sells 5. How many?", "answer": "#### 5"},
+    ]
     work = "3 * 4 = 12\n#### 12"
     train = [
         {"question": "how many legs have 3 COWS", "answer": work},  # the same but for case and punctuation

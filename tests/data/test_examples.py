@@ -267,11 +267,8 @@ def test_the_two_sides_of_a_pair_lie_together_and_reference_values_follow_them(f
 
 
 def test_turns_that_both_sides_share_are_not_trained(tmp_path):
-    rows = [
-        {"chosen": f"\n\nHuman: {i}\n\nAssistant: both\n\nHuman: so\n\nAssistant: good",
-         "rejected": f"\n\nHuman: {i}\n\nAssistant: both\n\nHuman: so\n\nAssistant: bad"}
-        for i in range(4)
-    ]  # fmt: skip
+    shared = [f"\n\nHuman: {i}\n\nAssistant: both\n\nHuman: so\n\nAssistant: " for i in range(4)]
+    rows = [{"chosen": text + "good", "rejected": text + "bad"} for text in shared]
     data = ExampleData(make(tmp_path / "d", rows, "preferences"), block_size=300, rows=1, seed=1)
     for batch in data.sequential(1):
         for row in segments(batch):
@@ -450,9 +447,9 @@ def test_the_folder_brings_its_template_and_tokenizer(tmp_path):
     ids, trained = TEMPLATES["minimind-chatml"].encode(
         [{"role": "user", "content": "0?"}, {"role": "assistant", "content": "a" * 5}], data.tokenizer
     )
-    assert repr(ids[:-1].tolist())[1:-1] in repr([row[0][0] for b in data.sequential(9) for row in segments(b)] + [
-        s[0] for b in data.sequential(9) for row in segments(b) for s in row
-    ])  # fmt: skip
+    packed = [row for batch in data.sequential(9) for row in segments(batch)]
+    found = [row[0][0] for row in packed] + [segment[0] for row in packed for segment in row]
+    assert repr(ids[:-1].tolist())[1:-1] in repr(found)
     assert trained[-1] and ids[-1] == 2
     mine = tmp_path / "mine.toml"
     mine.write_text('user = "Q \\"{content}\\" é\\t\\n"\nassistant = ["A:", "{content}<|endoftext|>", ""]\n', "utf-8")
@@ -466,8 +463,8 @@ def test_a_character_that_a_char_vocabulary_lacks_is_found_in_its_row(tmp_path):
     folder = make(tmp_path / "d", replies(3, 4, 5), tokenizer="char")
     assert ExampleData(folder, block_size=50, rows=1, seed=1).tokenizer.kind == "char"
     with pytest.raises(UserError, match=r"x.jsonl:2: the character 'é'"):
-        make(tmp_path / "x", [*replies(3), {"prompt": "2", "completion": "é"}, *replies(2)],
-             tokenizer=str(folder / "tokenizer.json"))  # fmt: skip
+        rows = [*replies(3), {"prompt": "2", "completion": "é"}, *replies(2)]
+        make(tmp_path / "x", rows, tokenizer=str(folder / "tokenizer.json"))
 
 
 @pytest.mark.parametrize("damage", ["trained", "lengths", "tokens", "index.json", "tokenizer.json", "absent"])

@@ -18,8 +18,8 @@ from muonlm.config.runs import newest_run
 from muonlm.data.prep.examples import prepare_examples
 from muonlm.training.loop import train
 
-STEPS = ["--train.steps", "6", "--train.save_every", "3", "--eval.every", "3", "--eval.iters", "2", "--log.every", "1",
-         "--eval.sample", "8", "--train.global_batch", "2048"]  # fmt: skip
+STEPS = "--train.steps 6 --train.save_every 3 --train.global_batch 2048 --eval.every 3 --eval.iters 2 --eval.sample 8"
+STEPS = [*STEPS.split(), "--log.every", "1"]
 MODEL = ["--model.pattern", "MA", "--model.block_size", "256", "--data.tokenizer", "byte"]
 DATA = ["--data", "word_problems:300:1-2", "--data.val", "hash:0.1"]
 
@@ -35,9 +35,9 @@ def stages(tmp_path_factory):
 
 
 def finetune(stages, objective: str, out, *flags: str) -> list[str]:
-    start = {"sft": "pre", "dpo": "sft"}[objective]
-    return ["train", "quickstart", "--smoke", "--init-from", str(stages / start), "--train.objective", objective,
-            "--data.template", "qa", *DATA, *STEPS, "--out", str(out), *flags]  # fmt: skip
+    start = stages / {"sft": "pre", "dpo": "sft"}[objective]
+    flags = ("--data.template", "qa", *DATA, *STEPS, "--out", str(out), *flags)
+    return ["train", "quickstart", "--smoke", "--init-from", str(start), "--train.objective", objective, *flags]
 
 
 def metrics(run) -> list[dict]:
@@ -125,9 +125,9 @@ def test_two_ranks_train_as_one(stages, tmp_path, objective):
 
 def test_prompts_are_not_trained_on(stages, tmp_path, monkeypatch):
     """The masked loss is the mean over the assistant's tokens: counted here from the text, by hand."""
-    cfg = load_recipe("quickstart", {"init_from": str(stages / "pre"), "train.objective": "sft", "data.template": "qa",
-                      "data.source": "word_problems:300:1-2", "train.steps": 1, "eval.sample": 0,
-                      "train.global_batch": 2048, "eval.every": 0}, smoke=True)  # fmt: skip
+    flags = {"init_from": str(stages / "pre"), "train.objective": "sft", "data.template": "qa"}
+    flags |= {"data.source": "word_problems:300:1-2", "train.steps": 1, "train.global_batch": 2048}
+    cfg = load_recipe("quickstart", flags | {"eval.sample": 0, "eval.every": 0}, smoke=True)
     report = train(cfg, tmp_path / "run")
     from muonlm.data.open import open_splits
     from muonlm.training.parallel import Dist

@@ -1,7 +1,8 @@
 """Golden loss curves: a refactor that changes them has changed the mathematics, the data order or the initialisation.
 
-Recorded on CPU in fp32. Another CPU sums in another order (1e-7 per operation), which these few steps amplify to about 1e-4; a real
-change moves them by far more. To record anew after a change that is meant: print `losses` and say why in the commit.
+Recorded on CPU in fp32. Another CPU sums in another order (1e-7 per operation), which these few steps amplify to about
+1e-4; a real change moves them by far more. To record anew after a change that is meant: print `losses` and say why in
+the commit.
 """
 
 import json

@@ -84,7 +84,7 @@ def config(text, **flags):
     return load_recipe("quickstart", base | {key.replace("__", "."): value for key, value in flags.items()}, smoke=True)
 
 
-# --- resume -------------------------------------------------------------------------------------------------------------------
+# --- resume ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -183,15 +183,17 @@ def test_resume_refuses_text_that_changed(smoke, text, tmp_path, capsys):
     assert "trained on other data" in capsys.readouterr().err and timeless(tmp_path / "run") == before
 
 
-# --- accumulation and ranks ---------------------------------------------------------------------------------------------------
+# --- accumulation and ranks -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3])
 def test_the_split_of_a_step_into_micro_batches_does_not_change_its_losses(text, tmp_path, micro):
-    """The same sum in another order. 1e-6: gradients differ by fp32 rounding, 1e-7; measured over these steps, losses by at most 3e-7.
+    """The same sum in another order: gradients differ by fp32 rounding, 1e-7. The bound is 1e-6; measured over these
+    steps, losses differ by at most 3e-7.
 
-    It cannot hold for ever: Newton–Schulz and AdamW divide by the size of a gradient and so keep relative rounding errors alive. On
-    sotu the difference of Muon's losses grew to 1e-6 after 100 steps and stayed there to 200; AdamW's stayed at 2e-7.
+    It cannot hold for ever: Newton–Schulz and AdamW divide by the size of a gradient and so keep relative rounding
+    errors alive. On sotu the difference of Muon's losses grew to 1e-6 after 100 steps and stayed there to 200; AdamW's
+    stayed at 2e-7.
     """
     whole = train_function(config(text, train__steps=30), tmp_path / "8")
     parts = train_function(config(text, train__steps=30, train__micro_batch=micro), tmp_path / "parts")
@@ -261,7 +263,7 @@ def test_a_rank_without_held_out_rows_takes_part_with_an_empty_batch(text, tmp_p
     assert [[b.count for b in share] for share in shares] == [[0], [split.num_tokens - 1]]
 
 
-# --- guards -------------------------------------------------------------------------------------------------------------------
+# --- guards ---------------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_finite_is_refused_before_the_step(smoke, tmp_path, monkeypatch, capsys):
@@ -312,7 +314,7 @@ def test_a_run_that_asks_for_muon_and_routes_nothing_to_it_is_refused(smoke, tmp
     assert not (tmp_path / "run").exists()
 
 
-# --- what a config says is what happens -----------------------------------------------------------------------------------------
+# --- what a config says is what happens -----------------------------------------------------------
 
 
 def test_the_seed_decides_the_run(text, tmp_path):
@@ -400,7 +402,8 @@ def test_a_line_of_metrics_and_the_report_hold_what_is_promised(finished):
     )
     weights = load_file(finished / "checkpoints" / "step-00000006" / "model.safetensors")
     assert report["parameters"] == sum(t.numel() for t in weights.values())
-    # bytes are tokens here, and end-of-text marks few: bits per byte are nats per token over ln 2, within their share of 1/600
+    # bytes are tokens here, and end-of-text marks few: bits per byte are nats per token over ln 2, within their share
+    # of 1/600
     assert report["val_bpb"] == pytest.approx(report["val_loss"] / math.log(2), rel=0.01)
     for name in ("config.json", "environment.json", "routing.txt", "tokenizer.json", "samples/step-00000006.txt"):
         assert (finished / name).stat().st_size > 0
