@@ -56,8 +56,8 @@ def textbook(loss_of, parameters, data: PackedData, steps: int) -> float:
     return statistics.median(times[1:])
 
 
-def ours(flags: dict, optimizer: str, data: Path, steps: int, folder: Path) -> tuple[float, str]:
-    """(median seconds of a step of `muonlm train`, dtype it chose)."""
+def ours(flags: dict, optimizer: str, data: Path, steps: int, folder: Path) -> tuple[float, str, dict]:
+    """(median seconds of a step of `muonlm train`, dtype it chose, what it logged of the last step)."""
     cfg = load_recipe(
         "keller/nanogpt-char",
         flags
@@ -74,31 +74,21 @@ def ours(flags: dict, optimizer: str, data: Path, steps: int, folder: Path) -> t
     )
     out = Path(tempfile.mkdtemp(dir=folder)) / "run"
     train(cfg, out, json_mode=True)
-    steps_ms = [
-        r["step_ms"] for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "step_ms" in r
-    ]
-    return statistics.median(steps_ms[1:]) / 1e3, read_config(out).train.dtype
+    history = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    logged = [record for record in history if "step_ms" in record]
+    return statistics.median(r["step_ms"] for r in logged[1:]) / 1e3, read_config(out).train.dtype, logged[-1]
 
 
-def overheads(data: PackedData, step_seconds: float, folder: Path) -> dict[str, float]:
-    """Seconds per step of assembling a batch, and of writing and showing one log line (every 10 steps, the default)."""
+def overheads(data: PackedData, record: dict, step_seconds: float, folder: Path) -> dict[str, float]:
+    """Shares of a step: assembling a batch; recording and showing a line like `record` every 10 steps, the default."""
     run = Run(folder, load_recipe("quickstart"), steps=10**6, json_mode=True)
-    record = {
-        "loss": 1.0,
-        "grad_norm": 1.0,
-        "lr_muon": 1.0,
-        "lr_adamw": 1.0,
-        "momentum": 0.9,
-        "tok_per_s": 1.0,
-        "peak_memory_gib": 1.0,
-    }
     batch, log = [], []
     for step in range(1, 101):
         begin = time.perf_counter()
         data.batch(step)
         middle = time.perf_counter()
-        run.log({"step": step, **record})
-        run.show({"step": step, **record}, 1.0)
+        run.record(record | {"step": step})
+        run.show(record | {"step": step}, 1.0)
         batch.append(middle - begin)
         log.append((time.perf_counter() - middle) / 10)
     return {"batch_share": statistics.median(batch) / step_seconds, "log_share": statistics.median(log) / step_seconds}
@@ -148,10 +138,11 @@ def measure(name: str, text: str, repeats: int, steps: int, folder: Path) -> dic
         finally:
             attention.EXPLICIT_UP_TO = kept
 
-    dtypes = {}
+    dtypes, logged = {}, {}
 
     def run_ours(optimizer):
-        seconds, dtypes[f"ours {optimizer}"] = ours(flags, optimizer, packed, steps, folder)
+        arm = f"ours {optimizer}"
+        seconds, dtypes[arm], logged[arm] = ours(flags, optimizer, packed, steps, folder)
         return seconds
 
     arms = {
@@ -189,7 +180,7 @@ def measure(name: str, text: str, repeats: int, steps: int, folder: Path) -> dic
                 "dtype": dtypes.get(arm, "float32"),
             }
         )
-    shares = overheads(data, statistics.median(seconds["ours muon"]), folder)
+    shares = overheads(data, logged["ours muon"], statistics.median(seconds["ours muon"]), folder)
     return {"rows": rows_out, "overheads": {"shape": name, **shares}}
 
 

@@ -226,3 +226,20 @@ def test_the_state_has_the_bytes_of_its_shapes_at_every_position(decoded):
     layers, inner, taps, width = 2, 64, 4, 16
     expected = 4 * layers * inner * (taps - 1 + width) + 8  # fp32 conv and S, and one int64 that counts tokens
     assert list(decoded["position"]["state_bytes"].values()) == [expected] * 3
+
+
+# ---- throughput.py
+
+
+def test_whole_steps_are_compared_with_the_plain_loop_and_logging_has_its_share(tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text("We the people of the United States. " * 300)
+    small = ["--shapes", "4L/128", "--repeats", "1", "--steps", "2"]
+    done = run("throughput.py", "--data", str(text), *small, "--json", str(out))
+    assert done.returncode == 0, done.stderr[-2000:]
+    (result,) = json.loads(out.read_text())
+    rows = {row["arm"]: row for row in result["rows"]}
+    assert {"plain", "plain again", "ours adamw", "ours muon"} <= set(rows)
+    for row in rows.values():
+        assert row["speedup"] == pytest.approx(rows["plain"]["ms"] / row["ms"])  # one repeat: the ratio of the two
+    assert 0 < result["overheads"]["batch_share"] and 0 < result["overheads"]["log_share"]
