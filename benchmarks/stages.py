@@ -63,8 +63,8 @@ STAGES = {
 }
 
 
-def answers(run: str, cfg) -> dict:
-    """Greedy decoding of every training prompt beside the answer that was trained."""
+def answers(run: str, cfg, at_most: int | None = None) -> dict:
+    """Greedy decoding of every training prompt, or of the first few, beside the answer that was trained."""
     data = open_splits(cfg, "conversations", 1, Dist(0, 1, torch.device("cpu"))).train
     model, tokenizer = load(run)
     prompts, wanted = [], []
@@ -75,6 +75,7 @@ def answers(run: str, cfg) -> dict:
             first = next(i for i, t in enumerate(targets) if t != IGNORE)
             prompts.append(tokens[: first + 1])
             wanted.append([t for t in targets if t != IGNORE])
+    prompts, wanted = prompts[:at_most], wanted[:at_most]
     stop = wanted[0][-1]
     greedy = Sampling(temperature=0, max_tokens=max(map(len, wanted)))
     found = complete(model, prompts, greedy, stop=frozenset({stop}), vocab=tokenizer.vocab_size)
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="1")
     parser.add_argument("--base", type=Path, help="start gsm8k and hh from this run instead of pretraining one")
     parser.add_argument("--out", type=Path, help="keep the runs here")
-    parser.add_argument("--quick", action="store_true", help="two steps of each: does it run?")
+    parser.add_argument("--quick", action="store_true", help="two steps of each, four answers: does it run?")
     parser.add_argument("--json", nargs="?", const="-", help="write JSON to stdout, or to a file")
     args = parser.parse_args()
     home = args.out or Path(tempfile.mkdtemp())
@@ -117,7 +118,7 @@ def main() -> None:
                     found |= {"pairs": pairs, "accuracy": accuracy, "interval": wilson(round(accuracy * pairs), pairs)}
                     found["margin"] = report["val_margin"]
                 if name == "alpaca":
-                    found |= answers(str(out), cfg)
+                    found |= answers(str(out), cfg, at_most=4 if args.quick else None)
                 results.append(found)
                 note("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()))
     write({"machine": machine(), "results": results}, args.json)
