@@ -84,7 +84,7 @@ def config(text, **flags):
     return load_recipe("quickstart", base | {key.replace("__", "."): value for key, value in flags.items()}, smoke=True)
 
 
-# --- resume ---------------------------------------------------------------------------------------
+# --- resume -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_resume_refuses_text_that_changed(smoke, text, tmp_path, capsys):
     assert "trained on other data" in capsys.readouterr().err and timeless(tmp_path / "run") == before
 
 
-# --- accumulation and ranks -----------------------------------------------------------------------
+# --- accumulation and ranks -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3])
@@ -263,7 +263,7 @@ def test_a_rank_without_held_out_rows_takes_part_with_an_empty_batch(text, tmp_p
     assert [[b.count for b in share] for share in shares] == [[0], [split.num_tokens - 1]]
 
 
-# --- guards ---------------------------------------------------------------------------------------
+# --- guards -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_finite_is_refused_before_the_step(smoke, tmp_path, monkeypatch, capsys):
@@ -314,7 +314,7 @@ def test_a_run_that_asks_for_muon_and_routes_nothing_to_it_is_refused(smoke, tmp
     assert not (tmp_path / "run").exists()
 
 
-# --- what a config says is what happens -----------------------------------------------------------
+# --- what a config says is what happens -------------------------------------------------------------------------------
 
 
 def test_the_seed_decides_the_run(text, tmp_path):
