@@ -186,7 +186,8 @@ def twin(name: str, seed: int) -> tuple[Config, Config]:
         key=lambda cfg: abs(count_parameters(cfg)["total"] - size),
     )
     other = dataclasses.replace(best, vocab_size=0)
-    return ours, dataclasses.replace(ours, model=other, optim=load_recipe("quickstart").optim)
+    quickstart = load_recipe("quickstart")
+    return ours, dataclasses.replace(ours, model=other, optim=quickstart.optim, muon=quickstart.muon)
 
 
 def twins(runs: Runs, seeds: list[int]) -> dict:

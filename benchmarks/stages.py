@@ -98,7 +98,7 @@ def main() -> None:
     for optimizer in args.optimizers.split(","):
         for seed in map(int, args.seeds.split(",")):
             common = {"optim.name": optimizer, "seed": seed, "eval.iters": 0}
-            short = {"train.steps": 2, "eval.every": 0, "eval.iters": 1} if args.quick else {}
+            short = {"train.steps": 2, "sched.warmup": 0, "eval.every": 0, "eval.iters": 1} if args.quick else {}
             base = args.base or home / f"base-{optimizer}-{seed}"
             if set(args.only.split(",")) - {"alpaca"} and not (base / "report.json").exists():
                 train(load_recipe("road/pretrain", BASE | common | short), base, json_mode=True)
