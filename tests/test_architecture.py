@@ -20,6 +20,7 @@ MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 # `cli → chat, evals, export → training → engine → model, optim, data → scan → config → storage → errors`.
 LEVEL = {
     "errors": 0,
+    "lazy": 0,
     "sampling": 1,
     "storage": 1,
     "config": 2,

@@ -3,7 +3,7 @@
 The names below are loaded on first use: `import muonlm` costs milliseconds, `muonlm --help` does not wait for torch.
 """
 
-from importlib import import_module
+from .lazy import public
 
 __version__ = "0.1.0"
 
@@ -21,8 +21,4 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module 'muonlm' has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    return public(name, __name__, _HOME)

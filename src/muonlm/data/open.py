@@ -3,12 +3,12 @@
 Nothing here waits for torch. A new source of training data is one file with the two functions of `Source`, and a line.
 """
 
-import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from muonlm.config.schema import Config
 from muonlm.errors import UserError
+from muonlm.lazy import load
 
 if TYPE_CHECKING:
     from .batch import Splits
@@ -57,14 +57,9 @@ def open_splits(cfg: Config, wanted: str, rows: int, dist) -> "Splits":
 
     Files are prepared once, into the cache, by rank 0; the others wait for it.
     """
-    return _load(source_of(cfg.data.source, wanted).opens)(cfg, rows, dist)
+    return load(source_of(cfg.data.source, wanted).opens)(cfg, rows, dist)
 
 
 def vocabulary(cfg: Config) -> tuple[int, str]:
     """(tokens, where the number comes from), before any data is read."""
-    return _load(source_of(cfg.data.source).vocabulary)(cfg)
-
-
-def _load(what: str):
-    module, _, name = what.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return load(source_of(cfg.data.source).vocabulary)(cfg)

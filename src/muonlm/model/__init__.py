@@ -12,7 +12,7 @@ KINDS and mixers.MIXERS are the two tables of the room. They are read without to
 use.
 """
 
-from importlib import import_module
+from muonlm.lazy import public
 
 # model.kind -> "module:Class". A class takes a ModelConfig and has `check(cfg)`, `init_weights()`, `blocks`, `schedule`
 # (which block is applied, one after another) and `can_tie` (embedding and head).
@@ -30,8 +30,4 @@ _HOME = {
 
 
 def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    return public(name, __name__, _HOME)

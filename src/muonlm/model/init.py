@@ -15,13 +15,13 @@ init_special.
 """
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from muonlm.config.schema import ModelConfig
+from muonlm.lazy import load
 
 from . import KINDS
 from .conv import ShortConv
@@ -61,8 +61,7 @@ def check_model(cfg: ModelConfig) -> None:
 
 
 def _kind(cfg: ModelConfig) -> type:
-    module, _, name = KINDS[cfg.kind].partition(":")
-    return getattr(import_module(module, __package__), name)
+    return load(KINDS[cfg.kind], __package__)
 
 
 class Scheme(NamedTuple):

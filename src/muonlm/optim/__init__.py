@@ -14,7 +14,8 @@ asked for, so that reading the table does not wait for torch.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
+
+from muonlm.lazy import public
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,8 @@ _HOME = {  # public name -> module that defines it
     "qk_clip": "watch.qk_clip",
     "route": "routing.route",
 }
-__all__ = sorted(["OPTIMIZERS", "Entry", *_HOME])
+__all__ = ["OPTIMIZERS", "Entry", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    return public(name, __name__, _HOME)

@@ -12,13 +12,13 @@ Raises   UserError for an unknown name, and for values that the optimizer cannot
 """
 
 from difflib import get_close_matches
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from muonlm.errors import UserError
+from muonlm.lazy import load
 
 from . import OPTIMIZERS, Entry
 from .routing.plan import RoutingPlan
@@ -65,7 +65,7 @@ def build_optimizer(
     own = {key: value for key, value in own.items() if key not in (*entry.routed, *entry.watched)}
     shared = {"lr": lr, "wd": wd, "decay": decay, "betas": tuple(betas), "eps": eps, "process_group": process_group}
     with as_user_errors():
-        return _load(entry.build)(plan, **shared, **own)
+        return load(entry.build, __package__)(plan, **shared, **own)
 
 
 def build_watch(
@@ -80,7 +80,9 @@ def build_watch(
     entry = entry_of(name)
     own = {key: value for key, value in own.items() if key in entry.watched}
     with as_user_errors():
-        return _load(entry.watch)(name, optimizer, model, every=every, spectra=spectra, advice=advice, seed=seed, **own)
+        return load(entry.watch, __package__)(
+            name, optimizer, model, every=every, spectra=spectra, advice=advice, seed=seed, **own
+        )
 
 
 class as_user_errors:
@@ -92,8 +94,3 @@ class as_user_errors:
     def __exit__(self, kind, error, trace):
         if isinstance(error, ValueError) and not isinstance(error, UserError):
             raise UserError(str(error)) from None
-
-
-def _load(what: str):
-    module, _, name = what.partition(":")
-    return getattr(import_module(module, __package__), name)

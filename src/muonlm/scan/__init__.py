@@ -11,8 +11,9 @@ The names below are loaded on first use: whoever reads the table does not wait f
 """
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from muonlm.lazy import public
 
 if TYPE_CHECKING:
     from .dispatch import backends as backends
@@ -79,8 +80,4 @@ _HOME = {  # public name -> file that defines it
 
 
 def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    return public(name, __name__, _HOME)

@@ -5,10 +5,10 @@ It is read without torch: an entry names its class as text, loaded when it is fi
 """
 
 from dataclasses import dataclass, field
-from importlib import import_module
 
 from muonlm.config.spelling import nearest
 from muonlm.errors import UserError
+from muonlm.lazy import load
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class Entry:
 
     def load(self) -> type:
         """The class, a subclass of Mixer."""
-        module, _, name = self.where.partition(":")
-        return getattr(import_module(module, __name__), name)
+        return load(self.where, __name__)
 
     def build(self, cfg):
         """The mixer of a ModelConfig. Raises UserError where the widths do not fit."""

@@ -7,9 +7,10 @@ and `metrics` are detached sums over the same. The loop divides by the count of 
 data parallelism equal one big batch. A new objective is one file with its loss, and one line. No torch is needed here.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+from muonlm.lazy import load
 
 HERE = __name__
 
@@ -74,8 +75,3 @@ OBJECTIVES = {
         more="--data recall --train.objective recall --data.pairs 16     more to remember",
     ),
 }
-
-
-def load(what: str) -> Callable:
-    module, _, name = what.partition(":")
-    return getattr(importlib.import_module(module), name)
