@@ -28,6 +28,7 @@ def desk(tmp_path, monkeypatch, finished):
         ({}, {}, 1),
         ({}, {"preset": "p"}, 2),
         ({"optim.name": "adamw"}, {}, 3),
+        ({"optim.name": "soap"}, {}, 3),  # its rates are of AdamW's kind
         ({"optim.name": "adamw"}, {"preset": "p"}, 4),
         ({"optim.name": "adamw"}, {"preset": "p", "smoke": True}, 5),
         ({"optim.name": "adamw", "log.every": "6"}, {"preset": "p", "smoke": True}, 6),

@@ -9,7 +9,8 @@ import pytest
 from muonlm.cli.main import main
 from muonlm.config.schema import Config
 from muonlm.errors import UserError
-from muonlm.optim import OPTIMIZERS, Entry, build, build_optimizer
+from muonlm.lazy import load
+from muonlm.optim import OPTIMIZERS, Entry, build_optimizer
 
 TOY = '''
 """Gradient descent with a memory of how often it stepped."""
@@ -63,7 +64,8 @@ def test_the_table_is_read_without_torch():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_an_entry_names_is_there(name):
     entry = OPTIMIZERS[name]
-    assert callable(build._load(entry.build)) and issubclass(build._load(entry.watch), build._load(Entry.watch))
+    assert callable(load(entry.build, "muonlm.optim"))
+    assert issubclass(load(entry.watch, "muonlm.optim"), load(Entry.watch, "muonlm.optim"))
     named = {*entry.routed, *entry.watched, *entry.rates, *entry.exact}
     assert named <= (vars(getattr(Config(), entry.section)).keys() if entry.section else set())
 

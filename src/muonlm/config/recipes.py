@@ -1,6 +1,6 @@
 """Recipes, presets, and THE order of the layers that a config is made of.
 
-    defaults ← recipe ← preset ← [baseline], if AdamW trains ← [smoke] ← the run that it starts from ← flags
+    defaults ← recipe ← preset ← [baseline], if another than Muon trains ← [smoke] ← the run that it starts from ← flags
     the run's own config ← flags                                                            of a run that is resumed
 
 A layer wins over those before it, key by key. Where one thing can be said in several ways, a layer that says it in
@@ -8,7 +8,7 @@ one of them replaces all (REPLACES). Each layer is checked by itself, and a mess
 
 recipe     a TOML file, packaged or the user's own, laid over the one that it `extends`
 preset     [preset.NAME] of the recipe, or [presets.NAME] in muonlm.toml of the current folder, which comes first
-baseline   what stands in [baseline] of recipe and preset: the settings of AdamW beside those of Muon
+baseline   what stands in [baseline] of recipe and preset: settings for AdamW, and what takes rates like its own
 smoke      --smoke: SMOKE, and what the recipe's [smoke] says
 start      --init-from RUN: weights of RUN's best checkpoint (or of the checkpoint named), step 0, a new schedule;
            model, tokenizer and, unless the recipe names one, conversation template are RUN's too
@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from muonlm.errors import UserError
+from muonlm.lazy import load
 
 from .runs import locate, newest_run, read_config
-from .schema import Config, check, flatten, of_keys
+from .schema import Config, OptimConfig, check, flatten, of_keys
 from .spelling import nearest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 USERS_FILE = "muonlm.toml"
 NONE = "none"
-BASELINE = "adamw"  # the optimizer of which [baseline] speaks
 SMOKE = {  # tiny, on a CPU, under a minute, all artefacts written
     "shrunk": True,
     "model.n_layer": 2,
@@ -115,7 +115,7 @@ def load_recipe(
 
     layers = [Layer(f"recipe {name}", tree | {"recipe": name}), tuned]
     baseline = [Layer(f"recipe {name} [baseline]", tables["baseline"]), tuned_baseline]
-    if combine(*layers, given).get("optim.name") == BASELINE:
+    if takes_baseline(combine(*layers, given).get("optim.name", OptimConfig().name)):
         layers += baseline
     own_smoke = Layer(f"recipe {name} [smoke]", tables["smoke"])
     if smoke:
@@ -212,8 +212,12 @@ def user_presets() -> dict[str, dict]:
     return tables
 
 
+def takes_baseline(optimizer: str) -> bool:
+    return load("muonlm.optim:OPTIMIZERS")[optimizer].baseline
+
+
 def preset_layers(recipe: str, name: str) -> tuple[Layer, Layer]:
-    """(settings, [baseline]) of a preset. One that chooses AdamW speaks of AdamW, also outside of its [baseline]."""
+    """(settings, [baseline]) of a preset. One that chooses AdamW speaks of it also outside of its [baseline]."""
     known = presets(recipe)
     if name not in known:
         others = f" Known: {', '.join(known)}." if known else " This recipe has none."
@@ -224,7 +228,7 @@ def preset_layers(recipe: str, name: str) -> tuple[Layer, Layer]:
     for key in ("recipe", "parent", "init_from"):
         if key in settings.values:
             raise UserError(f"{place}: {key} cannot be set by a preset; it belongs into a recipe, or is a flag.")
-    if settings.values.get("optim.name") == BASELINE:
+    if takes_baseline(settings.values.get("optim.name", OptimConfig().name)):
         own = {key: value for key, value in settings.values.items() if key.startswith(("optim.", "muon."))}
         baseline = Layer(baseline.place, own | baseline.values)
     return settings, baseline

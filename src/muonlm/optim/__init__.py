@@ -38,6 +38,8 @@ class Entry:
     """Keys of the section that are arguments of the watch; `build` does not see them."""
     rates: tuple[str, ...] = ()
     """Keys of the section that are learning rates: to be lowered with `lr` when a loss diverges."""
+    baseline: bool = True
+    """Whether a recipe's [baseline] speaks of it too: its `lr` is one of AdamW's kind, entry by entry of a weight."""
     exact: Mapping[str, str] = field(default_factory=dict)
     """What "auto" keys of the section become in a run in which no timing may decide anything."""
 
@@ -50,6 +52,7 @@ OPTIMIZERS = {
         routed={"route": "overrides", "split_fused": "split_fused", "per_head": "per_head"},
         watched=("qk_clip", "clip_scope"),
         rates=("adamw_lr",),
+        baseline=False,
         exact={"ns_dtype": "float32", "ns_method": "direct"},
     ),
     "adamw": Entry(".adamw:build"),
