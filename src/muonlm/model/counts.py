@@ -9,7 +9,7 @@ from muonlm.scan import choose_backend
 
 from .init import on_meta
 from .mixers import MIXERS
-from .mixers.base import Recurrent
+from .mixers.base import Mixer
 
 
 def _size(module: nn.Module) -> int:
@@ -56,8 +56,8 @@ def train_flops_per_token(cfg: ModelConfig) -> float:
 
 def scan_choice(cfg: ModelConfig, device: torch.device) -> str:
     """Which backends run the recurrences; empty if there are none. Raises UserError if one cannot run on `device`."""
-    mixers = [module for module in on_meta(cfg).modules() if isinstance(module, Recurrent)]
-    chosen = [choose_backend(m.scan, m.backend, device, torch.float32, m.state_shape[-2]) for m in mixers]
+    mixers = [module for module in on_meta(cfg).modules() if isinstance(module, Mixer) and module.scan]
+    chosen = [choose_backend(m.scan, m.backend, device, torch.float32, *m.state_shape[-2:-1]) for m in mixers]
     if cfg.scan not in ("auto", "chunked", "reference", *chosen):
         raise UserError(f"`scan` = {cfg.scan} computes no layer of {cfg.pattern!r}; leave it out.")
     return ", ".join(dict.fromkeys(chosen))

@@ -32,6 +32,11 @@ def make_norm(cfg: ModelConfig) -> nn.Module:
     return RMSNorm(cfg.d_model, eps=cfg.norm_eps, gain=cfg.norm == "rmsnorm")
 
 
+def wide(dtype: torch.dtype | None = None) -> torch.dtype:
+    """In what sums over tokens are kept beside activations of `dtype` (None: torch's default): at least fp32."""
+    return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+
+
 def at_least_fp32(x: Tensor) -> Tensor:
     """bf16 → fp32 where sums and exponentials need it; fp64 stays (tests run the equations in fp64)."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide(x.dtype))

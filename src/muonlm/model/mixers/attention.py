@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from muonlm.config.schema import ModelConfig
 from muonlm.errors import UserError
 
-from ..norm import RMSNorm, at_least_fp32
+from ..norm import RMSNorm, at_least_fp32, wide
 from .base import Mixer
 
 State = tuple[Tensor, Tensor, Tensor]
@@ -139,7 +139,7 @@ class Heads(Mixer):
             if cap:
                 logits = cap * torch.tanh(at_least_fp32(logits) / cap)
             logits = logits + bias[..., rows, :]
-            weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+            weights = logits.softmax(-1, dtype=wide(logits.dtype))
             chunks.append(F.dropout(weights, dropout).to(v.dtype) @ v)
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks, 2)
 

@@ -1,4 +1,4 @@
-"""What a mixer answers for (`Mixer`), and what the recurrent ones have in common (`Recurrent`, `Writes`).
+"""What a mixer answers for (`Mixer`), and what those have in common that run a scan (`Recurrent`, `ConvRecurrent`).
 
     y, state = mixer(x, state, mask)
 
@@ -6,7 +6,13 @@ Shapes   x, y (B,L,d) · mask (B,L) bool, True = real token · state None = from
 
 L > 1 trains or prefills, L = 1 decodes, by the same mathematics: any cut of a sequence gives the same outputs.
 Nothing depends on a later token. A masked token is deleted: it leaves the state alone, its output is 0. A state is a
-tuple of tensors, the batch first; after forward(x, state) only the returned one is valid.
+tuple of tensors, the batch first; after forward(x, state) only the returned one is valid. y has the dtype of the last
+projection's output: that of x, or the autocast dtype.
+
+    Mixer            attention, running means: whatever has no scan of muonlm.scan
+    Recurrent        a scan over states S: its backend and chunk, and S as the whole state
+    ConvRecurrent    with a short convolution before it, `out_proj` after it, and a Muon form
+    Diagonal         (diagonal.py) a ConvRecurrent of diag_scan: a subclass adds step sizes and gate
 
 What concerns one mixer alone is asked of its class with a ModelConfig (`check`, `twin`) or of the mixer itself, which
 may be on meta.
@@ -22,6 +28,8 @@ from torch import Tensor, nn
 
 from muonlm.config.schema import ModelConfig
 from muonlm.scan import backends, gain, write_norm
+
+from ..norm import wide
 
 State = tuple[Tensor, ...]
 
@@ -48,7 +56,9 @@ class Mixer(nn.Module):
     look_back: int | None = None
     """Tokens that a continuation may look back on; None where the state has a constant size."""
     scan: str | None = None
-    """The recurrence of muonlm.scan that it runs, if any."""
+    """The recurrence of muonlm.scan that it runs, if any, by `backend`."""
+    state_shape: tuple[int, ...] = ()
+    """Of the state S of that scan, without the batch: (…, N, values)."""
     write_gain: float | None = None
     """Muon forms: what a write is multiplied by, κα, where that is a constant."""
     twin: Twin | None = None
@@ -63,6 +73,11 @@ class Mixer(nn.Module):
     def check(cls, cfg: ModelConfig) -> None:
         """Raise UserError if the widths of cfg do not fit this mixer, in names of ModelConfig's fields."""
 
+    @property
+    def backend(self) -> str:
+        """What cfg.scan asks of this mixer's scan: auto where only scans of other layers have that backend."""
+        return self.cfg.scan if self.scan and self.cfg.scan in backends(self.scan) else "auto"
+
     def flops_between_tokens(self, length: int) -> float:
         """FLOPs a token, forward and backward, in rows of `length` tokens, beyond the 6 for each parameter."""
         raise NotImplementedError
@@ -75,7 +90,14 @@ class Mixer(nn.Module):
         """Fill what init.py's schemes do not know: A_log, D, step biases."""
 
     def tags(self) -> dict[nn.Parameter, dict]:
-        """For optim/routing: of each parameter concerned, what cannot be read from its shape and name."""
+        """For optim/routing: of each parameter concerned, what cannot be read from its shape and name.
+
+        role     "matrix" (Muon may train it), or "scalar" (AdamW does), such as a router or a filter
+        split    (0, [rows of each part]): a fused matrix, each part orthogonalised by itself
+        heads    (0, number of heads), for muon.per_head
+
+        All keys: optim/routing/route.py, which refuses those that it does not know.
+        """
         return {}
 
     def init_state(self, batch: int, device=None, dtype=None) -> State:
@@ -84,6 +106,24 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
         raise NotImplementedError
+
+
+class Recurrent(Mixer):
+    """A scan over states S (B, *state_shape), in at least fp32 beside narrower activations.
+
+    A subclass names the scan, sets `state_shape`, and calls it with `**self.how(lengths)`, autocast off.
+    """
+
+    @property
+    def chunk(self) -> int:
+        return self.cfg.scan_chunk
+
+    def how(self, lengths: Tensor | None) -> dict[str, Any]:
+        """Options that every scan takes."""
+        return {"lengths": lengths, "backend": self.backend, "chunk": self.chunk}
+
+    def init_state(self, batch: int, device=None, dtype=None) -> State:
+        return (torch.zeros(batch, *self.state_shape, device=device, dtype=wide(dtype)),)
 
 
 class Writes:
@@ -97,33 +137,31 @@ class Writes:
     def __call__(self, e: Tensor, k: Tensor) -> Tensor:
         return write_norm(e, k, self.kappa, self.eps) if self.normed else e
 
+    @property
+    def momentum(self) -> dict[str, float]:
+        """As options of a scan."""
+        return {"gamma": self.gamma, "alpha": self.alpha}
 
-class Recurrent(Mixer):
-    """A short convolution `conv1d`, a scan over states S (and velocities M), and the projection `out_proj`.
 
-    State    (conv, S (B, *state_shape)), and M of the same shape if γ > 0; S and M in fp32 beside narrower activations
+class ConvRecurrent(Recurrent):
+    """A short convolution `conv1d`, a scan over states S and, in the Muon form, velocities M, and `out_proj`.
+
+    State    (conv, S), and M of S's shape and dtype if γ > 0
     """
 
     conv1d: nn.Module
     out_proj: nn.Linear
-    state_shape: tuple[int, ...]
 
     def __init__(self, cfg: ModelConfig, muon: bool):
         super().__init__(cfg)
         self.writes = Writes(cfg, muon)
         self.write_gain = self.writes.kappa * self.writes.alpha if muon else None
 
-    @property
-    def backend(self) -> str:
-        """What cfg.scan asks of this mixer's scan: auto where only scans of other layers have that backend."""
-        return self.cfg.scan if self.cfg.scan in backends(self.scan) else "auto"
-
     def residual_projections(self) -> list[nn.Linear]:
         return [self.out_proj]
 
     def init_state(self, batch: int, device=None, dtype=None) -> State:
-        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        S = torch.zeros(batch, *self.state_shape, device=device, dtype=wide)
+        (S,) = super().init_state(batch, device, dtype)
         conv = self.conv1d.init_state(batch, device, dtype)
         return (conv, S, S.clone()) if self.writes.gamma else (conv, S)
 
@@ -131,6 +169,15 @@ class Recurrent(Mixer):
 def inner_width(cfg: ModelConfig) -> int:
     """D of Mamba, Longhorn and Mamba-2."""
     return cfg.expand * cfg.d_model
+
+
+def diagonal_scan_flops(states: int, width: int) -> int:
+    """FLOPs a token, forward and backward, of a scan with one gate a state entry: 35 for each entry.
+
+    7 in a pass over the tokens: Δ A and its exponential, f S, k w, their sum, q S and its sum. The states are computed
+    again in backward, 7, and the gradients of all of these products are counted as three passes, 21.
+    """
+    return 35 * states * width
 
 
 def head_scan_flops(heads: int, key: int, value: int, chunk: int) -> int:

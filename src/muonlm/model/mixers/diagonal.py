@@ -24,12 +24,12 @@ from muonlm.scan import diag_scan
 from ..conv import ShortConv
 from ..norm import at_least_fp32
 from ..packing import compact
-from .base import Recurrent, State, inner_width
+from .base import ConvRecurrent, State, diagonal_scan_flops, inner_width
 
 Gate = tuple[Tensor, ...]  # (Δ,) or (Δ, A), as diag_scan takes it
 
 
-class Diagonal(Recurrent):
+class Diagonal(ConvRecurrent):
     scan = "diag_scan"
 
     def __init__(self, cfg: ModelConfig, muon: bool = False):
@@ -37,7 +37,6 @@ class Diagonal(Recurrent):
         d, D, N, R = cfg.d_model, inner_width(cfg), self.state_width(cfg), self.step_rank(cfg)
         self.sizes = [R, N, N]  # rows of x_proj: t, k, q
         self.state_shape = (N, D)
-        self.chunk = cfg.scan_chunk
         self.in_proj = nn.Linear(d, 2 * D, bias=cfg.bias)
         self.conv1d = ShortConv(D, cfg.d_conv, bias=True)
         self.x_proj = nn.Linear(D, R + 2 * N, bias=False)
@@ -77,8 +76,7 @@ class Diagonal(Recurrent):
         }
 
     def flops_between_tokens(self, length: int) -> float:
-        N, D = self.state_shape
-        return 35 * N * D  # of the scan, its states computed again in backward
+        return diagonal_scan_flops(*self.state_shape)
 
     def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
         x, lengths, undo = compact(x, mask)
@@ -94,9 +92,8 @@ class Diagonal(Recurrent):
         with torch.autocast(x.device.type, enabled=False):
             T, k, q, v = (at_least_fp32(a) for a in (T, k, q, u))
             gate, writes = self.gate(T, k), self.writes
-            how = {"lengths": lengths, "backend": self.backend, "chunk": self.chunk}
             w = writes(gate[0] * v, k)
-            y, S, M = diag_scan(gate, w, k, q, S, M, gamma=writes.gamma, alpha=writes.alpha, **how)
+            y, S, M = diag_scan(gate, w, k, q, S, M, **writes.momentum, **self.how(lengths))
             y = torch.addcmul(y, v, at_least_fp32(self.D)) * F.silu(z)
         y = undo(self.out_proj(y.to(z.dtype)))
         return y, (conv, S) if M is None else (conv, S, M)

@@ -30,7 +30,7 @@ from muonlm.scan import delta_momentum_scan, delta_scan, velocity_scan
 from ..conv import ShortConv
 from ..norm import RMSNorm, at_least_fp32
 from ..packing import compact
-from .base import Recurrent, State, draw_steps, head_scan_flops
+from .base import ConvRecurrent, State, draw_steps, head_scan_flops
 
 NORM_EPS, KEY_EPS = 1e-5, 1e-6
 
@@ -41,7 +41,7 @@ def head_widths(cfg: ModelConfig) -> tuple[int, int]:
     return key, cfg.delta_value or 2 * key
 
 
-class GatedDeltaNet(Recurrent):
+class GatedDeltaNet(ConvRecurrent):
     """muon: the second form of the equations above; with norm_velocity, too: the third."""
 
     def __init__(self, cfg: ModelConfig, muon: bool = False, norm_velocity: bool = False):
@@ -54,7 +54,6 @@ class GatedDeltaNet(Recurrent):
             self.write_gain = None  # it writes as it is and normalises a sum of writes, whose size no constant gives
         self.scan = "velocity_scan" if norm_velocity else "delta_momentum_scan" if muon else "delta_scan"
         self.velocity_norm = {"norm": cfg.write_norm, "steps": cfg.ns_steps, "poly": cfg.ns_poly, "eps": cfg.write_eps}
-        self.chunk = cfg.scan_chunk
         self.q_proj, self.k_proj = (nn.Linear(d, H * N, bias=cfg.bias) for _ in range(2))
         self.v_proj, self.g_proj = (nn.Linear(d, H * P, bias=cfg.bias) for _ in range(2))
         self.a_proj, self.b_proj = (nn.Linear(d, H, bias=False) for _ in range(2))
@@ -103,14 +102,13 @@ class GatedDeltaNet(Recurrent):
         return y, (conv, S, M) if self.writes.gamma else (conv, S)
 
     def _scan(self, lg, b, u, k, q, S, M, lengths) -> tuple[Tensor, Tensor, Tensor | None]:
-        how = {"lengths": lengths, "chunk": self.chunk, "backend": self.backend}
+        how, momentum = self.how(lengths), self.writes.momentum
         if self.norm_velocity:
-            how |= self.velocity_norm | {"gamma": self.writes.gamma, "alpha": self.writes.alpha}
-            return velocity_scan(lg, b, u, k, q, S, M, **how)
+            return velocity_scan(lg, b, u, k, q, S, M, **self.velocity_norm, **momentum, **how)
         if not self.muon:
             return *delta_scan(lg, b, u, k, q, S, **how), None
         w = self.writes(b.unsqueeze(-1) * u, k)
-        return delta_momentum_scan(lg, b, w, k, q, S, M, gamma=self.writes.gamma, alpha=self.writes.alpha, **how)
+        return delta_momentum_scan(lg, b, w, k, q, S, M, **momentum, **how)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from muonlm.scan import scalar_scan
 from ..conv import ShortConv
 from ..norm import RMSNorm, at_least_fp32
 from ..packing import compact
-from .base import Recurrent, State, Twin, draw_steps, head_scan_flops, inner_width
+from .base import ConvRecurrent, State, Twin, draw_steps, head_scan_flops, inner_width
 
 NORM_EPS = 1e-5  # as in the released models
 
@@ -38,7 +38,7 @@ def widths(cfg: ModelConfig) -> tuple[int, int, int, int]:
     return inner_width(cfg), cfg.ssm_head, cfg.ssm_groups, cfg.d_state or 128
 
 
-class Mamba2(Recurrent):
+class Mamba2(ConvRecurrent):
     scan = "scalar_scan"
     twin = Twin(
         "mamba2",
@@ -61,7 +61,6 @@ class Mamba2(Recurrent):
         self.head_shape, self.key_shape = (D // P, P), (G, N)
         self.state_shape = (D // P, N, P)
         self.sizes = [D, D, G * N, G * N, D // P]  # rows of in_proj: z, x, k, q, dt
-        self.chunk = cfg.scan_chunk
         self.in_proj = nn.Linear(cfg.d_model, sum(self.sizes), bias=cfg.bias)
         self.conv1d = ShortConv(D + 2 * G * N, cfg.d_conv, bias=True)
         self.dt_bias = nn.Parameter(torch.empty(D // P))
@@ -105,8 +104,7 @@ class Mamba2(Recurrent):
             s = F.softplus(at_least_fp32(dt) + at_least_fp32(self.dt_bias))
             lg = -s * torch.exp(at_least_fp32(self.A_log))
             w = self._normed(s.unsqueeze(-1) * u, k)
-            how = {"lengths": lengths, "backend": self.backend, "chunk": self.chunk}
-            y, S, M = scalar_scan(lg, w, k, q, S, M, gamma=self.writes.gamma, alpha=self.writes.alpha, **how)
+            y, S, M = scalar_scan(lg, w, k, q, S, M, **self.writes.momentum, **self.how(lengths))
             y = torch.addcmul(y, u, at_least_fp32(self.D)[:, None]).flatten(-2) * F.silu(z)
             y = self._norm(y)
         y = undo(self.out_proj(y.to(z.dtype)))

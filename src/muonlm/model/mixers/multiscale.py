@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from muonlm.config.schema import ModelConfig
 from muonlm.errors import UserError
 
-from ..norm import RMSNorm, at_least_fp32
+from ..norm import RMSNorm, at_least_fp32, wide
 from . import attention
 
 
@@ -67,11 +67,10 @@ class MultiScaleAttention(attention.Heads):
 
     def init_state(self, batch: int, device=None, dtype=None) -> tuple[Tensor, ...]:
         dtype = dtype or torch.get_default_dtype()
-        wide = torch.promote_types(dtype, torch.float32)
         state = []
         for _ in self.scales:
             state += [torch.zeros(batch, self.kv_heads, 0, self.width, device=device, dtype=dtype) for _ in "kv"]
-            state.append(torch.zeros(batch, 2, self.kv_heads, self.width, device=device, dtype=wide))
+            state.append(torch.zeros(batch, 2, self.kv_heads, self.width, device=device, dtype=wide(dtype)))
         return *state, torch.zeros(batch, dtype=torch.long)
 
     def forward(self, x: Tensor, state=None, mask: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:

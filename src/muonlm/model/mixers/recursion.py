@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from muonlm.config.schema import ModelConfig
 
-from ..norm import at_least_fp32
+from ..norm import at_least_fp32, wide
 from .base import Mixer
 
 
@@ -44,8 +44,7 @@ class StackedRecursion(Mixer):
         return 12 * (len(self.downs) - 1) * d * d  # its memory matrix is applied once a sub-block
 
     def init_state(self, batch: int, device=None, dtype=None) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        total = torch.zeros(batch, self.gate.in_features, device=device, dtype=wide)
+        total = torch.zeros(batch, self.gate.in_features, device=device, dtype=wide(dtype))
         return total, torch.zeros(batch, dtype=torch.long, device=device)
 
     def forward(self, x: Tensor, state=None, mask: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
