@@ -4,7 +4,9 @@ import argparse
 import ast
 import dataclasses
 import inspect
+from typing import get_args
 
+from muonlm.config.convert import Told, annotations
 from muonlm.config.schema import keys
 from muonlm.config.spelling import nearest
 from muonlm.errors import UserError
@@ -79,13 +81,17 @@ def values(defaults, args: argparse.Namespace):
 
 
 def field_docs(cls) -> dict[str, str]:
-    """Field -> the string under it."""
+    """Field -> the string under it, with what a table of an upper room tells of its values."""
     body = ast.parse(inspect.getsource(cls)).body[0].body
-    return {
+    docs = {
         field.target.id: " ".join(doc.value.value.split())
         for field, doc in zip(body, body[1:])
         if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
     }
+    for field, kind in annotations(cls).items():
+        for told in (part for part in get_args(kind) if isinstance(part, Told)):
+            docs[field] += f" {told.sentence()}"
+    return docs
 
 
 def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:

@@ -91,6 +91,20 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What is valid is told by a function of an upper room, in a sentence; the section itself checks it."""
+
+    module: str
+    function: str
+
+    def problem(self, value: str) -> str:
+        return ""
+
+    def sentence(self) -> str:
+        return getattr(import_module(self.module), self.function)()
+
+
+@dataclass(frozen=True)
 class Device:
     """A type of device, perhaps with a number: cuda:1."""
 

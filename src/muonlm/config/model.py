@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from muonlm.errors import UserError
 
-from .convert import Ge, In, Joined, Section, Table
+from .convert import Ge, In, Joined, Section, Table, Told
 
 MIXERS = "muonlm.model.mixers"  # the table of an upper room, read without torch and not before it is asked
 
@@ -19,10 +19,8 @@ AtLeast1 = Annotated[int, Ge(1)]
 class ModelConfig(Section):
     kind: Annotated[str, Table("muonlm.model", "KINDS")] = "lm"
     """lm: a residual stream of blocks that predicts the next token. modular: the post-norm transformer of grokking."""
-    pattern: Annotated[str, Joined(",")] = "A"
-    """One letter per layer, tiled over the depth: A attention, W window attention, M mamba, D mamba2, L longhorn,
-    G gated_deltanet; m, d, l, g their Muon forms; V gdn_velocity_ns, S multiscale_attention, R stacked_recursion.
-    Or names: mamba,mamba,attention."""
+    pattern: Annotated[str, Joined(","), Told(MIXERS, "known")] = "A"
+    """Mixers of the layers, one letter each, tiled over the depth: MMA; or names: mamba,mamba,attention."""
     n_layer: AtLeast1 = 4
     """Blocks, ≥ 1."""
     d_model: AtLeast1 = 256

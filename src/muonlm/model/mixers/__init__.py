@@ -55,24 +55,30 @@ MIXERS = {
 }
 
 
+def known() -> str:
+    """The table in a line: letters and names, and the letters of the Muon forms."""
+    plain = ", ".join(f"{entry.letter} {entry.name}" for entry in MIXERS.values() if not entry.muon)
+    muon = ", ".join(entry.letter for entry in MIXERS.values() if entry.muon)
+    return f"Mixers: {plain}; Muon forms: {muon}."
+
+
 def letters(pattern: str) -> str:
     """A pattern as letters: "MMA" as it is, or names (and letters) separated by commas.
 
     Raises UserError for what is no mixer.
     """
     by_name = {entry.name: entry.letter for entry in MIXERS.values()}
-    known = "known: " + ", ".join(f"{entry.letter} {entry.name}" for entry in MIXERS.values()) + "."
     if "," in pattern or pattern.strip().lower() in by_name:
         words = [word.strip() for word in pattern.split(",")]
         for word in words:
             if word not in MIXERS and word.lower() not in by_name:
-                raise UserError(f"`pattern`: {word!r} is no mixer.{nearest(word, by_name)} {known}")
+                raise UserError(f"`pattern`: {word!r} is no mixer.{nearest(word, by_name)} {known()}")
         return "".join(word if word in MIXERS else by_name[word.lower()] for word in words)
     found = pattern.replace(" ", "")
     unknown = sorted(set(found) - MIXERS.keys())
     if not found or unknown:
         hint = nearest(found, by_name)
-        if unknown and all(letter.swapcase() in MIXERS for letter in unknown):
+        if not hint and unknown and all(letter.swapcase() in MIXERS for letter in unknown):
             hint = f" Write {', '.join(letter.swapcase() for letter in unknown)} for {', '.join(unknown)}."
-        raise UserError(f"`pattern` = {pattern!r} has unknown letters {''.join(unknown)!r}.{hint} {known}")
+        raise UserError(f"`pattern` = {pattern!r} has unknown letters {''.join(unknown)!r}.{hint} {known()}")
     return found
