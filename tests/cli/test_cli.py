@@ -44,6 +44,8 @@ MISTAKES = [
     ("train my.toml", "'my.toml' does not exist", "looked in"),
     ("train bad.toml", "bad.toml is not valid TOML", "line 1"),
     ("train typo.toml", "unknown key 'optim.learning_rate'", "'optim.lr'"),
+    ("info muonssm/muonlonghorn-cpu --model.scan triton", "--model.scan 'triton' needs a CUDA device", "use auto"),
+    ("train muonssm/muonlonghorn-cpu --dry-run --model.scan triton", "--model.scan 'triton' needs a", "use auto"),
     ("train --optim.zzz 0.1", "unknown key '--optim.zzz'", "muonlm info --keys"),
     ("train --modle.n_layer 4", "unknown key '--modle.n_layer'", "'model.n_layer'"),
     ("train --steps 100", "unexpected argument '--steps'", "'--train.steps'"),

@@ -238,6 +238,6 @@ except ValueError as error: print(error)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert run.stdout == (
-        "chunked\n`backend` = 'cpu' needs a CPU with FMA and the package numba, and the tensors are on cpu; "
+        "chunked\n`backend` = 'cpu' needs a CPU with FMA and the package numba, and would run on cpu; "
         "use auto or chunked.\n"
     )

@@ -294,7 +294,7 @@ except ValueError as error: print(type(error).__name__, error)
 """
 MESSAGE = (
     "UserError `backend` = 'triton' needs a CUDA device (or TRITON_INTERPRET=1) and the package triton, "
-    "and the tensors are on cpu; use auto or chunked.\n"
+    "and would run on cpu; use auto or chunked.\n"
 )
 
 

@@ -41,7 +41,7 @@ def test_every_scan_has_its_definition_and_a_form_for_any_device(name):
     "name, backend, device, dtype, states, says",
     [
         ("diag_scan", "cpu", CPU, F64, 16, "`backend` = 'cpu' computes in fp32, and the tensors are fp64; use auto"),
-        ("diag_scan", "cpu", META, F32, 16, "`backend` = 'cpu' needs .* numba, and the tensors are on meta; use auto"),
+        ("diag_scan", "cpu", META, F32, 16, "`backend` = 'cpu' needs .* numba, and would run on meta; use auto"),
         (
             "diag_scan",
             "numba",

@@ -19,6 +19,7 @@ from muonlm.training.resolve import check
         ({"data.source": "modular"}, ["gives pairs of numbers, and text"]),
         ({"data.source": "modular", "train.objective": "sft"}, ["conversations are needed", "`source` FILE.jsonl"]),
         ({"train.global_batch": "100"}, ["not a multiple of model.block_size"]),
+        ({"model.pattern": "M", "model.scan": "triton", "train.device": "cpu"}, ["needs a CUDA device", "use auto"]),
         ({"sched.warmup": "300", "train.steps": "200"}, ["300 does not fit into 200 steps"]),
     ],
 )

@@ -102,6 +102,12 @@ def find(what: str, flags: dict, *, preset: str = "", smoke: bool = False) -> Co
         raise
 
 
+def anywhere(cfg: Config) -> Config:
+    """A run's config without what only the machine that trained it may have: device and compiled scan."""
+    model, train = dataclasses.replace(cfg.model, scan="auto"), dataclasses.replace(cfg.train, device="auto")
+    return dataclasses.replace(cfg, model=model, train=train)
+
+
 def vocabulary(cfg: Config) -> tuple[int, str]:
     """(size, where it comes from) before any text is read."""
     if cfg.model.vocab_size:

@@ -1,5 +1,7 @@
 """What the model of a config holds and costs. Asked of the model on meta, so nothing is allocated."""
 
+import dataclasses
+
 import torch
 from torch import nn
 
@@ -55,7 +57,11 @@ def train_flops_per_token(cfg: ModelConfig) -> float:
 
 
 def scan_choice(cfg: ModelConfig, device: torch.device) -> str:
-    """Which backends run the recurrences; empty if there are none. Raises UserError if one cannot run on `device`."""
+    """Which backends run the recurrences; empty if there are none. Raises UserError if one cannot run on `device`.
+
+    vocab_size may be 0: no mixer depends on it.
+    """
+    cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or 1)
     mixers = [module for module in on_meta(cfg).modules() if isinstance(module, Mixer) and module.scan]
     chosen = [choose_backend(m.scan, m.backend, device, torch.float32, *m.state_shape[-2:-1]) for m in mixers]
     if cfg.scan not in ("auto", "chunked", "reference", *chosen):

@@ -56,7 +56,7 @@ def _refusal(row: Backend, device: torch.device, dtype: torch.dtype, states: int
     if row.max_states and states > row.max_states:
         return f"holds at most {row.max_states} states, and `k` has {states}"
     if row.needs and not _module(row.module).available(device):
-        return f"needs {row.needs}, and the tensors are on {device}"
+        return f"needs {row.needs}, and would run on {device}"
     return ""
 
 

@@ -7,16 +7,17 @@ from muonlm.config.schema import Config
 from muonlm.data.batch import Splits
 from muonlm.data.open import open_splits, source_of
 from muonlm.errors import UserError
-from muonlm.model import check_model
+from muonlm.model import check_model, scan_choice
 from muonlm.optim import OPTIMIZERS, lr_scale
 
 from .objectives import OBJECTIVES
-from .parallel import Dist
+from .parallel import Dist, pick_device
 
 
 def check(cfg: Config) -> None:
-    """Refuse, before anything is allocated or read, a config whose parts do not go together."""
+    """Refuse, before anything is allocated or read, a config whose parts do not go together, or not on this machine."""
     check_model(cfg.model)
+    scan_choice(cfg.model, pick_device(cfg.train.device))
     name, kind = cfg.train.objective, cfg.model.kind
     objective = OBJECTIVES[name]
     if objective.model != kind:
