@@ -104,3 +104,19 @@ def test_keys_that_no_recipe_sets_are_marked_as_advanced(capsys):
     assert {line.split()[0][2:] for line in lines if line.startswith("--") and line.split()[1] == "*"} == {
         key for key, advanced in table.items() if advanced
     }
+
+
+def test_info_is_headed_by_what_was_asked_and_says_what_to_type_for_more(finished, tmp_path, capsys):
+    """Of a run its directory, of a recipe the flags too. A run is shown wherever it was trained."""
+    assert main(["info", "shakespeare-cpu", "--smoke", "--model.n_layer", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "shakespeare-cpu --smoke --model.n_layer 3"
+    assert lines[-1].endswith("muonlm info shakespeare-cpu --smoke --model.n_layer 3 --routing")
+    run, config = tmp_path / "run", json.loads((finished / "config.json").read_text())
+    run.mkdir()
+    config["model"] |= {"pattern": "M", "scan": "triton"}
+    config["train"]["device"] = "cuda"
+    (run / "config.json").write_text(json.dumps(config))
+    assert main(["info", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{run}: quickstart" and lines[-1].endswith(f"muonlm info {run} --routing")

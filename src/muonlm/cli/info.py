@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 
 from muonlm.errors import UserError
 
@@ -74,4 +76,13 @@ def answer(args: argparse.Namespace) -> tuple[dict | list, Callable]:
         stray = {name: "" for name in ("preset", "smoke", "toml", "routing") if getattr(args, name)}
         return prepared.describe(args.what, args.flags | stray), lambda found: tables.facts(*prepared.rows(found))
     cfg = facts.find(args.what, args.flags, preset=args.preset, smoke=args.smoke)
-    return facts.describe(cfg), tables.every_tensor if args.routing else tables.config
+    if Path(args.what).is_dir():
+        cfg = facts.anywhere(cfg)
+    shown = tables.every_tensor if args.routing else tables.config
+    return facts.describe(cfg), lambda found: shown(found, asked(args))
+
+
+def asked(args: argparse.Namespace) -> str:
+    """What was typed to name this config, to type again."""
+    words = [args.what, *(["--preset", args.preset] if args.preset else []), *(["--smoke"] if args.smoke else [])]
+    return shlex.join(words + [word for key, value in args.flags.items() for word in (f"--{key}", value)])

@@ -98,9 +98,9 @@ def settings(sets: dict) -> str:
     return ", ".join(f"{key} {value}" for key, value in sets.items())
 
 
-def config(found: dict) -> list[RenderableType]:
-    """Facts, and who trains which kind of tensor."""
-    shown = facts(found["recipe"], config_rows(found))
+def config(found: dict, asked: str) -> list[RenderableType]:
+    """Facts, and who trains which kind of tensor. asked: the words after `muonlm info`."""
+    shown = facts(heading(found, asked), config_rows(found))
     if "routing_by_kind" not in found:
         return shown
     made = table(
@@ -114,12 +114,17 @@ def config(found: dict) -> list[RenderableType]:
         rms = "–".join(dict.fromkeys(f"{rms:.1e}" for rms in row["update_rms"] or ()))
         who = {"muon": "Muon", "adamw": "AdamW"}.get(row["route"], row["route"])
         made.add_row(row["kind"], shape, str(row["tensors"]), short(row["values"]), who, rate, rms)
-    more = f"Every tensor, and why: muonlm info {found['recipe']} --routing"
+    more = f"Every tensor, and why: muonlm info {asked} --routing"
     return [*shown, "", made, f"\nupdate: RMS that is predicted for a step of Muon. {more}"]
 
 
-def every_tensor(found: dict) -> list[RenderableType]:
-    return [*facts(found["recipe"], config_rows(found)), "\n" + found.get("routing", "AdamW trains every tensor.")]
+def every_tensor(found: dict, asked: str) -> list[RenderableType]:
+    routing = found.get("routing", "AdamW trains every tensor.")
+    return [*facts(heading(found, asked), config_rows(found)), "\n" + routing]
+
+
+def heading(found: dict, asked: str) -> str:
+    return asked if asked.startswith(found["recipe"]) else f"{asked}: {found['recipe']}"
 
 
 def config_rows(found: dict) -> list[tuple[str, str]]:

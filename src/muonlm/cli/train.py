@@ -158,7 +158,7 @@ def next_steps(report: dict) -> list[str]:
         return [
             f'muonlm generate {run} --prompt "The people of"     continue a text',
             f"muonlm eval {run} --tasks bpb                      held-out bits per byte beside a byte trigram model",
-            f"{again} --data YOUR.txt             the same on your own text (.txt, .jsonl, .parquet, folders)",
+            f"{again} --data YOUR.txt             this recipe on your own text (.txt, .jsonl, .parquet, folders)",
         ]
     other = next(name for name in OPTIMIZERS if name != report["optimizer"])
     return [
