@@ -231,7 +231,7 @@ def test_names_and_letters_of_a_pattern_are_the_same():
     ("keys", "says"),
     [
         ({"pattern": "mambo"}, "Did you mean 'mamba'? Mixers: A attention, "),
-        ({"pattern": "mambA,A"}, "stacked_recursion; Muon forms: m, d, l, g, V."),
+        ({"pattern": "mambo,A"}, "stacked_recursion; Muon forms: m, d, l, g, V."),
         ({"pattern": "recursio"}, "Did you mean 'stacked_recursion'?"),
         ({"pattern": ""}, "unknown letters"),
         ({"pattern": "D", "ssm_head": 48}, "use `ssm_head` 16"),

@@ -207,6 +207,12 @@ def test_a_recurrence_without_convolution_or_muon_form_needs_no_more_than_its_ow
     assert mixer.init_state(3, dtype=torch.bfloat16)[0].dtype == torch.float32
 
 
+def test_a_name_that_is_nearly_right_wins_over_letters_of_another_case(guests):
+    """g, r and u are letters of other mixers, in the other case or in this one."""
+    said = str(pytest.raises(UserError, ModelConfig, pattern="gru").value)
+    assert "Did you mean 'min_gru'?" in said and "Write" not in said and ", U min_gru" in said
+
+
 @pytest.mark.parametrize("letter", MIXERS)
 def test_every_line_of_the_table_is_a_mixer_that_answers(letter):
     """With the sizes of ModelConfig's defaults. A Muon form is told from its plain form by the table alone."""
