@@ -24,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 import muonlm.optim.muon.probe as probe
 from muonlm.errors import UserError
 from muonlm.optim import Muon, build_watch, load_named_state, named_state
-from muonlm.optim.muon.distributed import cost, keep_tags, local, share_out
+from muonlm.optim.muon.distributed import cost, keep_tags, share_out
+from muonlm.optim.tensors import local
 from muonlm.training import parallel
 
 STEPS = 20

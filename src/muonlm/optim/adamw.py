@@ -16,8 +16,7 @@ from torch.optim.adamw import adamw
 
 from muonlm.errors import UserError
 
-from .muon.distributed import local
-from .muon.memory import Kept
+from .tensors import Kept, local
 
 if TYPE_CHECKING:
     from .routing.plan import Decision, RoutingPlan

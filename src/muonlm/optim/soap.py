@@ -33,8 +33,8 @@ from torch import Tensor
 from muonlm.errors import UserError
 
 from . import adamw
-from .muon.memory import Kept
 from .routing.plan import RoutingPlan
+from .tensors import Kept
 
 
 def build(

@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from muonlm.errors import UserError
 
 from . import adamw
-from .muon.distributed import is_sharded, sharded_like
 from .muon.groups import names_of
-from .muon.memory import Kept
 from .muon.muon import Muon
+from .tensors import Kept, is_sharded, sharded_like
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict]:

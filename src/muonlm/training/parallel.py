@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from muonlm.errors import UserError
-from muonlm.optim.muon.distributed import is_sharded, local
+from muonlm.optim.tensors import is_sharded, local
 
 # Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets; keys are parts of torch.cuda.get_device_name().
 PEAK_FLOPS = {

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ..tensors import local
 from .blocks import adamw_blocks, blocks, shape_factor
-from .distributed import local
 from .update import Piece
 from .variants import second_momentum_size
 

@@ -29,13 +29,14 @@ Source   owners: KellerJordan/Muon; reduce-scatter to owners: nanochat. LPT: Gra
 
 import contextlib
 import math
-import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..tensors import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -58,31 +59,6 @@ def share_out(items: list[tuple[float, str]], load: list[float]) -> list[tuple[i
         load[rank] += items[i][0]
         shares.append((i, rank))
     return shares
-
-
-def is_sharded(t: Tensor) -> "TypeGuard[DTensor]":
-    """A DTensor? Nobody has one who has not imported its module, which takes a second."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
-
-
-def local(t: Tensor) -> Tensor:
-    """This rank's shard of a DTensor, sharing its memory; any other tensor itself."""
-    return t.to_local() if is_sharded(t) else t
-
-
-def like(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros, sharded as p is."""
-    if is_sharded(p):
-        return torch.zeros_like(p, dtype=dtype)
-    return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def sharded_like(p: "DTensor", whole: Tensor) -> Tensor:
-    """This rank's part of `whole`, as a DTensor laid out like p. Every rank has `whole`: nothing is sent."""
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
 @contextlib.contextmanager

@@ -10,11 +10,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from ..tensors import Kept, like, local
 from .blocks import block_shapes
-from .distributed import like, local
 from .variants import second_momentum_size
-
-Kept = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor of the state
 
 
 def matrix_layout(p: Tensor, split: dict | None, group: dict) -> dict[str, Kept]:

@@ -47,11 +47,12 @@ from torch import Tensor
 
 from .. import adamw
 from ..schedule import momentum_at
+from ..tensors import Kept, is_sharded, like, local
 from .blocks import block_shapes
 from .cut import cut
-from .distributed import GRADS, Owners, cost, is_sharded, like, local
+from .distributed import GRADS, Owners, cost
 from .groups import ADAMW, ROUTED, SETTINGS, complete, names_of, settled
-from .memory import Kept, chunks, master_weights, matrix_layout, round_master
+from .memory import chunks, master_weights, matrix_layout, round_master
 from .probe import choose
 from .update import decay_rate, direction, update
 

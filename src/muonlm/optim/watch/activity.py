@@ -17,10 +17,10 @@ from torch import Tensor
 from muonlm.errors import RunFailed
 
 from ..muon.blocks import blocks, predicted_rms
-from ..muon.distributed import is_sharded
 from ..muon.groups import names_of
 from ..muon.muon import Muon
 from ..muon.update import decay_rate, direction
+from ..tensors import is_sharded
 from .advice import HIGH_ERROR, RMS_BAND
 from .diagnostics import PROBES, block_list, exact_error, hutchinson_error, probe_vectors, rms, scalar_map, unit
 

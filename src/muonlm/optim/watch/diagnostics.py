@@ -41,11 +41,11 @@ from torch import Tensor
 from muonlm.errors import UserError
 
 from ..muon.blocks import FIXED, adamw_blocks, blocks, predicted_rms, shape_factor
-from ..muon.distributed import is_sharded
 from ..muon.groups import names_of
 from ..muon.muon import Muon
 from ..muon.newton_schulz import SAFETY, SCHATTEN_MARGIN, power_of_two, triples
 from ..muon.update import Observation
+from ..tensors import is_sharded
 from .advice import Advice, Layers
 
 PROBES = 4
