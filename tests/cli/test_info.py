@@ -87,6 +87,18 @@ def test_a_recipe_for_adamw_has_facts_alone(capsys):
     assert "AdamW trains every tensor" in capsys.readouterr().out
 
 
+def test_an_optimizer_beside_muon_and_adamw_is_named_with_what_it_trains(capsys):
+    assert main(["info", "quickstart", "--optim.name", "soap"]) == 0
+    out = capsys.readouterr().out
+    (row,) = [line.split() for line in out.splitlines() if line.startswith("blocks.*.mlp.down.weight")]
+    assert row[4] == "SOAP" and "SOAP share" in out and "Muon" not in out
+    assert main(["info", "quickstart", "--optim.name", "soap", "--routing"]) == 0
+    out = capsys.readouterr().out
+    assert "AdamW trains every tensor" not in out and "Muon" not in out and "1D/0D" not in out
+    assert "[SOAP] Assigning: blocks.0.mlp.down.weight" in out
+    assert "Using AdamW optimizer for groups decay, no_decay (lr=0.003)" in out
+
+
 def test_keys_that_no_recipe_sets_are_marked_as_advanced(capsys):
     def settings(tree: dict) -> set[str]:
         own = {f"{name}.{leaf}" for name, table in tree.items() if isinstance(table, dict) for leaf in table}

@@ -1086,6 +1086,7 @@ def test_the_json_report_has_rates_splits_and_predictions_of_every_tensor():
         "aliases": [],
         "shape": [96, 32],
         "numel": 96 * 32,
+        "by": "Muon",
         "route": "muon",
         "role": "matrix",
         "split": {"split": [0, [32, 32, 32]]},

@@ -120,7 +120,6 @@ def vocabulary(cfg: Config) -> tuple[int, str]:
 def describe(cfg: Config) -> dict:
     """Facts of a config as one JSON-able dict."""
     from muonlm.model import build_model, count_parameters, describe_layers, train_flops_per_token
-    from muonlm.optim import OPTIMIZERS
     from muonlm.optim.state import state_bytes
     from muonlm.training.resolve import check, rows_per_step
     from muonlm.training.setup import make_optimizer, plan_routes
@@ -143,11 +142,12 @@ def describe(cfg: Config) -> dict:
     model = build_model(cfg.model, "meta")
     plan = plan_routes(cfg, model)
     optimizer = make_optimizer(cfg, plan)
-    muon = plan.counts()["muon"] if OPTIMIZERS[cfg.optim.name].routed else 0
-    if muon:
+    routes = plan.to_dict(optimizer.param_groups)
+    if any(routes["shares"].values()):
         facts["routing"] = plan.table(optimizer.param_groups)
-        facts["routing_by_kind"] = _kinds(plan.to_dict(optimizer.param_groups)["tensors"])
-    facts["muon_share"] = muon / counts["total"]
+        facts["routing_by_kind"] = _kinds(routes["tensors"])
+    facts["shares"] = {who: routes[f"{who.lower()}_params"] / counts["total"] for who in routes["shares"]}
+    facts["muon_share"] = facts["shares"].get("Muon", 0.0)
     facts["memory_bytes"] = {
         "parameters": 4 * counts["total"],
         "gradients": 4 * counts["total"],
@@ -161,13 +161,13 @@ def _kinds(tensors: list[dict]) -> list[dict]:
     kinds: dict[tuple, dict] = {}
     for tensor in tensors:
         name = re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor["name"])
-        key = (name, tuple(tensor["shape"]), tensor["route"], tensor.get("lr"))
+        key = (name, tuple(tensor["shape"]), tensor["by"], tensor.get("lr"))
         row = kinds.setdefault(key, {"tensors": 0, "values": 0, "update_rms": []})
         row["tensors"] += 1
         row["values"] += tensor["numel"]
         row["update_rms"] += [block["update_rms"] for block in tensor.get("blocks", ())]
     return [
-        {"kind": name, "shape": list(shape), "route": route, "lr": lr, **row}
+        {"kind": name, "shape": list(shape), "by": by, "route": by.lower(), "lr": lr, **row}
         | {"update_rms": [min(row["update_rms"]), max(row["update_rms"])] if row["update_rms"] else None}
-        for (name, shape, route, lr), row in kinds.items()
+        for (name, shape, by, lr), row in kinds.items()
     ]

@@ -112,10 +112,10 @@ def config(found: dict, asked: str) -> list[RenderableType]:
         shape = "x".join(map(str, row["shape"]))
         rate = "" if row["lr"] is None else f"{row['lr']:.4g}"
         rms = "–".join(dict.fromkeys(f"{rms:.1e}" for rms in row["update_rms"] or ()))
-        who = {"muon": "Muon", "adamw": "AdamW"}.get(row["route"], row["route"])
-        made.add_row(row["kind"], shape, str(row["tensors"]), short(row["values"]), who, rate, rms)
+        made.add_row(row["kind"], shape, str(row["tensors"]), short(row["values"]), row["by"], rate, rms)
     more = f"Every tensor, and why: muonlm info {asked} --routing"
-    return [*shown, "", made, f"\nupdate: RMS that is predicted for a step of Muon. {more}"]
+    predicted = any(row["update_rms"] for row in found["routing_by_kind"])
+    return [*shown, "", made, "\n" + "update: RMS that is predicted for a step of Muon. " * predicted + more]
 
 
 def every_tensor(found: dict, asked: str) -> list[RenderableType]:
@@ -138,7 +138,7 @@ def config_rows(found: dict) -> list[tuple[str, str]]:
         ("step", f"{found['rows_per_step']:,} rows = {found['tokens_per_step']:,} tokens; {steps}"),
         ("compute", f"{found['train_flops_per_token'] / 1e6:,.1f} MFLOP per token, forward and backward"),
         ("memory", f"{sum(memory.values()) / 2**20:,.0f} MiB: {parts}; activations come on top"),
-        ("Muon share", f"{found['muon_share']:.1%} of the parameters"),
+        *((f"{who} share", f"{share:.1%} of the parameters") for who, share in found["shares"].items()),
     ]
     layers = [tuple(layer.items()) for layer in found["layers"]]
     for kind in dict.fromkeys(layers):

@@ -20,12 +20,10 @@ def text(plan: "RoutingPlan", groups: list[dict] | None = None) -> str:
     """The text of routing.txt. With the optimizer's `param_groups` also rates, decay and predicted update RMS."""
     rows = _rows(plan, groups)
     totals = _totals(rows)
-    everything = sum(values for values, _ in totals.values())
-    share = 100.0 * totals["Muon"][0] / everything if everything else 0.0
     lines = [f"[{kind}] Assigning: {d.name} (torch.Size({list(d.shape)}))" for kind, d, _ in rows]
     lines += ["", *(_row(kind, d, group) for kind, d, group in rows), ""]
     lines += [f"{kind} optimizer params: {_millions(n)} ({count} tensors)" for kind, (n, count) in totals.items()]
-    lines.append(f"Muon optimizes {share:.1f}% of parameters")
+    lines += [f"{kind} optimizes {100.0 * share:.1f}% of parameters" for kind, share in _shares(totals).items()]
     lines += _group_lines(groups or [])
     muon = [(d, group) for kind, d, group in rows if kind == "Muon" and group is not None]
     if sizes := [rms for d, group in muon for _, _, rms in _predicted(d, group)]:
@@ -41,20 +39,16 @@ def as_json(plan: "RoutingPlan", groups: list[dict] | None = None) -> dict:
     for kind, d, group in rows:
         split = {k: list(v) if isinstance(v, tuple) else v for k, v in d.split.items()} if d.split else None
         row = {"name": d.name, "aliases": d.aliases, "shape": list(d.shape), "numel": d.numel}
-        row |= {"route": kind.lower(), "role": d.role, "split": split, "lr_mult": d.lr_mult}
+        row |= {"by": kind, "route": kind.lower(), "role": d.role, "split": split, "lr_mult": d.lr_mult}
         if group is not None:
             row |= {"group": group["name"], "lr": float(group["lr"]), "wd": group.get("weight_decay", 0.0)}
         if group is not None and kind == "Muon":
             row["blocks"] = [{"shape": list(b), "s": s, "update_rms": rms} for b, s, rms in _predicted(d, group)]
         tensors.append(row | {"reason": d.reason})
     totals = _totals(rows)
-    muon, adamw = totals["Muon"][0], totals["AdamW"][0]
-    return {
-        "tensors": tensors,
-        "muon_params": muon,
-        "adamw_params": adamw,
-        "muon_share": muon / max(1, muon + adamw),
-    }
+    params = {f"{kind.lower()}_params": values for kind, (values, _) in totals.items()}
+    shares = _shares(totals)
+    return {"tensors": tensors, **params, "shares": shares, "muon_share": shares.get("Muon", 0.0)}
 
 
 def _rows(plan: "RoutingPlan", groups: list[dict] | None) -> list[Row]:
@@ -64,13 +58,21 @@ def _rows(plan: "RoutingPlan", groups: list[dict] | None) -> list[Row]:
     for d in plan.decisions:
         kind, group = {"muon": "Muon", "adamw": "AdamW"}.get(d.route, d.route), of.get(id(d.param))
         if groups is not None and d.route in ("muon", "adamw") and not (group or {}).get("use_muon"):
-            kind = (group or {}).get("rule", "AdamW")
+            kind = rule(group or {})
         rows.append((kind, d, group))
     return rows
 
 
+def rule(group: dict) -> str:
+    """Who steps a group that is not Muon's."""
+    return group.get("rule", "AdamW")
+
+
 def _totals(rows: list[Row]) -> dict[str, list[int]]:
-    """Values and tensors trained by each; slices that Muon leaves to AdamW count as its values."""
+    """Values and tensors trained by each; slices that Muon leaves to AdamW count as its values.
+
+    Muon and AdamW are named even if they train nothing, unless somebody else trains something.
+    """
     totals = {"Muon": [0, 0], "AdamW": [0, 0]}
     for kind, d, _ in rows:
         if d.route in ("muon", "adamw"):
@@ -78,7 +80,13 @@ def _totals(rows: list[Row]) -> dict[str, list[int]]:
             totals["Muon"][0] += muon
             totals.setdefault(kind, [0, 0])[1] += 1
             totals["AdamW" if kind == "Muon" else kind][0] += d.numel - muon
-    return totals
+    return totals if len(totals) == 2 else {kind: counts for kind, counts in totals.items() if any(counts)}
+
+
+def _shares(totals: dict[str, list[int]]) -> dict[str, float]:
+    """Of all values, what each trains; the rest is AdamW's."""
+    everything = max(1, sum(values for values, _ in totals.values()))
+    return {kind: values / everything for kind, (values, _) in totals.items() if kind != "AdamW"}
 
 
 def _predicted(d: "Decision", group: dict) -> list[tuple[tuple[int, int], float, float]]:
@@ -127,9 +135,14 @@ def _group_lines(groups: list[dict]) -> list[str]:
         lines.append(
             f"Using Muon optimizer for 2D parameters (lr={muon['lr']:g}, momentum={muon.get('momentum', 0.95):g})"
         )
-    rates = dict.fromkeys(f"{g['lr']:g}" for g in groups if not g.get("use_muon"))
-    if rates:
-        lines.append(f"Using AdamW optimizer for 1D/0D parameters (lr={', '.join(rates)})")
+    others: dict[str, list[dict]] = {}
+    for group in groups:
+        if not group.get("use_muon"):
+            others.setdefault(rule(group), []).append(group)
+    for who, own in others.items():
+        whom = "1D/0D parameters" if others.keys() == {"AdamW"} else "groups " + ", ".join(g["name"] for g in own)
+        rates = dict.fromkeys(f"{g['lr']:g}" for g in own)
+        lines.append(f"Using {who} optimizer for {whom} (lr={', '.join(rates)})")
     return lines
 
 
