@@ -89,16 +89,17 @@ class OptimConfig(Section):
     """muon (matrices) with AdamW (everything else); adamw for everything, with the recipe's [baseline] settings; soap
     (matrices in the eigenbasis of Shampoo) with Adam (everything else)."""
     lr: Annotated[float, Gt(0)] = 0.02
-    """Peak rate. muon: spectral norm per step of a square matrix (see muon.lr_mode). adamw, soap: of every parameter.
-    To tune it, double and halve it first."""
+    """Peak rate of every parameter; under muon of its matrices, as the spectral norm per step of a square one (see
+    muon.lr_mode). To tune it, double and halve it first."""
     wd: Annotated[float, Ge(0)] = 0.0
     """Decoupled weight decay of the matrices, per unit of rate. Raising it shrinks weights."""
     decay: Literal["2d", "all"] = "2d"
-    """adamw, soap: 2d decays matrices only; all decays norms, biases and positions as well."""
+    """What wd decays where one rate is for all, so not under muon: 2d matrices, embedding and head; all decays norms,
+    biases and positions as well."""
     betas: tuple[Share, Share] = (0.9, 0.95)
-    """AdamW's averaging constants."""
+    """The two averaging constants of AdamW, also beside another optimizer, or what that one has of the kind."""
     eps: Annotated[float, Gt(0)] = 1e-8
-    """AdamW's denominator floor."""
+    """AdamW's denominator floor, and that of any other optimizer that divides."""
     grad_clip: Annotated[float, Gt(0)] = 1.0
     """Largest global gradient norm (clip_mode clip)."""
     clip_mode: Literal["clip", "normalize_per_param", "off"] = "clip"

@@ -50,8 +50,17 @@ ELSEWHERE = {  # what other trainers call it -> the last part of our key, or all
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """' Did you mean …?' with the closest valid word, or an empty text. The last part of a dotted key decides first."""
+    """' Did you mean …?' with the closest valid word, or an empty text.
+
+    Of a dotted key the last part decides first, among the keys of the section that was typed and then among all.
+    """
     valid = list(valid)
+    section = word.replace("-", "_").lstrip("_").rpartition(".")[0] + "."
+    own = [v for v in valid if v.lstrip("-").startswith(section)] if section != "." else []
+    return (own and _nearest(word, own)) or _nearest(word, valid)
+
+
+def _nearest(word: str, valid: list[str]) -> str:
     leaf, leaves = _leaf(word).replace("-", "_"), {_leaf(v) for v in valid}
     ours = ELSEWHERE.get(leaf, leaf) if leaf not in leaves else leaf
     if _leaf(ours) in leaves:
