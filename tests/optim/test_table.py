@@ -7,10 +7,11 @@ import sys
 import pytest
 
 from muonlm.cli.main import main
-from muonlm.config.schema import Config
+from muonlm.config.schema import Config, OptimConfig
 from muonlm.errors import UserError
 from muonlm.lazy import load
 from muonlm.optim import OPTIMIZERS, Entry, build_optimizer
+from muonlm.training.setup import own_settings
 
 TOY = '''
 """Gradient descent with a memory of how often it stepped."""
@@ -67,7 +68,20 @@ def test_what_an_entry_names_is_there(name):
     assert callable(load(entry.build, "muonlm.optim"))
     assert issubclass(load(entry.watch, "muonlm.optim"), load(Entry.watch, "muonlm.optim"))
     named = {*entry.routed, *entry.watched, *entry.rates, *entry.exact}
-    assert named <= (vars(getattr(Config(), entry.section)).keys() if entry.section else set())
+    assert named <= own_settings(Config(optim=OptimConfig(name=name))).keys()  # refused if the section cannot be one
+
+
+@pytest.mark.parametrize(
+    "section, says",
+    [
+        ("descents", "'descents' is no field of Config: give it a class and a field in config/schema.py"),
+        ("optim", "has betas, decay, eps, lr, name, wd, which every optimizer is given from"),
+    ],
+)
+def test_a_section_that_is_missing_or_takes_a_shared_name_is_told_so(section, says, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "descent", Entry("toys.descent:build", section=section))
+    with pytest.raises(AssertionError, match=says):
+        own_settings(Config(optim=OptimConfig(name="descent")))
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():

@@ -22,14 +22,19 @@ from muonlm.lazy import public
 class Entry:
     """What a name of the table stands for. "module:name" is text, loaded when it is needed; ".soap" is in this package.
 
-    State    An optimizer whose state is not AdamW's, or is spread over ranks, says so by methods of its own: state.py.
+    State      what is kept of a parameter between steps is AdamW's `exp_avg`, `exp_avg_sq` and `step`, unless the
+               optimizer says otherwise: `state_layout`, `group_state` and `owners`, under "Asked" in state.py
+    Gradients  are averaged over ranks when `step` is called, and weights are equal on all: an optimizer that computes
+               the same on every rank may leave `process_group` alone. One that cannot refuses it with a UserError
     """
 
     build: str
-    """(plan, *, lr, wd, decay, betas, eps, process_group, **keys of its section) ->
-    torch.optim.Optimizer. Every group has "name", "base_lr" and "lr"; "rule" says who steps it, if not AdamW."""
+    """(plan, *, lr, wd, decay, betas, eps, process_group, **keys of its section) -> torch.optim.Optimizer, over
+    `plan.trained`. Every group has "name", "lr" and "base_lr", the peak that the schedule scales; "weight_decay" is
+    what is shown as wd; "rule" is the name shown of who steps the group ("SOAP"), left out where that is AdamW."""
     section: str = ""
-    """The section of a config that holds its own arguments; empty = none."""
+    """The section of a config that holds its own arguments: a field of `Config` with a class in config/schema.py. None
+    of its keys may have the name of an argument of `build` above. Empty = none: [optim] is all."""
     watch: str = ".watch.watch:Watch"
     """What looks at it in the loop: a class of watch/watch.py, or a subclass of it elsewhere."""
     routed: Mapping[str, str] = field(default_factory=dict)

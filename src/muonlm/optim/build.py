@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from .watch.watch import Watch
 
 
+SHARED = ("lr", "wd", "decay", "betas", "eps")  # what every optimizer is given, keys of [optim]
+
+
 def entry_of(name: str) -> Entry:
     if name not in OPTIMIZERS:
         near = get_close_matches(str(name), OPTIMIZERS, n=1)

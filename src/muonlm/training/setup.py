@@ -22,6 +22,7 @@ from muonlm.data.batch import Splits
 from muonlm.errors import UserError
 from muonlm.model import build_model, count_parameters, scan_choice
 from muonlm.optim import OPTIMIZERS, RoutingPlan, load_named_state
+from muonlm.optim.build import SHARED
 from muonlm.optim.watch.watch import Watch
 from muonlm.storage import write_atomically
 
@@ -225,7 +226,16 @@ def nothing_left(cfg: Config, path: Path, step: int) -> str:
 def own_settings(cfg: Config) -> dict:
     """The keys of the section that belongs to the optimizer of a run."""
     section = OPTIMIZERS[cfg.optim.name].section
-    return dict(vars(getattr(cfg, section))) if section else {}
+    if not section:
+        return {}
+    line = f"OPTIMIZERS[{cfg.optim.name!r}].section = {section!r}"
+    assert hasattr(cfg, section), f"{line} is no field of Config: give it a class and a field in config/schema.py"
+    own = dict(vars(getattr(cfg, section)))
+    shared = sorted(own.keys() & {"name", "process_group", *SHARED})
+    assert not shared, (
+        f"{line} has {', '.join(shared)}, which every optimizer is given from [optim]: rename them"
+    )
+    return own
 
 
 def plan_routes(cfg: Config, model: nn.Module) -> RoutingPlan:
@@ -233,7 +243,7 @@ def plan_routes(cfg: Config, model: nn.Module) -> RoutingPlan:
 
 
 def make_optimizer(cfg: Config, plan: RoutingPlan, process_group=None) -> torch.optim.Optimizer:
-    shared = {key: getattr(cfg.optim, key) for key in ("name", "lr", "wd", "decay", "betas", "eps")}
+    shared = {key: getattr(cfg.optim, key) for key in ("name", *SHARED)}
     return optim.build_optimizer(plan, process_group=process_group, **shared, **own_settings(cfg))
 
 
