@@ -52,20 +52,20 @@ ELSEWHERE = {  # what other trainers call it -> the last part of our key, or all
 def nearest(word: str, valid: Iterable[str]) -> str:
     """' Did you mean …?' with the closest valid word, or an empty text.
 
-    Of a dotted key the last part decides first, among the keys of the section that was typed and then among all.
+    Of a dotted key the last part decides first: almost the same in the section that was typed, else anywhere.
     """
     valid = list(valid)
     section = word.replace("-", "_").lstrip("_").rpartition(".")[0] + "."
     own = [v for v in valid if v.lstrip("-").startswith(section)] if section != "." else []
-    return (own and _nearest(word, own)) or _nearest(word, valid)
+    return _nearest(word, own, cutoff=0.75) or _nearest(word, valid)
 
 
-def _nearest(word: str, valid: list[str]) -> str:
+def _nearest(word: str, valid: list[str], cutoff: float = 0.6) -> str:
     leaf, leaves = _leaf(word).replace("-", "_"), {_leaf(v) for v in valid}
     ours = ELSEWHERE.get(leaf, leaf) if leaf not in leaves else leaf
     if _leaf(ours) in leaves:
         word, leaf = ours if "." in ours else word.replace(_leaf(word), ours), _leaf(ours)
-    near = [leaf] if leaf in leaves else difflib.get_close_matches(leaf, leaves, n=3, cutoff=0.6)
+    near = [leaf] if leaf in leaves else difflib.get_close_matches(leaf, leaves, n=3, cutoff=cutoff)
     same = [v for v in valid if _leaf(v) in near]
     close = difflib.get_close_matches(word, same, n=1, cutoff=0.35)
     return f" Did you mean {close[0]!r}?" if close else ""

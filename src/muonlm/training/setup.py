@@ -232,9 +232,7 @@ def own_settings(cfg: Config) -> dict:
     assert hasattr(cfg, section), f"{line} is no field of Config: give it a class and a field in config/schema.py"
     own = dict(vars(getattr(cfg, section)))
     shared = sorted(own.keys() & {"name", "process_group", *SHARED})
-    assert not shared, (
-        f"{line} has {', '.join(shared)}, which every optimizer is given from [optim]: rename them"
-    )
+    assert not shared, f"{line} has {', '.join(shared)}, which every optimizer is given from [optim]: rename them"
     return own
 
 
