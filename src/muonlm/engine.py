@@ -182,6 +182,14 @@ def need_words(tokenizer) -> None:
         )
 
 
+def document(tokenizer, text: str) -> list[int]:
+    """The ids of a text that begins a document: behind end-of-text, as in training rows. At least one id."""
+    ids = tokenizer.encode(text)
+    if tokenizer.eot_id is not None and (not ids or ids[0] != tokenizer.eot_id):
+        ids = [tokenizer.eot_id, *ids]
+    return ids or [0]  # no text and no end-of-text to begin with: any token will do
+
+
 def generate(model, tokenizer, prompt: str = "", *, samples=1, stop=(), on_text=None, **sampling) -> list[str]:
     """Continuations of `prompt`, one text per sample (without the prompt).
 
@@ -191,10 +199,7 @@ def generate(model, tokenizer, prompt: str = "", *, samples=1, stop=(), on_text=
     """
     settings = Sampling(**sampling)
     need_words(tokenizer)
-    ids = tokenizer.encode(prompt)
-    if tokenizer.eot_id is not None and (not ids or ids[0] != tokenizer.eot_id):
-        ids = [tokenizer.eot_id, *ids]  # training rows see documents begin with it
-    ids = ids or [0]  # no text and no end-of-text to begin with: any token will do
+    ids = document(tokenizer, prompt)
     stops = frozenset({tokenizer.eot_id} - {None} | {stop_token(tokenizer, text) for text in stop})
     decoders, texts = [tokenizer.stream() for _ in range(samples)], ["" for _ in range(samples)]
 

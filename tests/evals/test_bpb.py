@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from muonlm.evals import bpb
+from muonlm.evals import bpb, measure
 from muonlm.evals.trigram import trigram_bpb
 
 
@@ -29,7 +29,7 @@ def test_the_trigram_without_counts_is_uniform():
 
 
 def test_evaluation_repeats_the_reported_loss_and_sees_the_same_bytes_as_the_trigram(finished, text, tmp_path):
-    result = bpb.measure(finished)
+    result = measure("bpb", finished)
     told = json.loads((finished / "report.json").read_text())
     assert result["val_bpb"] == pytest.approx(told["val_bpb"], rel=1e-9) and result["step"] == 6
     documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
@@ -41,5 +41,5 @@ def test_evaluation_repeats_the_reported_loss_and_sees_the_same_bytes_as_the_tri
 
 def test_other_text_is_read_with_the_tokenizer_of_the_run(finished, tmp_path):
     (tmp_path / "other.txt").write_text("completely different words, zq. " * 300)
-    result = bpb.measure(finished, bpb.Options(data=str(tmp_path / "other.txt")), limit=2)
+    result = measure("bpb", finished, bpb.Options(data=str(tmp_path / "other.txt")), limit=2)
     assert result["val_loss"] > json.loads((finished / "report.json").read_text())["val_loss"]

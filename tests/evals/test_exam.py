@@ -10,7 +10,7 @@ import pytest
 from muonlm.cli.main import main
 from muonlm.data.synthetic.word_problems import rows
 from muonlm.errors import UserError
-from muonlm.evals import exam
+from muonlm.evals import exam, measure
 from muonlm.evals.exam import flexible_answer, strict_answer
 from muonlm.evals.stats import wilson
 
@@ -57,7 +57,7 @@ def test_exact_match_counts_the_replies_that_end_in_the_right_number(run, replie
         " I do not know.",
     ]
     calls = replies(texts)
-    result = exam.measure(run, exam.Options(steps="1-2"), limit=5)
+    result = measure("word_problems", run, exam.Options(steps="1-2"), limit=5)
     prompts, sampling, settings = calls[0]
     assert all(f"Question: {row['question']}\nAnswer:" in prompt for row, prompt in zip(asked, prompts, strict=True))
     assert sampling.temperature == 0 and len(settings["stop"]) == 1
@@ -89,7 +89,7 @@ def test_samples_vote_and_a_tie_goes_to_the_answer_seen_first(run, replies):
     ]:
         calls = replies([wrong], *([text] for text in drawn))
         calls.clear()
-        result = exam.measure(run, exam.Options(steps="1", samples=3), limit=1)
+        result = measure("word_problems", run, exam.Options(steps="1", samples=3), limit=1)
         assert [(call[1].temperature, call[1].seed) for call in calls] == [(0, 0), (0.7, 0), (0.7, 1), (0.7, 2)]
         assert result["single"]["correct"] == single and result["single"]["n"] == 3
         assert result["majority"]["correct"] == majority and result["any_sample"]["correct"] == 1
@@ -128,7 +128,7 @@ def test_problems_longer_than_the_context_are_refused_with_the_length_to_train_w
 
     monkeypatch.setattr(LM, "context", 20)
     with pytest.raises(UserError, match=r"--model.block_size \d+"):
-        exam.measure(run, limit=2)
+        measure("word_problems", run, limit=2)
 
 
 def test_answers_are_read_as_decimals():

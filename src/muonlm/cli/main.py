@@ -19,7 +19,7 @@ VERBS = {  # verb, which is the file's name -> what follows it, what it does
     "train": ("[RECIPE]", "train; without a recipe: quickstart, two minutes on a CPU, offline"),
     "generate": ("RUN --prompt TEXT", "continue a text with a trained model"),
     "chat": ("RUN", "talk with a model that was trained on conversations"),
-    "eval": ("RUN…", "bits per byte of held-out text; --tasks word_problems: exact match"),
+    "eval": ("RUN…", "measure trained models: bits per byte of held-out text, or other --tasks"),
     "prep": ("SOURCE… --to DIR", "turn text files into a sealed folder of tokens"),
     "info": ("[RECIPE|RUN|DATA]", "the recipes; parameters, memory and routing of one; what prepared data holds"),
     "doctor": ("", "check this machine"),

@@ -65,12 +65,11 @@ class Parser(argparse.ArgumentParser):
         for field in dataclasses.fields(defaults):
             value = getattr(defaults, field.name)
             shown = f" (default {value})" if value not in ("", None) else ""
-            self.add_argument(
-                "--" + field.name.replace("_", "-"),
-                type=text if isinstance(value, str) else type(value),
-                default=value,
-                help=(prefix + docs[field.name] + shown).replace("%", "%%"),
-            )
+            kind = {"type": text if isinstance(value, str) else type(value)}
+            if isinstance(value, bool):
+                shown, kind = f" (default {'yes' if value else 'no'})", {"action": argparse.BooleanOptionalAction}
+            action = self.add_argument("--" + field.name.replace("_", "-"), default=value, **kind)
+            action.help = (prefix + docs[field.name] + shown).replace("%", "%%")
 
 
 def values(defaults, args: argparse.Namespace):

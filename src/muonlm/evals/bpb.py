@@ -4,13 +4,11 @@ bits per byte = Σ nats over all predicted tokens / (ln 2 · UTF-8 bytes of the 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from muonlm.config.runs import locate, read_config
 from muonlm.errors import UserError
 
-from . import record
 from .stats import wilson
+from .subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +17,7 @@ class Options:
     """evaluate on the held-out part of this text, with the run's tokenizer, instead of the run's own"""
 
 
-def measure(
-    run: str | Path,
-    options: Options = Options(),
-    *,
-    limit: int = 0,
-    which: str = "best",
-    device: str = "cpu",
-) -> dict:
+def measure(subject: Subject, options: Options, *, limit: int) -> dict:
     """Loss of a checkpoint on a held-out split, of at most `limit` batches (0: all)."""
     from muonlm.training import checkpoint
     from muonlm.training.evaluate import evaluate
@@ -37,28 +28,23 @@ def measure(
     from .trigram import trigram_reference
 
     data = options.data
-    folder, path = locate(run, which)
-    cfg = read_config(folder)
+    folder, cfg = subject.folder, subject.config
     cfg.eval.iters = limit
     if data:
-        if not (folder / "tokenizer.json").exists():
-            raise UserError(f"run {folder} has no tokenizer, so `data` {data} cannot be read with it.")
-        cfg.data.source, cfg.data.tokenizer = data, str(folder / "tokenizer.json")
+        cfg.data.source, cfg.data.tokenizer = data, str(subject.need_tokenizer())
         cfg.dpo.reference = "model"  # the sums that a run keeps are of its own pairs
-    with start(device) as dist:
-        splits, meta = open_data(cfg, dist), checkpoint.read_meta(path)
-        if not data and meta["data"] != splits.fingerprint:  # its held-out part may have been trained on
+    with start(subject.device) as dist:
+        splits = open_data(cfg, dist)
+        if not data and subject.meta["data"] != splits.fingerprint:  # its held-out part may have been trained on
             raise UserError(
                 f"run {folder} was trained on other data: {cfg.data.source!r} changed since. Put the old data back, or "
                 f"name what is to be measured: `data` {cfg.data.source}"
             )
-        model, _ = checkpoint.load(path, dist.device)
+        model, _ = checkpoint.load(subject.checkpoint, dist.device)
         objective = OBJECTIVES[cfg.train.objective]
         loss = objective.start(cfg, model, splits, folder, started=True, dist=dist, log=lambda line: None)
         result = evaluate(model, loss, splits, cfg, dist)
-    result |= {"run": str(folder), "checkpoint": path.name, "step": meta["step"]} | trigram_reference(splits)
-    record(folder, "bpb", result)
-    return result
+    return result | trigram_reference(splits)
 
 
 def lines(result: dict) -> list[str]:

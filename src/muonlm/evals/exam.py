@@ -19,16 +19,13 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 
-from muonlm.config.runs import locate, read_config
 from muonlm.errors import UserError
 from muonlm.sampling import Sampling
 
-from . import record
 from .stats import percent, score
+from .subject import Subject
 
-ENOUGH = 200  # questions
 LARGEST = 99  # number of a question
 SEED = 1  # of the questions; training rows have seed 0
 TEMPERATURE = 0.7  # of samples that vote
@@ -60,30 +57,19 @@ class Options:
         return int(self.steps[0]), int(self.steps[-1])
 
 
-def measure(
-    run: str | Path,
-    options: Options = Options(),
-    *,
-    limit: int = 0,
-    which: str = "best",
-    device: str = "cpu",
-) -> dict:
-    """Scores of `limit` questions (0: 200); RUN/evals/word_problems.json also holds every question and reply."""
+def measure(subject: Subject, options: Options, *, limit: int) -> dict:
+    """Scores of `limit` questions; the items are every question and reply."""
     from muonlm.data.synthetic.word_problems import rows
     from muonlm.data.text.templates import template
     from muonlm.engine import complete
-    from muonlm.training import checkpoint
-    from muonlm.training.parallel import pick_device
 
-    problems = list(rows(limit or ENOUGH, options.span, largest=LARGEST, seed=SEED, split=options.split))
-    folder, path = locate(run, which)
-    form = template(read_config(folder).data.template or DEFAULT_TEMPLATE)
-    model, tokenizer = checkpoint.load(path, pick_device(device))
-    if tokenizer is None:
-        raise UserError(f"run {folder} has no tokenizer, so it cannot read a question; evaluate a run trained on text")
+    problems = list(rows(limit, options.span, largest=LARGEST, seed=SEED, split=options.split))
+    form = template(subject.config.data.template or DEFAULT_TEMPLATE)
+    model, tokenizer = subject.load()
     asked = [[{"role": "user", "content": row["question"]}] for row in problems]
     prompts = [form.prompt(turns, tokenizer) for turns in asked]
-    room = _room(form, tokenizer, problems, asked, prompts, model.context, folder)
+    longest = _longest(form, tokenizer, problems, asked, prompts)
+    room = subject.room(model, max(map(len, prompts)), longest, shorter="--steps 1-1")
     stop = frozenset({form.stop_id(tokenizer)})
 
     def replies(temperature: float, seed: int = 0) -> list[str]:
@@ -93,10 +79,6 @@ def measure(
 
     items = [_judge(row, reply) for row, reply in zip(problems, replies(temperature=0), strict=True)]
     result = {
-        "task": "word_problems",
-        "run": str(folder),
-        "checkpoint": path.name,
-        "step": checkpoint.read_meta(path)["step"],
         "split": options.split,
         "steps": list(options.span),
         "largest": LARGEST,
@@ -106,8 +88,7 @@ def measure(
     if options.samples > 1:
         drawn = [replies(TEMPERATURE, seed) for seed in range(options.samples)]
         result |= _vote(problems, items, drawn) | {"samples": options.samples, "temperature": TEMPERATURE}
-    record(folder, "word_problems", result | {"items": items})
-    return result
+    return result | {"items": items}
 
 
 def lines(result: dict) -> list[str]:
@@ -181,17 +162,10 @@ def _vote(problems: list[dict], items: list[dict], drawn: list[list[str]]) -> di
     return {"single": score(singles), "majority": score(majority), "any_sample": score(oracle)}
 
 
-def _room(form, tokenizer, problems, asked, prompts, context: int | None, folder: Path) -> int:
-    """Tokens that a reply may have."""
+def _longest(form, tokenizer, problems, asked, prompts) -> int:
+    """Tokens of the longest right reply."""
     right = [
         [*turns, {"role": "assistant", "content": row["answer"], "rationale": row["rationale"]}]
         for turns, row in zip(asked, problems, strict=True)
     ]
-    longest = max(len(ids) - len(p) for (ids, _), p in zip(form.encode_batch(right, tokenizer), prompts, strict=True))
-    prompt = max(map(len, prompts))
-    if context is not None and prompt + longest > context:
-        raise UserError(
-            f"these word problems have up to {prompt} + {longest} tokens with their answers, and run {folder} sees "
-            f"{context}; ask shorter ones (--steps 1-1), or train with --model.block_size {prompt + longest}"
-        )
-    return 2 * longest if context is None else min(2 * longest, context - prompt)
+    return max(len(ids) - len(p) for (ids, _), p in zip(form.encode_batch(right, tokenizer), prompts, strict=True))
