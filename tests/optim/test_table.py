@@ -5,12 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from torch import nn
 
 from muonlm.cli.main import main
 from muonlm.config.schema import Config, OptimConfig
 from muonlm.errors import UserError
 from muonlm.lazy import load
-from muonlm.optim import OPTIMIZERS, Entry, build_optimizer
+from muonlm.optim import OPTIMIZERS, Entry, build_optimizer, plan_routes
 from muonlm.training.setup import own_settings
 
 TOY = '''
@@ -69,6 +70,17 @@ def test_what_an_entry_names_is_there(name):
     assert issubclass(load(entry.watch, "muonlm.optim"), load(Entry.watch, "muonlm.optim"))
     named = {*entry.routed, *entry.watched, *entry.rates, *entry.exact}
     assert named <= own_settings(Config(optim=OptimConfig(name=name))).keys()  # refused if the section cannot be one
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_who_trains_a_tensor_is_shown_by_the_name_of_the_optimizer(name):
+    own = own_settings(Config(optim=OptimConfig(name=name)))
+    model = nn.Sequential(nn.Linear(32, 32))
+    plan = plan_routes(name, model, **own)
+    optimizer = build_optimizer(plan, name=name, lr=0.01, **own)
+    shown = {row["by"] for row in plan.to_dict(optimizer.param_groups)["tensors"]}
+    who = type(optimizer).__name__
+    assert who in shown, f'only {shown} is shown: give the groups that {who} steps "rule": "{who}"'
 
 
 @pytest.mark.parametrize(
