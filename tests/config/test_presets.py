@@ -43,7 +43,7 @@ def test_every_size_of_the_trainer_family_has_the_six_presets_the_two_samples_an
 
 @pytest.mark.parametrize("recipe", [*SIZES, "mamba_slm/pretrain", "mamba_slm/sft"])
 def test_tuned_rates_stand_beside_the_published_ones_with_a_scale_of_their_own(recipe):
-    """families.md R1: the published rates are in units of another optimizer."""
+    """The published rates are in units of another optimizer."""
     own, published, tuned = (load_recipe(recipe, ALONE, preset=name) for name in ("", "published", "tuned"))
     assert (own.optim, own.muon) == (published.optim, published.muon)
     assert own.muon.lr_mode == "none" and tuned.muon.lr_mode == "original"
@@ -176,7 +176,7 @@ def test_a_mistake_in_the_file_does_not_stop_runs_that_use_no_preset(preset, cap
     assert main(["train", RECIPE, "--preset", "mine", "--dry-run"]) == 2
 
 
-# --- epochs, tokens or steps (SL-06) ----------------------------------------------------------------------------------
+# --- epochs, tokens or steps ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

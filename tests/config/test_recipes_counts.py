@@ -6,7 +6,8 @@ from muonlm.config.recipes import RECIPES, load_recipe
 from muonlm.errors import UserError
 from muonlm.model import count_parameters
 
-PUBLISHED = {  # mixers.md §7: tied, untied, without embeddings (the final norm is counted with the blocks there)
+# As published or worked out by hand: tied, untied, without embeddings (the final norm counts with the blocks there).
+PUBLISHED = {
     "muonssm/gdn-0.4b": (516_837_830, 565_989_830, 467_685_830),
     "muonssm/gdn-h1-0.4b": (530_764_908, 579_916_908, 481_612_908),
     "muonssm/gdn-1.3b": (1_309_295_488, 1_386_095_488, 1_232_495_488),
@@ -30,7 +31,8 @@ NAMES = {
     "GatedDeltaNet_H1_0.4B": 231_098_112,
 }
 TRAINER = "mamba_trainer/hybrid-small"
-RATES = {  # families.md §3e: optimizer, rate, steps, warm-up, evaluate every, save every
+# As infrabrew/mamba-recursive-model publishes them.
+RATES = {  # optimizer, rate, steps, warm-up, evaluate every, save every
     "fast": ("adamw", 5e-4, 50_000, 1000, 500, 2500),
     "default": ("adamw", 3e-4, 100_000, 2000, 1000, 5000),
     "careful": ("adamw", 1e-4, 200_000, 5000, 2000, 10_000),
@@ -90,7 +92,8 @@ def families(*folders):
 @pytest.mark.parametrize("recipe", families("muonssm", "mamba_slm", "mamba_trainer"))
 def test_headers_say_name_place_and_source_and_their_counts_are_true(recipe):
     first, second = (RECIPES / f"{recipe}.toml").read_text("utf-8").splitlines()[:2]
-    assert first.startswith(f"# {recipe} · ") and first.count(" · ") == 2 and second.startswith("# source")
+    assert first.startswith(f"# {recipe} · ") and first.count(" · ") == 2 and second.startswith("# source: ")
+    assert ".md" not in second.split("docs/")[0]  # words, or a page that is here
     flags = {"init_from": "none"} | ({"model.vocab_size": 4096} if "cpu" in recipe else {})
     counts = count_parameters(load_recipe(recipe, flags).model)
     if "parameters tied" in first:

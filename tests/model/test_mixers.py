@@ -1,7 +1,7 @@
 """Recurrent mixers as modules: contract (state, splits, masks, causality), the equations written out token by token,
 the reductions between forms, numbers of parameters, beginnings, precision, and implementations that others wrote.
 
-The recurrences alone, and every backend of them, are tested in test_scan.py and its neighbours.
+The recurrences alone, and every backend of them, are tested in tests/scan.
 """
 
 import inspect
@@ -30,7 +30,7 @@ MUON = {"m": "M", "l": "L", "d": "D", "g": "G", "V": "G"}
 SMALL = {"d_model": 32, "n_head": 4, "ssm_head": 16, "ssm_groups": 2, "delta_heads": 3, "delta_key": 5, "d_state": 6}
 SMALL |= {"scan": "chunked", "scan_chunk": 8, "alpha": 0.7, "beta": 0.8}
 TAPS, CHUNK = 4, 8
-FP64 = 1e-11, 1e-10  # outputs and states, gradients: mixers.md section 8, any two ways in fp64; seen 2e-14, 3e-13
+FP64 = 1e-11, 1e-10  # outputs and states, gradients: any two ways in fp64; seen 2e-14, 3e-13
 
 
 def make(letter: str, *, dtype=torch.float64, seed=0, **options) -> nn.Module:
@@ -133,7 +133,7 @@ def test_in_fp32_decoding_after_a_prefill_continues_it(letter):
         for t in range(17, 40):
             piece, s = mixer(x[:, t : t + 1], s)
             pieces.append(piece)
-    assert gap([torch.cat(pieces, 1), *s], [y, *state]) < 1e-5  # section 8; other orders of sums, seen 8e-7
+    assert gap([torch.cat(pieces, 1), *s], [y, *state]) < 1e-5  # other orders of sums, seen 8e-7
 
 
 @pytest.mark.parametrize("letter", LETTERS)
@@ -314,7 +314,7 @@ def convolved(conv: ShortConv, rows):
 
 
 def by_hand(letter, mixer, cfg, x):
-    """One row x (L,d) -> y (L,d), S; mixers.md sections 3.2 and 4.1 to 4.5, line by line."""
+    """One row x (L,d) -> y (L,d), S: the equations at the heads of the mixers' files, line by line."""
     muon = letter in MUON
     gamma, alpha = (cfg.beta, cfg.alpha) if muon else (0.0, 1.0)
     S = M = 0.0
@@ -426,7 +426,7 @@ def test_a_plain_mixer_ignores_the_options_of_the_muon_form(letter):
 def test_newton_schulz_is_frobenius_with_another_alpha(letter):
     ns, x = make(letter, alpha=0.5, ns_steps=2), tokens(2, 21)
     same = make(letter, alpha=ns.write_gain, write_norm="frobenius")
-    assert ns.write_gain == same.write_gain == pytest.approx(0.5 * 1.1136, abs=5e-5)  # κ of two steps, section 3.3
+    assert ns.write_gain == same.write_gain == pytest.approx(0.5 * 1.1136, abs=5e-5)  # κ of two steps
     assert make(letter, alpha=1.0).write_gain == pytest.approx(0.7010, abs=5e-5)
     (y, state), (want, other) = ns(x), same(x)
     assert gap([y, *state], [want, *other]) < FP64[0]
@@ -453,7 +453,7 @@ def count(letter, **options) -> int:
 
 
 @pytest.mark.parametrize(
-    "letters, d, parameters",  # mixers.md section 7
+    "letters, d, parameters",  # Longhorn and Mamba by hand, Gated DeltaNet's of NVlabs/GatedDeltaNet
     [
         ("Ll", 672, 2_874_816),
         ("Ll", 768, 3_746_304),
@@ -538,7 +538,7 @@ def test_each_tensor_of_a_mixer_goes_to_the_optimizer_that_suits_it():
 
 # ---------------------------------------------------------------------------------------- precision
 
-# letter: forward, gradients in fp32; forward, gradients under bf16 autocast; against fp64 (mixers.md section 8)
+# letter: forward, gradients in fp32; forward, gradients under bf16 autocast; against fp64
 PRECISION = dict.fromkeys("MmLl", (5e-6, 5e-5, 1e-2, 2e-2)) | dict.fromkeys("Dd", (1e-5, 1e-4, 1e-2, 2e-2))
 PRECISION |= dict.fromkeys("Gg", (1e-5, 2e-4, 1e-2, 3e-2)) | {"V": (1e-4, 1e-3, 3e-2, 5e-2)}
 

@@ -1,4 +1,4 @@
-"""The Muon optimizer's arithmetic against references written here from muon.md 1.1 to 1.7, in fp64 where it matters."""
+"""The Muon optimizer's arithmetic against references written here from the equations, in fp64 where it matters."""
 
 import math
 
@@ -63,7 +63,7 @@ FACTORS = {
 
 
 class Reference:
-    """Muon of one matrix in fp64, one equation of muon.md 1.1 and 1.5 to a line."""
+    """Muon of one matrix in fp64, one equation to a line."""
 
     def __init__(
         self, W, lr=0.02, mu=0.95, nesterov=True, wd=0.0, form="ema", decay="decoupled", mode="original", **ns
@@ -153,7 +153,7 @@ def test_compat_torch_takes_a_tensor_rate_like_torch():
 
 @pytest.mark.parametrize("kwargs", [{"coefficients": "polar_express"}, {"ns_method": "gram"}, {"ns_dtype": "float32"}])
 def test_compat_torch_obeys_or_refuses_what_is_set_beside_it_but_never_ignores_it(kwargs):
-    """muon.md 2: only arguments left unset take the mode's defaults."""
+    """Only arguments left unset take the mode's defaults."""
     try:
         optimizer = Muon(tensors(), compat="torch", **kwargs)
     except ValueError as refusal:
@@ -170,9 +170,7 @@ def test_bf16_keller_stays_near_torch_optim_muon(batched):
         Muon(a, lr=0.01, coefficients="keller", ns_method="direct", ns_dtype="bfloat16", batch_by_shape=batched), a, 50
     )
     drive(torch.optim.Muon(b, lr=0.01, weight_decay=0.0), b, 50)
-    for p, q in zip(
-        a, b, strict=True
-    ):  # muon.md 9, test 1: bf16 has 8 bits, and the norm is taken before or after the cast
+    for p, q in zip(a, b, strict=True):  # bf16 has 8 bits, and the norm is taken before or after the cast
         assert (p - q).norm() <= 1e-2 * q.norm()
 
 
@@ -341,7 +339,7 @@ def test_decay_follows_the_learning_rate_by_hand():
 
 
 def test_decay_that_follows_the_rate_knows_the_peak_of_one_cycle():
-    """OneCycleLR starts at a 25th of its peak: wd_t = wd lr_t / lr_peak of muon.md 1.5 never exceeds wd."""
+    """OneCycleLR starts at a 25th of its peak: wd_t = wd lr_t / lr_peak never exceeds wd."""
     p = torch.nn.Parameter(torch.eye(2))
     optimizer = Muon([p], lr=0.1, momentum=0.0, weight_decay=1.0, wd_follows_lr=True, **CUBIC)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10, cycle_momentum=False)
@@ -441,7 +439,7 @@ def test_a_fused_matrix_carries_the_shape_of_the_whole_and_its_slices_their_own(
 
 
 def variant_reference(variant, W, steps, lr, wd, b2, sign):
-    """Literal muon.md 1.6, over `steps` seeded gradients; `reduce_short` for NorMuon."""
+    """A variant of optim/muon/variants.py by its equations; gradients are seeded; `reduce_short` for NorMuon."""
     A, B = W.shape
     W, M, v = W.detach().double().clone(), torch.zeros(A, B).double(), 0.0
     R0 = W.norm()

@@ -813,9 +813,9 @@ def test_the_three_backends_differ_as_promised_with_and_without_nesterov(nestero
         ("cayley", (0.024, 0.04), (0.0, 1e-4)),
     ],
 )
-def test_the_backends_have_the_errors_of_the_table(backend, gauss, decaying):
-    """muon.md 2, on 256 x 256; bf16, if the probe takes it, adds .002; small singular values of a Gaussian vary
-    from draw to draw."""
+def test_the_backends_have_the_errors_that_were_seen_when_they_were_written(backend, gauss, decaying):
+    """On 256 x 256; bf16, if the probe takes it, adds .002; small singular values of a Gaussian vary from draw to
+    draw."""
     g = torch.Generator().manual_seed(0)
     Q = [torch.linalg.qr(torch.randn(256, 256, generator=g, dtype=torch.float64))[0] for _ in range(2)]
     net = nn.Sequential(nn.Linear(256, 256, bias=False), nn.Linear(256, 256, bias=False), nn.Linear(256, 8))

@@ -1,4 +1,4 @@
-"""Newton-Schulz against muon.md 1.2 and 1.6: scalar maps in fp64, published ranges and errors, hard inputs."""
+"""Newton-Schulz: scalar maps in fp64, published ranges and errors, hard inputs."""
 
 import math
 
@@ -117,7 +117,7 @@ def test_the_slope_at_zero_is_the_published_one(name, slope):
 
 
 LOW = (1e-3, 3e-3, 1e-2)
-RANGES = [  # set, [(low, high) for singular values in [l, 1], l of LOW], from the table of muon.md 1.2
+RANGES = [  # set, [(low, high) for singular values in [l, 1], l of LOW]
     ("keller", [(0.471, 1.202), (0.682, 1.202), (0.682, 1.134)]),
     ("polar_express", [(0.847, 1.141), (0.859, 1.141), (0.859, 1.141)]),
     ("cans", [(0.884, 1.120), (0.884, 1.120), (0.884, 1.120)]),
@@ -181,7 +181,7 @@ def test_cayley_never_exceeds_one_and_covers_a_thousandth_of_the_norm():
 
 @pytest.mark.parametrize("name, limit", [("keller", 0.005), ("polar_express", 0.005), ("cans", 0.015)])
 def test_bfloat16_changes_the_error_of_the_direct_form_by_little(name, limit):
-    """0.005 by muon.md 1.2; `cans` has no safety margin, so that rounding pushes values over its edge: 0.008 to
+    """`cans` has no safety margin, so that rounding pushes values over its edge: 0.008 to
     0.014 seen."""
     U = gaussian(256, 256, dtype=torch.float32)
     exact, rounded = (error(newton_schulz(U, 5, name, dtype=d))[0] for d in (torch.float32, torch.bfloat16))
@@ -356,7 +356,7 @@ def test_gram_and_hybrid_equal_the_direct_form(name, shape):
         torch.testing.assert_close(other, newton_schulz(U, STEPS[name], name), rtol=0, atol=1e-8)  # fp64: the algebra
         single = newton_schulz(U.float(), STEPS[name], name, method)
         direct = newton_schulz(U.float(), STEPS[name], name)
-        assert (single - direct).norm() <= 1e-3 * direct.norm()  # fp32: muon.md 9, test 8
+        assert (single - direct).norm() <= 1e-3 * direct.norm()  # fp32
 
 
 def test_polar_express4_hybrid_equals_polar_express4_direct():
@@ -383,7 +383,7 @@ def test_hybrid_in_bfloat16_is_as_good_as_direct_in_bfloat16(name, decaying):
 def test_gram_in_float16_is_usable_at_aspect_four():
     U = with_spectrum(1.0 / torch.arange(1, 65).double(), 256).float()
     s = singular(newton_schulz(U, 5, method="gram", dtype=torch.float16))
-    assert 0.7 < float(s.min()) and float(s.max()) < 1.3  # muon.md 1.6: .79 to 1.21
+    assert 0.7 < float(s.min()) and float(s.max()) < 1.3  # .79 to 1.21 seen
 
 
 def test_polar_express4_in_four_steps_beats_keller_in_five_and_polar_express_cut_to_four():

@@ -187,7 +187,7 @@ def test_golden_table_and_published_share_of_a_minimind_type_model(d_model, n_la
 
 
 # ------------------------------------------------------------------------------------------------ state-space models
-# Names and shapes of mixers.md; the classes themselves come later. `tag` sets what our model classes would set.
+# Names and shapes of our mixers, and of others' models. `tag` sets what our model classes would set.
 
 E, WIDE, RANK, N = 32, 64, 2, 16  # model width, inner width, rank of the step size, state size
 

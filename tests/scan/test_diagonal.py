@@ -81,7 +81,7 @@ def test_fp32_stays_close_to_fp64():
     for kind, gamma in KINDS:
         true = results(kind, inputs(kind, gamma), gamma, backend="reference")
         found = results(kind, inputs(kind, gamma, dtype=torch.float32), gamma, backend="chunked", chunk=8)
-        assert error(found, true) < 5e-6  # mixers.md §8
+        assert error(found, true) < 5e-6  # fp32: other orders of sums
 
 
 def test_a_sequence_may_be_cut_anywhere():

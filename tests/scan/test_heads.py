@@ -1,6 +1,6 @@
 """The matrix forms of the head recurrences against the loops of scan/reference.py.
 
-Tolerances, relative Frobenius error: those of the specification's section 8. Measured in fp64: 3e-16 forward, 2e-15
+Tolerances, relative Frobenius error. Measured in fp64: 3e-16 forward, 2e-15
 gradients (allowed 1e-11, 1e-10: an error in a formula is far above either); in fp32: 2e-7 and 4e-7 (allowed 1e-5, and
 1e-4 or 2e-4: sums of many rounded products, in another order on another machine).
 """

@@ -115,7 +115,7 @@ def test_info_of_a_stage_is_that_of_its_model(recipe, total):
 
 
 def test_rates_and_lengths_are_the_published_ones():
-    """families.md MM-02, MM-03, SL-02, MT-12: rate, AdamW's beside it, momentum, warm-up; AdamW's alone."""
+    """As the origins (README) publish them: rate, AdamW's beside it, momentum, warm-up; AdamW's alone."""
     found = {}
     for stage in STAGES:
         cfg, twin = alone(stage), alone(stage, {"optim.name": "adamw"})
@@ -358,7 +358,6 @@ def test_plain_text_has_no_mask_to_show(here, text, capsys):
 
 @pytest.mark.parametrize("chain", ["minimind"], indirect=True)
 def test_metrics_of_a_stage_tell_epoch_rates_time_and_perplexity(chain):
-    """families.md MM-11, SL-10."""
     folder, recipes, said = chain
     for recipe in recipes[1:]:
         lines = (folder / "runs" / recipe / "metrics.jsonl").read_text().splitlines()
@@ -372,7 +371,7 @@ def test_metrics_of_a_stage_tell_epoch_rates_time_and_perplexity(chain):
 
 @pytest.mark.parametrize("chain", ["minimind"], indirect=True)
 def test_a_finished_run_says_why_it_stops_and_is_not_taken_back(chain, monkeypatch, capsys):
-    """families.md MT-12. Fewer steps than were done once trained without end."""
+    """Fewer steps than were done once trained without end."""
     folder, recipes, _ = chain
     monkeypatch.chdir(folder)
     run = f"runs/{recipes[1]}"

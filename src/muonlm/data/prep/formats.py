@@ -17,7 +17,7 @@ Foreign   a folder without our index is read where its files have these names, a
           any program. Text bytes are counted from the ids, beyond EXACT tokens extrapolated
 Cost      foreign_index reads headers, a few blocks of each file and ≤ EXACT tokens a split
 Raises    UserError for files that are short, odd-sized, of another type or another tokenizer, naming what is expected
-Source    the format: Lit-GPT's packed data set as described in our families.md §1b; nanoGPT's data/*/prepare.py
+Source    the format: Lit-GPT's packed data set; nanoGPT's data/*/prepare.py
 """
 
 import hashlib
