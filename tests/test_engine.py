@@ -16,6 +16,7 @@ from muonlm.config.schema import ModelConfig
 from muonlm.data.text.tokenizer import resolve_tokenizer
 from muonlm.engine import complete, generate, pick, stream
 from muonlm.errors import UserError
+from muonlm.model.mixers import MIXERS
 from muonlm.sampling import Sampling
 
 BASE = {"n_layer": 2, "d_model": 32, "n_head": 4, "vocab_size": 50, "block_size": 24}
@@ -159,8 +160,8 @@ def test_a_stop_token_ends_its_sample_only():
     assert tokens_of(model, [1, 2], max_tokens=20, temperature=2.0, seed=1, stop=frozenset(range(50))) == [[]]
 
 
-MIXERS = VARIANTS | {letter: {"pattern": letter, "qk_norm": True} for letter in "MmLlDdGgVRS"}
-MIXERS |= {"a convolution on the embedding": {"embed_conv": 4}, "loops": {"loops": 2}}
+EVERY = VARIANTS | {letter: {"pattern": letter, "qk_norm": True} for letter in MIXERS}
+EVERY |= {"a convolution on the embedding": {"embed_conv": 4}, "loops": {"loops": 2}}
 
 
 def prompts_of(lengths) -> list[list[int]]:
@@ -168,7 +169,7 @@ def prompts_of(lengths) -> list[list[int]]:
     return [[draw.randrange(50) for _ in range(n)] for n in lengths]
 
 
-@pytest.mark.parametrize("variant", MIXERS.values(), ids=MIXERS.keys())
+@pytest.mark.parametrize("variant", EVERY.values(), ids=EVERY.keys())
 def test_prompts_of_all_lengths_at_once_are_continued_as_each_alone(variant, monkeypatch):
     """Some longer than the context, some outgrow it, some stop early; in one batch, and in small ones in pieces."""
     model, stop = model_of(**variant), frozenset(range(40, 43))

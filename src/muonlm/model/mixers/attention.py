@@ -11,7 +11,7 @@ Shapes   x, y (B,T,D) · mask (B,T) bool, True = real token · cache k, v (B,G,S
 State    (k, v, length). Slot j of row b holds position j (full) or position max(0, length_b − (w−1)) + j (window w,
          which keeps its last w−1 keys only). Masked tokens are deleted: they take no position, leave no key, and
          output 0. After forward(x, state) only the returned state is valid: full attention appends in place when
-         there is room.
+         there is room and no gradient is wanted.
 Measure  with `track_logits = True`, each forward in training mode raises `max_logit` (H,) to the largest z of the
          batch over what each query sees, before the soft-cap: for QK-clip (optim/watch/qk_clip.py), or to explain a
          loss spike.
@@ -271,7 +271,7 @@ class Attention(Heads):
             return y, self._trim(keys.gather(2, index), values.gather(2, index), new_length, start=base)
         # equal rows, full attention: slot = position; grow geometrically, append in place
         start = int(length[0])
-        if past_k.shape[2] < end:
+        if past_k.shape[2] < end or torch.is_grad_enabled():  # autograd may need what is there
             grown = [t.new_zeros(B, self.kv_heads, max(end, 2 * start), self.width) for t in (past_k, past_v)]
             for new, old in zip(grown, (past_k, past_v)):
                 new[:, :, :start] = old[:, :, :start]
