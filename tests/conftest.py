@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 
 import pytest
@@ -73,3 +74,23 @@ def finished(tmp_path_factory, smoke):
     out = tmp_path_factory.mktemp("finished") / "run"
     assert main(smoke(out)) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def cut_back():
+    """cut_back(run, copy, step): a copy of a finished run as a kill after its checkpoint `step` leaves it; 0: none."""
+
+    def cut(run, copy, step):
+        shutil.copytree(run, copy)
+        (copy / "report.json").unlink()
+        if not step:
+            shutil.rmtree(copy / "checkpoints")
+            return
+        kept = f"step-{step:08}"
+        for later in (copy / "checkpoints").glob("step-*"):
+            if later.name > kept:
+                shutil.rmtree(later)
+        for pointer in ("latest", "best"):
+            (copy / "checkpoints" / pointer).write_text(kept)
+
+    return cut

@@ -90,14 +90,10 @@ def test_cached_and_kept_references_train_alike_and_the_cache_is_used_again(stag
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(stages, tmp_path, objective, monkeypatch):
+def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(stages, tmp_path, objective, cut_back, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(finetune(stages, objective, whole)) == 0
-    shutil.copytree(whole, cut)
-    shutil.rmtree(cut / "checkpoints" / "step-00000006")
-    (cut / "report.json").unlink()
-    for pointer in ("latest", "best"):
-        (cut / "checkpoints" / pointer).write_text("step-00000003")
+    cut_back(whole, cut, 3)
     monkeypatch.setenv("MUONLM_CACHE", str(tmp_path / "empty"))  # what a run needs to go on is in it, but for the data
     assert main(["train", "--resume", str(cut)]) == 0
     a, b = weights(whole), weights(cut)
@@ -261,12 +257,10 @@ def test_a_run_of_real_size_never_starts_from_a_smoke_run_by_itself(tmp_path, mo
     assert "runs/road/pretrain/checkpoints" in capsys.readouterr().out
 
 
-def test_a_stage_killed_before_its_first_checkpoint_goes_on_from_its_parents_weights(stages, tmp_path):
+def test_a_stage_killed_before_its_first_checkpoint_goes_on_from_its_parents_weights(stages, tmp_path, cut_back):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(finetune(stages, "sft", whole)) == 0
-    shutil.copytree(whole, cut)
-    shutil.rmtree(cut / "checkpoints")
-    (cut / "report.json").unlink()
+    cut_back(whole, cut, 0)
     assert main(["train", "--resume", str(cut)]) == 0
     a, b = weights(whole), weights(cut)
     assert all(torch.equal(a[name], b[name]) for name in a) and metrics(whole) == metrics(cut)
