@@ -34,6 +34,7 @@ def raised_in(module: str, text: str) -> UserError:
         ("use `num_tokens` 100 or `layout` raw", "use --num-tokens 100 or --as raw"),
         ("`num_tokens` = 1: at least 2 are needed", "--num-tokens 1: at least 2 are needed"),
         ("`window` = 3 and `sources` are no flags here", "window = 3 and sources are no flags here"),
+        ("name another: `source` sotu, or save it", "name another: sotu, or save it"),
         ("`muonlm info --keys` lists all", "`muonlm info --keys` lists all"),
     ],
 )

@@ -9,7 +9,7 @@ import re
 
 from muonlm.config.schema import keys
 
-ARGUMENT = re.compile(r"`([a-z_][a-z0-9_]*)`(?P<equals> = )?")
+ARGUMENT = re.compile(r"`([a-z_][a-z0-9_]*)`(?P<after> = | )?")
 SHORT = {"data.source": "--data"}  # keys with a flag of their own
 ARGUMENTS = {"backend": "scan"}  # arguments whose key has another name
 SECTIONS = {  # room that raised -> the sections it means by a name that several have: data.name, optim.name
@@ -23,14 +23,17 @@ SECTIONS = {  # room that raised -> the sections it means by a name that several
 def in_flags(error: BaseException, parser) -> str:
     """The text of an error, its arguments written as the flags of this verb's parser."""
     own = {action.dest: action.option_strings[0] for action in reversed(parser.actions) if action.option_strings}
+    positional = {action.dest.removesuffix("s") for action in parser.actions if not action.option_strings}
     sections = next((SECTIONS[room] for room in _rooms(error) if room in SECTIONS), ())
     by_key = _keys(sections) if parser.takes_keys else {}
 
     def flag(found: re.Match) -> str:
         name = found[1]
         if known := by_key.get(ARGUMENTS.get(name, name)) or own.get(name):
-            return known + (" " if found["equals"] else "")
-        return name + (found["equals"] or "")
+            return known + (" " if found["after"] else "")
+        if name in positional and found["after"] == " ":  # a value that is typed without a flag
+            return ""
+        return name + (found["after"] or "")
 
     return ARGUMENT.sub(flag, str(error))
 
