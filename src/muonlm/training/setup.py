@@ -68,7 +68,7 @@ class Setup:
     @property
     def ended(self) -> bool:
         """Nothing is left to train."""
-        return self.progress.step == self.cfg.train.steps or reached_target(self.cfg, self.progress)
+        return has_ended(self.cfg, self.progress)
 
 
 def setup(cfg: Config, out: str | Path | None, dist: Dist, *, resume: bool, json_mode: bool) -> Setup:
@@ -77,7 +77,6 @@ def setup(cfg: Config, out: str | Path | None, dist: Dist, *, resume: bool, json
     data = open_data(cfg, dist)
     check_tokenizer(cfg, data.train.tokenizer)
     cfg = resolve(cfg, data, dist.world, started=started)
-    scan = scan_choice(cfg.model, dist.device)
     run = Run(path, cfg, steps=cfg.train.steps, json_mode=json_mode)
     log = run.log if dist.main else (lambda text: None)
 
@@ -96,14 +95,12 @@ def setup(cfg: Config, out: str | Path | None, dist: Dist, *, resume: bool, json
         log(f"dtype: {dtype} ({why})")
     watch = make_watch(cfg, optimizer, model)
 
-    idle = bool(saved) and (progress.step == cfg.train.steps or reached_target(cfg, progress))
+    idle = bool(saved) and has_ended(cfg, progress)
     if idle:  # the run's record must not name settings that trained nothing
         run.cfg = read_config(path)
     if dist.main:
         begin_run(run, data, progress.step, started, dist)
         describe_run(run, cfg, plan, watch, data, progress.step, started, dist)
-        if scan:
-            log(f"scan: {scan}")
     if idle:
         log(nothing_left(cfg, path, progress.step))
     dist.barrier()
@@ -155,8 +152,10 @@ def restore(saved, cfg: Config, path: Path, data: Splits, model, optimizer) -> P
     return progress
 
 
-def reached_target(cfg: Config, progress: Progress) -> bool:
-    return bool(cfg.eval.target) and progress.best_loss <= cfg.eval.target
+def has_ended(cfg: Config, progress: Progress) -> bool:
+    """The last step is done, or an evaluation reached eval.target."""
+    reached = bool(cfg.eval.target) and progress.best_loss <= cfg.eval.target
+    return reached or progress.step == cfg.train.steps
 
 
 def choose_dtype(model: nn.Module, data: Splits, cfg: Config, dist: Dist) -> tuple[str, str]:
@@ -208,6 +207,8 @@ def describe_run(run, cfg: Config, plan: RoutingPlan, watch: Watch, data: Splits
         f"{micro} micro-batches × {dist.world} ranks) = {cfg.train.steps / data.train.steps_per_epoch:.3g} epochs, "
         f"{cfg.train.dtype} on {dist.device}"
     )
+    if scan := scan_choice(cfg.model, dist.device):
+        run.log(f"scan: {scan}")
 
 
 def nothing_left(cfg: Config, path: Path, step: int) -> str:
