@@ -1,11 +1,13 @@
-"""What the tests of whole verbs share: a cache of their own, a little text, the command line called in this process."""
+"""What tests share: the device of tests marked `cuda`; for whole verbs a cache of their own, a little text, a run."""
 
 import json
+import os
 import random
 import shutil
 import signal
 
 import pytest
+import torch
 
 from muonlm.cli.main import main
 
@@ -25,6 +27,36 @@ TINY = [
     "--eval.sample",
     "8",
 ]
+
+
+REHEARSAL = os.environ.get("MUONLM_REHEARSE") == "1"  # benchmarks/gpu.py --rehearse: toy sizes, on the CPU
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available() or REHEARSAL:
+        return
+    skip = pytest.mark.skip(reason="torch sees no CUDA device; benchmarks/gpu.py --rehearse runs it on a CPU")
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where a test marked `cuda` runs; a rehearsal's are small enough for a CPU."""
+    return torch.device("cpu" if REHEARSAL else "cuda")
+
+
+@pytest.fixture
+def within(record_property):
+    """within(what, error, tolerance): error <= tolerance, which NaN is not; benchmarks/gpu.py shows the figures."""
+
+    def check(what: str, error: float, tolerance: float) -> None:
+        error = float(error)
+        record_property("within", {"what": what, "error": error, "tolerance": tolerance})
+        assert error <= tolerance, f"{what}: {error:.2e} of {tolerance:.0e}"
+
+    return check
 
 
 @pytest.fixture(scope="session", autouse=True)
