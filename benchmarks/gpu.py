@@ -8,15 +8,15 @@ Stages, in this order, each in a process of its own (a broken CUDA context ends 
 that is left; what one does not use goes to the next:
     ceilings     copy bandwidth, bf16 and fp32 products, launch cost: later figures are also fractions of these
     kernels      every scan and backend against the fp64 reference, forward and gradients; then time and bytes
-    training     every kind of layer and objective: 20 steps on the device against the CPU, resume, generation, …
-    optimizer    Muon beside torch.optim.Muon and fused AdamW on whole models' matrices; no synchronisation; CUDA graphs
+    training     every kind of layer and objective: 20 steps on the device as on the CPU, resume, generation, …
+    optimizer    Muon beside torch.optim.Muon and fused AdamW on models' matrices; no synchronisation; CUDA graphs
     throughput   training steps of the recipes at their own sizes: tokens/s, MFU, memory, where the time goes
     quality      `shakespeare` to nanoGPT's published validation loss
-The checks are the tests marked `cuda`. Needs torch and what muonlm needs, pytest, and for the kernels triton; fla, if it
-is there, is measured too. No installation, no network.
+The checks are the tests marked `cuda`. Needs torch and what muonlm needs, pytest, and for the kernels triton; fla is
+measured too where it is there. No installation, no network.
 
-DIR (default: build/gpu) gets STAGE.jsonl row by row, STAGE.log, gpu.json and gpu.md, a page for LOG.md. The table goes
-to stdout.
+DIR (default: build/gpu) gets STAGE.jsonl row by row, STAGE.log, gpu.json and gpu.md, a page for LOG.md. The table
+goes to stdout.
 Verdicts   ok, FAILED: a check · met, missed: a target · not run: with the reason
 Exit code  0; 1 if a row is FAILED; 2 for wrong arguments
 """
@@ -35,6 +35,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = {"ceilings": 2, "kernels": 26, "training": 14, "optimizer": 12, "throughput": 31, "quality": 15}  # of 100
+GRACE = 5.0  # seconds that a stage may be late
 FAULTS = ("gradient", "nan", "sync", "exception")
 TEXT = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 MADE_UP = "We the people of these states ordain that every year the union shall keep the peace and its laws. "
@@ -74,7 +75,7 @@ def main() -> int:
     args.out.mkdir(parents=True)
     if args.rehearse:
         args.text = args.out / "text.txt"
-        args.text.write_text(MADE_UP * 400)
+        args.text.write_text(MADE_UP * 400)  # 38 kB
     os.environ |= surroundings(args)
     began = time.monotonic()
     for i, name in enumerate(args.stages):
@@ -85,7 +86,7 @@ def main() -> int:
 
 
 def surroundings(args: argparse.Namespace) -> dict[str, str]:
-    """Environment of the stages: without installation, without network, in a rehearsal with Triton's interpreter."""
+    """Environment of the stages: no installation, no network, in a rehearsal Triton's interpreter."""
     paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     found["MUONLM_CACHE"] = str(args.out / "cache")
@@ -105,7 +106,7 @@ def start(args: argparse.Namespace, name: str, seconds: float) -> None:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
         why = ""
         try:
-            if process.wait(timeout=seconds + 5):
+            if process.wait(timeout=seconds + GRACE):
                 why = f"the stage ended with exit code {process.returncode}"
         except subprocess.TimeoutExpired:
             why = f"ended after its {seconds:.0f} s"
@@ -142,7 +143,7 @@ def run_stage(args: argparse.Namespace) -> None:
         kept.write_text(json.dumps({name: value for name, value in stage.ceilings.items() if value}))
 
 
-# --------------------------------------------------------------------------------------------------------------- the end
+# -------------------------------------------------------------------------------------------------------------- the end
 
 
 def tell(args: argparse.Namespace, seconds: float) -> int:

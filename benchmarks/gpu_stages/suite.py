@@ -16,6 +16,7 @@ from pathlib import Path
 from .report import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
+PYTEST = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
 POISONED = (
     "CUDA error",
     "CUDA driver error",
@@ -26,10 +27,13 @@ POISONED = (
 
 
 class Recorder:
-    """pytest plugin of a worker: a line of JSON as a test begins and as it ends."""
+    """pytest plugin of a worker: runs these tests only; a line of JSON as each begins and as it ends."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, tests: list[str]):
+        self.path, self.tests = path, set(tests)
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if item.nodeid in self.tests]
 
     def write(self, **line) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
@@ -53,11 +57,12 @@ class Recorder:
 
 
 def worker(arguments: list[str]) -> None:
-    """In a process of its own: LOG @FILE, the tests to run."""
+    """In a process of its own: LOG, a file that lists the tests to run, and the paths where they are."""
     import pytest
 
-    log, tests = arguments
-    pytest.main(["-p", "no:cacheprovider", "--rootdir", str(ROOT), tests], plugins=[Recorder(Path(log))])
+    log, tests, *paths = arguments
+    recorder = Recorder(Path(log), Path(tests).read_text("utf-8").splitlines())
+    pytest.main([*PYTEST, "-m", "cuda", *paths], plugins=[recorder])
 
 
 @dataclass
@@ -66,6 +71,7 @@ class Worker:
 
     log: Path
     tests: list[str]
+    paths: list[str]
     results: dict[str, dict] = field(default_factory=dict)
     process: subprocess.Popen | None = None
 
@@ -73,11 +79,11 @@ class Worker:
         left = [test for test in self.tests if test not in self.results]
         listed = self.log.with_suffix(".txt")
         listed.write_text("\n".join(left))
-        command = [sys.executable, "-m", "gpu_stages.suite", str(self.log), f"@{listed}"]
-        paths = [str(ROOT / "benchmarks"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "gpu_stages.suite", str(self.log), str(listed), *self.paths]
         with open(self.log.with_suffix(".log"), "a") as output:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT
+            )
 
     def read(self) -> None:
         """Take up what the log says; a test that began and never ended crashed its process."""
@@ -104,10 +110,15 @@ class Worker:
         return [test for test in self.tests if test not in self.results]
 
 
+def environment() -> dict[str, str]:
+    """Tests without installation; one thread each, since they run side by side."""
+    paths = [str(ROOT / "benchmarks"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+
+
 def collect(paths: list[str]) -> list[str]:
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-m", "cuda", "-p", "no:cacheprovider", *paths]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", *PYTEST, "--collect-only", "-m", "cuda", *paths]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     tests = [line for line in done.stdout.splitlines() if "::" in line]
     if not tests or done.returncode:
         raise RuntimeError(f"pytest collected nothing in {paths}: {(done.stdout + done.stderr)[-600:]}")
@@ -118,7 +129,7 @@ def run_tests(stage: Stage, paths: list[str], *, workers: int, seconds: float) -
     """Run the `cuda` tests of `paths` for at most `seconds`; a row for each test function, and for each failure."""
     tests = collect(paths)
     share = [tests[i::workers] for i in range(min(workers, len(tests)))]
-    team = [Worker(stage.out / f"{stage.name}-{i}.tests.jsonl", part) for i, part in enumerate(share)]
+    team = [Worker(stage.out / f"{stage.name}-{i}.tests.jsonl", part, paths) for i, part in enumerate(share)]
     for one in team:
         one.start()
     end = time.monotonic() + seconds

@@ -1,0 +1,135 @@
+"""benchmarks/gpu.py: the rehearsal passes; what goes wrong in a stage or a test is a row that ends nothing else."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu")
+
+
+@pytest.fixture
+def stage(gpu, tmp_path):
+    from gpu_stages.report import Stage
+
+    return Stage("kernels", tmp_path, 60.0, rehearse=True)
+
+
+def rows(folder: Path, name: str = "kernels") -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+# ---- stages
+
+
+@pytest.mark.parametrize(
+    "script, why",
+    [
+        ("raise SystemExit(3)", "the stage ended with exit code 3"),
+        ("import os; os.abort()", "the stage ended with exit code -6"),
+        ("import time; time.sleep(60)", "ended after its 1 s"),
+    ],
+)
+def test_a_stage_that_dies_or_is_late_is_a_failed_row(script, why, gpu, tmp_path, monkeypatch):
+    (tmp_path / "stage.py").write_text(script)
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "stage.py"))
+    monkeypatch.setattr(gpu, "GRACE", 0.0)
+    args = SimpleNamespace(out=tmp_path, text=tmp_path / "text.txt", rehearse=True)
+    gpu.start(args, "kernels", 1.0)
+    (row,) = rows(tmp_path)
+    assert (row["verdict"], row["note"]) == ("FAILED", why)
+
+
+def test_an_exception_in_a_part_is_a_failed_row_and_the_next_part_runs(stage, tmp_path):
+    stage.part("one", lambda: 1 / 0)
+    stage.part("two", lambda: stage.row("two", 3.0, "ms"))
+    stage.part("three", lambda: stage.row("three"), seconds=1e6)
+    one, two, three = rows(tmp_path)
+    assert one["verdict"] == "FAILED" and one["note"] == "ZeroDivisionError: division by zero"
+    assert two["figure"] == 3.0 and three["verdict"] == "not run" and "no time" in three["note"]
+
+
+def test_a_target_is_met_or_missed_but_not_by_a_rehearsal(stage, tmp_path):
+    stage.row("rehearsed", 9.0, target=1.0)
+    stage.rehearse = False
+    stage.row("slow", 9.0, target=1.0)
+    stage.row("fast", 0.9, target=1.0)
+    stage.row("high", 0.9, target=0.5, better="higher")
+    stage.row("lost", float("nan"), target=1.0)
+    assert [row["verdict"] for row in rows(tmp_path)] == ["", "missed", "met", "met", "missed"]
+
+
+# ---- tests marked cuda
+
+TESTS = """
+import os
+import pytest
+pytestmark = pytest.mark.cuda
+@pytest.mark.parametrize("i", range(3))
+def test_near(i, record_property):
+    record_property("within", {"what": f"case {i}", "error": i * 1e-7, "tolerance": 1e-6})
+def test_wrong():
+    assert 1 == 2
+def test_poisoned():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_crashing():
+    os.abort()
+def test_after():
+    pass
+"""
+
+
+def test_tests_survive_a_crash_and_each_failure_is_a_row(stage, tmp_path):
+    from gpu_stages.suite import run_tests
+
+    (tmp_path / "test_made_up.py").write_text(TESTS)
+    run_tests(stage, [str(tmp_path)], workers=2, seconds=60)
+    found = {row["what"]: row for row in rows(tmp_path)}
+    assert found["near"]["figure"] == "3/3" and found["near"]["note"] == "worst 2.0e-07 of 1e-06: case 2"
+    assert found["after"]["verdict"] == "ok"
+    for name, why in {
+        "wrong": "assert 1 == 2",
+        "poisoned": "illegal memory access",
+        "crashing": "exit code -6",
+    }.items():
+        assert found[name]["verdict"] == "FAILED" and why in found[f"  {name}"]["note"], name
+
+
+def test_tests_that_cannot_be_collected_are_an_error_with_its_reason(stage, tmp_path):
+    from gpu_stages.suite import run_tests
+
+    (tmp_path / "test_broken.py").write_text("import nothing_of_that_name")
+    with pytest.raises(RuntimeError, match="nothing_of_that_name"):
+        run_tests(stage, [str(tmp_path)], workers=1, seconds=60)
+
+
+# ---- the whole
+
+
+def run(out: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(out), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+
+def test_an_unknown_stage_is_refused_with_the_names_that_exist(tmp_path):
+    done = run(tmp_path, "--stages", "kernel")
+    assert done.returncode == 2 and "unknown stage 'kernel'" in done.stderr and "throughput" in done.stderr
+
+
+def test_the_whole_examination_can_be_rehearsed_on_a_cpu(gpu, tmp_path):
+    done = run(tmp_path / "out", "--rehearse")
+    assert done.returncode == 0, done.stdout
+    found = json.loads((tmp_path / "out" / "gpu.json").read_text())["rows"]
+    assert {row["stage"] for row in found} == set(gpu.SHARES)
+    assert len(found) < 100
+    assert (tmp_path / "out" / "gpu.md").read_text("utf-8").count("\n") > len(found)
