@@ -42,10 +42,12 @@ FORMS = {
 }
 
 
-def tensors(name: str, B: int, L: int, device: torch.device) -> dict[str, Tensor]:
+def tensors(name: str, B: int, L: int, device: torch.device, *, toy: bool = False) -> dict[str, Tensor]:
     """Random inputs without initial states, as in training, that want gradients; on meta shapes alone."""
     form = FORMS[name]
     H, G, N, P = form.heads, form.groups, form.keys, form.values
+    if toy:
+        H, G, N, P = min(H, 1), 1, 16, 16
 
     def normal(*shape):
         return torch.randn(*shape, device=device)
