@@ -47,7 +47,7 @@ def run(stage: Stage) -> None:
     stage.part("fla", lambda: beside_fla(stage, times), seconds=0 if stage.rehearse else 20)
 
 
-# ------------------------------------------------------------------------------------------------------------- compiling
+# ------------------------------------------------------------------------------------------------------------ compiling
 
 
 def start(stage: Stage, name: str, *command: str) -> tuple[str, Path, subprocess.Popen]:
@@ -113,7 +113,7 @@ def compiled(stage: Stage, children: list) -> None:
         stage.row(what, kernel["spilled"], "B/thread", note=f"{kernel['registers']} registers, {kernel['warps']} warps")
 
 
-# ----------------------------------------------------------------------------------------------------------------- times
+# ---------------------------------------------------------------------------------------------------------------- times
 
 
 def arms(stage: Stage) -> list[tuple[str, str]]:
@@ -185,7 +185,7 @@ def ratios(stage: Stage, times: dict) -> None:
         stage.row("muon longhorn, traffic", traffic, target=2.0, note=note)
 
 
-# ----------------------------------------------------------------------------------------------------------------- peers
+# ---------------------------------------------------------------------------------------------------------------- peers
 
 
 def beside_fla(stage: Stage, times: dict) -> None:
