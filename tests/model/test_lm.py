@@ -201,6 +201,35 @@ def test_loss_sum_is_the_cross_entropy_of_the_logits_whole_or_in_chunks(monkeypa
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_columns_that_a_gpu_adds_to_the_head_change_neither_loss_nor_gradients(monkeypatch):
+    for tie in (False, True):
+        model, x, targets = small(tie=tie), tokens(), tokens(seed=1)
+        loss = model(x, targets)
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        assert lm.unused_logits(50257, torch.device("cuda")) == 47 and not lm.unused_logits(50264, torch.device("cuda"))
+        with monkeypatch.context() as gpu:
+            gpu.setattr(lm, "unused_logits", lambda vocab_size, device: 14)
+            padded = model(x, targets)
+            torch.testing.assert_close(padded, loss, rtol=1e-12, atol=0)
+            for a, b in zip(torch.autograd.grad(padded, list(model.parameters())), grads):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_compiled_model_trains_as_before_with_one_graph_for_all_blocks():
+    torch._dynamo.reset()
+    model, x, targets = small(n_layer=5), tokens(), tokens(seed=1)
+    loss = model(x, targets)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model.compile(backend="aot_eager")
+    compiled = model(x, targets)
+    torch.testing.assert_close(compiled, loss, rtol=1e-12, atol=0)
+    for a, b in zip(torch.autograd.grad(compiled, list(model.parameters())), grads):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]  # block and loss
+
+
 @pytest.mark.parametrize("init", ["gpt2", "zero_out"])
 def test_initial_loss_is_that_of_a_uniform_guess(init):
     model = small(init=init)

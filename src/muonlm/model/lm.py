@@ -11,8 +11,8 @@ Masks    (B,T) bool: a masked token is deleted. Rows are compacted once, real to
 Packing  segments (B,T): a token sees the tokens of its own segment only (packing.py); −1 = padding.
 Loss     with `targets`, forward returns Σ −log p(target) over targets ≥ 0, in fp32 nats, instead of logits: one call
          holds the whole differentiable path, which data-parallel wrappers need. With `per_token`, the terms (B,T)
-         instead of their sum. Logits are made and thrown away in chunks of rows, so memory is O(chunk·V), not
-         O(B·T·V).
+         instead of their sum. Logits beyond `chunk_of_logits` are made and thrown away in chunks of rows, and made
+         again in backward: memory is O(chunk·V), not O(B·T·V).
 Init     init.py
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from muonlm.config.schema import ModelConfig
+from muonlm.scan import keep_out_of_graphs
 
 from .block import Block
 from .conv import ShortConv
@@ -33,6 +34,25 @@ from .packing import Segments, compact
 LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of fp32 logits at a time
 
 
+def chunk_of_logits(device: torch.device) -> int:
+    """How many logits are held at a time. Each takes up to 16 B in backward: on a GPU an eighth of its memory, since
+    what fits at once is not computed twice, and a GPU is idle at small products."""
+    if device.type != "cuda":
+        return LOGITS_PER_CHUNK
+    return max(LOGITS_PER_CHUNK, torch.cuda.get_device_properties(device).total_memory >> 7)
+
+
+def unused_logits(vocab_size: int, device: torch.device) -> int:
+    """How many columns the head gets on a GPU beside its own: tensor cores want rows of whole 16 B, and a product with
+    GPT-2's 50,257 columns takes several times as long as one with 50,304."""
+    return -vocab_size % 64 if device.type == "cuda" and vocab_size % 8 else 0
+
+
+def run_block(block: Block, x: Tensor, state, mask: Tensor | None, rows: Segments | None) -> tuple:
+    """What `LM.compile` compiles: given the block, not bound to it, one graph serves all blocks of a kind."""
+    return block(x, state, mask, rows)
+
+
 class LM(nn.Module):
     can_tie = True
 
@@ -41,6 +61,7 @@ class LM(nn.Module):
         assert cfg.vocab_size > 0, "vocab_size is derived from the tokenizer before the model is built"
         self.cfg = cfg
         self.recompute = False  # keep only the input of each block for the backward pass, which runs the block again
+        self.run_block, self.chunk_loss = run_block, self._chunk_loss  # in training without packed rows
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.conv = ShortConv(cfg.d_model, cfg.embed_conv) if cfg.embed_conv else None
         self.conv_norm = RMSNorm(cfg.d_model, eps=cfg.norm_eps, gain=False) if cfg.embed_conv else None
@@ -59,6 +80,17 @@ class LM(nn.Module):
     def schedule(self) -> list[int]:
         """Which block is applied, one after another."""
         return self.cfg.schedule
+
+    def compile(self, **options) -> None:
+        """Let torch.compile (with its `options`) run what training repeats: a graph for all blocks of a kind, one for
+        the loss. That takes a fraction of the time that a graph of the whole model takes. Evaluation, generation and
+        packed rows, whose shapes change all the time, run as before.
+        """
+        keep_out_of_graphs()
+        self.run_block, self.chunk_loss = (
+            torch.compile(run_block, **options),
+            torch.compile(self._chunk_loss, **options),
+        )
 
     def forward(
         self,
@@ -89,14 +121,16 @@ class LM(nn.Module):
         if self.cfg.dropout:
             x = F.dropout(x, self.cfg.dropout, self.training)
         first, entering, states = self.cfg.looped.start, None, []
+        training = targets is not None and torch.is_grad_enabled()
+        run = self.run_block if training and rows is None else run_block
         for i, layer in zip(self.schedule, layers):
             if i == first and self.cfg.inject:  # once for each pass over the looped blocks
                 x = x if entering is None else x + entering
                 entering = x if entering is None else entering
-            if self.recompute and targets is not None and torch.is_grad_enabled():
-                x, layer = checkpoint(self.blocks[i], x, layer, mask, rows, use_reentrant=False)
+            if self.recompute and training:
+                x, layer = checkpoint(run, self.blocks[i], x, layer, mask, rows, use_reentrant=False)
             else:
-                x, layer = self.blocks[i](x, layer, mask, rows)
+                x, layer = run(self.blocks[i], x, layer, mask, rows)
             if targets is None:
                 states.append(layer)
         x = self.norm(x if undo is None else undo(x))
@@ -148,19 +182,27 @@ class LM(nn.Module):
             more = -n % max(64, 1 << n.bit_length() >> 5)  # untrained ones, so that shapes recur: see packing.py
             kept, targets = torch.cat([kept, kept[:1].expand(more)]), F.pad(targets[kept], (0, more), value=-100)
             x = x.index_select(0, kept)
-        rows = max(1, LOGITS_PER_CHUNK // self.cfg.vocab_size)
+        rows = max(1, chunk_of_logits(x.device) // self.cfg.vocab_size)
+        loss = self.chunk_loss if torch.is_grad_enabled() and not sparse else self._chunk_loss
         if len(x) <= rows:
-            losses = [self._chunk_loss(x, targets, reduction)]
+            losses = [loss(x, targets, reduction)]
         else:
             chunks = zip(x.split(rows), targets.split(rows))
-            losses = [checkpoint(self._chunk_loss, *chunk, reduction, use_reentrant=False) for chunk in chunks]
+            losses = [checkpoint(loss, *chunk, reduction, use_reentrant=False) for chunk in chunks]
         if not per_token:
             return sum(losses)
         nats = torch.cat(losses)
         return (nats.new_zeros(shape.numel()).index_add(0, kept, nats) if sparse else nats).view(shape)
 
     def _chunk_loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        return F.cross_entropy(at_least_fp32(self._logits(x)), targets, ignore_index=-100, reduction=reduction)
+        unused = unused_logits(self.cfg.vocab_size, x.device)
+        if unused and not self.cfg.logit_softcap:  # their bias makes them exp(−1e9) = 0 in every sum
+            weight = self.embed.weight if self.head is None else self.head.weight
+            bias = F.pad(x.new_zeros(len(weight)), (0, unused), value=-1e9)
+            logits = F.linear(x, F.pad(weight, (0, 0, 0, unused)), bias)
+        else:
+            logits = self._logits(x)
+        return F.cross_entropy(at_least_fp32(logits), targets, ignore_index=-100, reduction=reduction)
 
     @torch.no_grad()
     def init_weights(self) -> None:

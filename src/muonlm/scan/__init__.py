@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .dispatch import delta_momentum_scan as delta_momentum_scan
     from .dispatch import delta_scan as delta_scan
     from .dispatch import diag_scan as diag_scan
+    from .dispatch import keep_out_of_graphs as keep_out_of_graphs
     from .dispatch import scalar_scan as scalar_scan
     from .dispatch import velocity_scan as velocity_scan
     from .writes import gain as gain
@@ -73,6 +74,7 @@ _HOME = {  # public name -> file that defines it
     "delta_scan": "dispatch",
     "delta_momentum_scan": "dispatch",
     "velocity_scan": "dispatch",
+    "keep_out_of_graphs": "dispatch",
     "gain": "writes",
     "implicit_step": "writes",
     "write_norm": "writes",

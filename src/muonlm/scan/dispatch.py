@@ -65,6 +65,14 @@ def _module(name: str):
     return import_module(name, __package__)
 
 
+def keep_out_of_graphs() -> None:
+    """From now on torch.compile calls the scans between its graphs. They are kernels, or loops that it would unroll;
+    the choice of a backend imports modules, which it cannot follow."""
+    global _run
+    if not hasattr(_run, "_torchdynamo_disable"):
+        _run = torch.compiler.disable(_run)
+
+
 def _run(scan: str, backend: str, value: Tensor, k: Tensor, *tensors, chunk: int, **options):
     """`value` and `k` decide; `tensors` and `options` are the arguments of the scan."""
     row = _choose(scan, backend, value.device, value.dtype, k.shape[-1])

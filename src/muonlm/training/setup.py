@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
@@ -57,7 +56,7 @@ class Setup:
     log: Callable[[str], None]  # lines for people, of rank 0
     data: Splits
     model: nn.Module
-    net: nn.Module  # the model as it is called: compiled, wrapped for data parallelism
+    net: nn.Module  # the model as it is called: wrapped for data parallelism
     optimizer: torch.optim.Optimizer
     watch: Watch
     objective: Objective
@@ -109,7 +108,9 @@ def setup(cfg: Config, out: str | Path | None, dist: Dist, *, resume: bool, json
         loss = objective.start(cfg, model, data, path, started=bool(saved), dist=dist, log=log)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted. Go on with: muonlm train --resume {path}") from None
-    net = dist.wrap(cast(nn.Module, torch.compile(model)) if cfg.train.compile else model)
+    if cfg.train.compile:
+        model.compile()
+    net = dist.wrap(model)
     resumed_at = progress.step if saved else -1
     return Setup(cfg, dist, run, log, data, model, net, optimizer, watch, objective, loss, progress, resumed_at)
 

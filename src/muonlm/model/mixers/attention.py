@@ -39,11 +39,20 @@ EXPLICIT_UP_TO = {torch.float32: 128, torch.bfloat16: 256, torch.float64: 128}
 MEASURED_LOGITS = 1 << 22  # at a time, while max_logit is tracked: 16 MiB in fp32
 
 
-@lru_cache(maxsize=16)
 def rope_table(
     length: int, width: int, theta: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of pos·θ^(−2i/width), each (length, width/2): computed in fp64, stored in the dtype of their use."""
+    return _rope_table(length, width, theta, device, dtype)
+
+
+# What torch.compiler.assume_constant_result sets, without the second that it takes to import: a compiled graph holds
+# the tables, it does not compute them in every block.
+rope_table._dynamo_marked_constant = True
+
+
+@lru_cache(maxsize=16)
+def _rope_table(length, width, theta, device, dtype) -> tuple[Tensor, Tensor]:
     frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
