@@ -61,7 +61,7 @@ class LM(nn.Module):
         assert cfg.vocab_size > 0, "vocab_size is derived from the tokenizer before the model is built"
         self.cfg = cfg
         self.recompute = False  # keep only the input of each block for the backward pass, which runs the block again
-        self.run_block, self.chunk_loss = run_block, self._chunk_loss  # in training without packed rows
+        self.run_block, self.chunk_loss = run_block, LM._chunk_loss  # as training without packed rows calls them
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.conv = ShortConv(cfg.d_model, cfg.embed_conv) if cfg.embed_conv else None
         self.conv_norm = RMSNorm(cfg.d_model, eps=cfg.norm_eps, gain=False) if cfg.embed_conv else None
@@ -87,10 +87,8 @@ class LM(nn.Module):
         packed rows, whose shapes change all the time, run as before.
         """
         keep_out_of_graphs()
-        self.run_block, self.chunk_loss = (
-            torch.compile(run_block, **options),
-            torch.compile(self._chunk_loss, **options),
-        )
+        self.run_block = torch.compile(run_block, **options)
+        self.chunk_loss = torch.compile(LM._chunk_loss, **options)
 
     def forward(
         self,
@@ -183,12 +181,12 @@ class LM(nn.Module):
             kept, targets = torch.cat([kept, kept[:1].expand(more)]), F.pad(targets[kept], (0, more), value=-100)
             x = x.index_select(0, kept)
         rows = max(1, chunk_of_logits(x.device) // self.cfg.vocab_size)
-        loss = self.chunk_loss if torch.is_grad_enabled() and not sparse else self._chunk_loss
+        loss = self.chunk_loss if torch.is_grad_enabled() and not sparse else LM._chunk_loss
         if len(x) <= rows:
-            losses = [loss(x, targets, reduction)]
+            losses = [loss(self, x, targets, reduction)]
         else:
             chunks = zip(x.split(rows), targets.split(rows))
-            losses = [checkpoint(loss, *chunk, reduction, use_reentrant=False) for chunk in chunks]
+            losses = [checkpoint(loss, self, *chunk, reduction, use_reentrant=False) for chunk in chunks]
         if not per_token:
             return sum(losses)
         nats = torch.cat(losses)
