@@ -139,14 +139,14 @@ class MuonConfig(Section):
     ns_steps: Annotated[int, In("[1, 99]", usual="5")] = 5
     """Newton–Schulz iterations, 1–99. More is closer to orthogonal and costs time."""
     coefficients: Annotated[str, Table(MUON, "COEFFICIENTS")] = "polar_express"
-    """Polynomial of Newton–Schulz: polar_express, polar_express4, keller, cans or deepseek
+    """Polynomial of Newton–Schulz: polar_express, polar_express4, keller, cans (float32 only) or deepseek
     (optim/muon/newton_schulz.py)."""
     ns_method: Annotated[str, Table(MUON, "METHODS_OR_AUTO")] = "auto"
     """direct, hybrid, gram or cayley (optim/muon/newton_schulz.py). auto: direct, hybrid or gram, what a timing
-    probe prefers."""
+    probe prefers; on a GPU what has the fewest flops."""
     ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Newton–Schulz in float32 or bfloat16. auto: float32 if train.dtype says float32, else on CPU what a timing probe
-    prefers."""
+    prefers, on a GPU bfloat16."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Muon's momentum in float32, or in bfloat16 for half the memory."""
     lr_mode: Annotated[str, Table(MUON, "LR_MODES")] = "original"

@@ -49,24 +49,31 @@ def cut(
 def _slices_step(group: dict, state: dict, pieces: list[tuple[Tensor, Tensor]]) -> None:
     """AdamW on the slices of a fused matrix that are too thin for Newton-Schulz; their state is one flat tensor."""
     options, sizes = group["slices"], [w.numel() for w, _ in pieces]
+    on_gpu, lr, weights, grads = pieces[0][0].is_cuda, group["lr"], [w for w, _ in pieces], [g for _, g in pieces]
+    if on_gpu:  # what the fused kernel takes; it finds `step` on the device: nothing waits, a captured step counts on
+        weights, grads = ([t.to(state["exp_avg"].dtype).contiguous() for t in ts] for ts in (weights, grads))
     first, second = (
         [v.view(w.shape) for v, (w, _) in zip(state[key].split(sizes), pieces)] for key in ("exp_avg", "exp_avg_sq")
     )
     steps = [state["step"].clone() for _ in pieces]
     adamw(
-        [w for w, _ in pieces],
-        [g for _, g in pieces],
+        weights,
+        grads,
         first,
         second,
         [],
         steps,
         foreach=False,
+        fused=on_gpu,
         amsgrad=False,
         beta1=options["betas"][0],
         beta2=options["betas"][1],
-        lr=float(group["lr"]) * options["lr_ratio"],
+        lr=(lr if on_gpu else float(lr)) * options["lr_ratio"],
         weight_decay=options["weight_decay"],
         eps=options["eps"],
         maximize=False,
     )
     state["step"].copy_(steps[0])
+    for (w, _), stepped in zip(pieces, weights, strict=True):
+        if stepped is not w:
+            w.copy_(stepped)

@@ -30,16 +30,21 @@ State    Muon: `momentum_buffer` (fp32, or `state_dtype`; fp64 for fp64 paramete
          parameters `mantissa`, the 16 bits that make them as exact as fp32 ones (param_dtype_comp=False: rounded each
          step instead). AdamW: `exp_avg`, `exp_avg_sq`, `step`. In the group: `step`, `ns_chosen` {"128x512": "hybrid
          bfloat16"}, what "auto" chose, kept so that a resumed run repeats it.
+GPU      after the first step nothing in `step()` waits for the device, unless grads="local", sharded matrices,
+         ns_method="cayley" or compat="torch" with a tensor as lr are used. A step can be captured in a CUDA graph, once
+         one was taken: gradients then stay where they are (zero_grad(set_to_none=False)), an lr that is to change is a
+         tensor on the device, and a momentum schedule must have come to its end. A replay runs no Python: add the
+         replays to the groups' `step` before the state is saved.
 Counters `ns_calls`: number of blocks orthogonalised in the last step, for a check that Muon is really at work.
-Raises   ValueError for bad hyper-parameters and for tensors that have no polar factor, naming the tensor and the
-         remedy. A non-finite gradient is not looked for (that would stall a GPU): it makes the weights NaN, so check
-         the loss first.
+Raises   ValueError for bad hyper-parameters, for tensors that have no polar factor, and for a captured step that would
+         not go on when replayed, naming the tensor and the remedy. A non-finite gradient is not looked for (that would
+         stall a GPU): it makes the weights NaN, so check the loss first.
 Source   Keller Jordan, github.com/KellerJordan/Muon; classical momentum, match_rms_adamw: Liu et al., arXiv 2502.16982;
          cautious decay: Chen et al., arXiv 2510.12402.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -54,7 +59,7 @@ from .distributed import GRADS, Owners, cost
 from .groups import ADAMW, ROUTED, SETTINGS, complete, names_of, settled
 from .memory import chunks, master_weights, matrix_layout, round_master
 from .probe import choose
-from .update import decay_rate, direction, update
+from .update import decay_rate, decays, direction, update
 
 
 class Muon(torch.optim.Optimizer):
@@ -194,6 +199,8 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         self.ns_calls = 0
         gradients = self._gradients()
+        if any(p.is_cuda for p in gradients) and torch.cuda.is_current_stream_capturing():
+            self._check_capture(gradients)
         for group in self.param_groups:
             if group["use_muon"]:
                 self._muon_step(group, gradients)
@@ -225,6 +232,20 @@ class Muon(torch.optim.Optimizer):
                 if p not in found and self.updates(p):
                     found[p] = torch.zeros_like(p)
         return found
+
+    def _check_capture(self, gradients: Mapping[Tensor, Tensor]) -> None:
+        """ValueError for a step whose replays would begin anew, or stand still."""
+        if new := [p for p in gradients if not self.state[p]]:
+            raise ValueError(
+                f"a tensor of shape {tuple(new[0].shape)} has no state yet, and a captured step would reset it in each "
+                f"replay; take one step before capturing"
+            )
+        for group in (g for g in self.param_groups if g["use_muon"] and g["momentum_schedule"]):
+            if group["step"] < (end := group["momentum_schedule"][-1][0]):
+                raise ValueError(
+                    f"the momentum of group {group['name']!r} changes until step {end}, and a captured step repeats "
+                    f"that of step {group['step']}; capture from step {end} on, or leave `momentum_schedule` out"
+                )
 
     def updates(self, p: Tensor) -> bool:
         """Whether this rank updates the matrix `p` (or its shard of it)."""
@@ -308,9 +329,10 @@ class Muon(torch.optim.Optimizer):
         deltas = self.shards.from_owners(changes, shards)
         decay = decay_rate(group)
         for weight, delta in zip(weights, deltas, strict=True):
-            if decay and group["cautious"]:
-                weight.sub_(weight * (delta * weight <= 0.0), alpha=float(group["lr"]) * decay)
-            elif decay:
+            if decays(decay) and group["cautious"]:
+                rate, kept = group["lr"] * decay, weight * (delta * weight <= 0.0)
+                weight.sub_(kept * rate) if isinstance(rate, Tensor) else weight.sub_(kept, alpha=rate)
+            elif decays(decay):
                 weight.mul_(1.0 - group["lr"] * decay)
             weight.add_(delta)
 
@@ -344,4 +366,4 @@ class Muon(torch.optim.Optimizer):
             if key == "momentum_buffer":
                 self.state[p][key] = like(p, dtype)
             elif key != "mantissa" and (not is_sharded(p) or (self.shards and self.shards.owns(p))):
-                self.state[p][key] = torch.zeros(shape, dtype=dtype, device="cpu" if key == "step" else p.device)
+                self.state[p][key] = torch.zeros(shape, dtype=dtype, device=p.device)

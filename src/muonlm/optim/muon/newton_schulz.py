@@ -27,7 +27,7 @@ Cost     flops a matrix: direct 4 m^2 n + 2 m^3 a step; hybrid saves 4 m^2 n - 6
 Raises   ValueError for an unknown set or method, bad triples, bad step counts, a dtype the method cannot use, tensors
          that are not floating or below 2-D
 Source   keller: github.com/KellerJordan/Muon · polar_express: Amsel et al., arXiv 2505.16932 (safety 2e-2, cushion 2) ·
-         cans: arXiv 2506.10935 · deepseek: DeepSeek-V4 report · Gram form: Dao's Gram Newton-Schulz ·
+         cans (float32 only): arXiv 2506.10935 · deepseek: DeepSeek-V4 report · Gram form: Dao's Gram Newton-Schulz ·
          polar_express4: ours, four quintics composed as in Polar Express for [0.004, 1] of the closer scale (safety
          1.01, cushion 0.024): f stays within 1 +- 0.14 there, and bfloat16 rounding cannot leave the next step's
          interval
@@ -90,6 +90,11 @@ def check_method(method: str, coefficients: str | list[Triple], dtype: torch.dty
         )
     if dtype in (torch.bfloat16, torch.float16) and method == "cayley":
         raise ValueError('`ns_method` = "cayley" solves by Cholesky, which needs `ns_dtype` "float32" or "float64"')
+    if dtype in (torch.bfloat16, torch.float16) and named == "cans":
+        raise ValueError(
+            f'`coefficients` = "{named}" have no margin for the rounding of 16 bits: flat spectra diverge, by '
+            f'factors of 1e4 and more; use `ns_dtype` "float32", or "polar_express", which has one'
+        )
     if dtype == torch.float16 and named == "polar_express4":
         raise ValueError(
             f'`coefficients` = "{named}" squares a Gram matrix before scaling it, beyond float16; use "bfloat16"'
@@ -103,6 +108,10 @@ def check_method(method: str, coefficients: str | list[Triple], dtype: torch.dty
 
 def _tall(X: Tensor) -> bool:
     return X.shape[-2] > X.shape[-1]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _gram(X: Tensor, out: Tensor | None = None) -> Tensor:
@@ -123,16 +132,16 @@ def _times(P: Tensor, X: Tensor, beta: float, out: Tensor | None = None) -> Tens
 def power_of_two(X: Tensor) -> Tensor:
     """(N, 1, 1): per matrix a power of two that brings its largest entry near [0.5, 1); 1 for a zero matrix."""
     flat = X.flatten(1)  # one long row a matrix: these reductions are vectorised, those over two dimensions are not
-    largest = torch.maximum(flat.amax(1), -flat.amin(1))
+    largest = torch.maximum(flat.amax(1), -flat.amin(1)).to(_wide(X.dtype))
     limit = math.frexp(torch.finfo(X.dtype).max)[1] - 3  # subnormals: as far up as the dtype goes
     return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(min=-limit))[:, None, None]
 
 
 def normalise(X: Tensor, c0: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-    """X / (c0 ||X||_F) per matrix of an fp32 or fp64 batch (N, A, B), in `dtype`. X itself is overwritten."""
-    assert X.ndim == 3 and X.is_contiguous() and X.dtype in (torch.float32, torch.float64)
+    """X / (c0 ||X||_F) per matrix of a batch (N, A, B), no float16, in `dtype`. X itself is overwritten."""
+    assert X.ndim == 3 and X.is_contiguous() and X.dtype != torch.float16  # whose range is too small for any scale
     X.mul_(power_of_two(X))
-    norm = torch.linalg.vector_norm(X.flatten(1), dim=1)[:, None, None]
+    norm = torch.linalg.vector_norm(X.flatten(1), dim=1, dtype=_wide(X.dtype))[:, None, None]
     return X.div_(norm.masked_fill_(norm == 0, 1.0).mul_(c0)).to(dtype or X.dtype)
 
 
@@ -149,7 +158,7 @@ def _scaled_first_step(X: Tensor, step: Triple) -> Tensor:
     """The first triple applied to X / c, c = 1.01 ||R R||_F^(1/4), for X of any moderate scale. X is overwritten."""
     a, b, c = step
     R = _gram(X)
-    RR = torch.bmm(R, R).to(torch.promote_types(X.dtype, torch.float32))
+    RR = torch.bmm(R, R).to(_wide(X.dtype))
     bound = torch.linalg.vector_norm(RR.flatten(1), dim=1).sqrt_().sqrt_().mul_(SCHATTEN_MARGIN)[:, None, None]
     r = bound.masked_fill_(bound == 0, 1.0).reciprocal_()
     P = (R.to(RR.dtype).mul_(b * r**2)).add_(RR.mul_(c * r**4)).to(X.dtype)
@@ -182,7 +191,7 @@ def _cayley(X: Tensor, solves: int) -> Tensor:
 
 
 def orthogonalise(U: Tensor, coefficients: str | list[Triple], steps: int, method: str, dtype: torch.dtype) -> Tensor:
-    """Approximate polar factors of an fp32 or fp64 batch (N, A, B), as a batch in `dtype`. U itself is overwritten."""
+    """Approximate polar factors of a batch (N, A, B), no float16, as a batch in `dtype`. U itself is overwritten."""
     with torch.autocast(U.device.type, enabled=False):  # a step inside autocast keeps the precision it chose
         return _orthogonalise(U, coefficients, steps, method, dtype)
 
@@ -196,7 +205,7 @@ def _orthogonalise(U: Tensor, coefficients: str | list[Triple], steps: int, meth
     else:
         X = normalise(U, SAFETY.get(coefficients, 1.0) if isinstance(coefficients, str) else 1.0, dtype)
     if method == "gram":
-        for section in _sections(schedule):
+        for section in sections(schedule):
             X = _gram_form(X, section)
         return X
     if method == "hybrid":
@@ -204,7 +213,7 @@ def _orthogonalise(U: Tensor, coefficients: str | list[Triple], steps: int, meth
     return iterate(X, schedule)
 
 
-def _sections(schedule: list[Triple]) -> list[list[Triple]]:
+def sections(schedule: list[Triple]) -> list[list[Triple]]:
     """Where the Gram form restarts from X: after two steps, as the first amplify errors, then after every three."""
     return [schedule[:2]] + [schedule[i : i + 3] for i in range(2, len(schedule), 3)]
 

@@ -1,9 +1,11 @@
-"""Which Newton-Schulz method and dtype is fastest here for a given shape: measured once, never guessed.
+"""Which Newton-Schulz method and dtype is fastest here for a given shape: measured on a CPU, counted elsewhere.
 
-Forced bfloat16 is several times slower on CPUs without native bf16 products, and on those with them small matrices may
-still gain nothing; the hybrid form saves products with X but adds small ones. So each candidate runs three times on a
-bounded stand-in of the bucket (large shapes are represented by smaller ones of the same aspect): some 50 ms a shape,
-once a process.
+CPU   Forced bfloat16 is several times slower without native bf16 products, and with them small matrices may still gain
+      nothing; the hybrid form saves products with X but adds small ones. So each candidate runs three times on a
+      bounded stand-in of the bucket (large shapes are represented by smaller ones of the same aspect): some 50 ms a
+      shape, once a process.
+GPU   The dtype is bfloat16, where the method allows it, and the method the one with the fewest flops: a stand-in would
+      measure launches, the true size would take its time and its memory, and either would wait for the device.
 """
 
 import math
@@ -12,9 +14,10 @@ import time
 
 import torch
 
-from .newton_schulz import check_method, orthogonalise
+from .newton_schulz import check_method, orthogonalise, sections
 
 NS_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+ON_DEVICE = {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16", "float32"]}  # on a GPU the first that is allowed
 BF16_GAIN = 1.3  # bf16 must be this much faster than fp32 in the same form to be worth its rounding
 LARGEST = 192  # rows of the stand-in
 STAND_IN_ENTRIES = 4 * 192 * 768  # of the whole batch
@@ -40,7 +43,10 @@ def choose(group: dict, A: int, B: int, count: int, dtype: torch.dtype, device: 
     if name in NS_DTYPES and (way, NS_DTYPES[name]) in options:
         return way, NS_DTYPES[name]
     # nothing stored, or it was chosen under settings that have changed since
-    chosen = fastest(m, n, count, group["coefficients"], group["ns_steps"], options, device)
+    if device.type == "cpu":
+        chosen = fastest(m, n, count, group["coefficients"], group["ns_steps"], options)
+    else:
+        chosen = min(options, key=lambda option: flops(option[0], m, n, group["ns_steps"]))
     group["ns_chosen"][key] = f"{chosen[0]} {str(chosen[1]).removeprefix('torch.')}"
     return chosen
 
@@ -52,14 +58,7 @@ def candidates(
     methods = [method] if method != "auto" else ["direct"]
     if method == "auto" and 2 * n >= 3 * m and steps >= 3:
         methods += ["hybrid", "gram"]
-    dtypes = (
-        [ns_dtype]
-        if ns_dtype != "auto"
-        else {
-            "cpu": ["float32", "bfloat16"],
-            "cuda": ["float32"] if method in ("gram", "cayley") else ["bfloat16"],
-        }.get(device.type, ["float32"])
-    )
+    dtypes = [ns_dtype] if ns_dtype != "auto" else ON_DEVICE.get(device.type, ["float32"])
     legal: list[Choice] = []
     refusal: ValueError | None = None
     for choice in ((way, NS_DTYPES[name]) for name in dtypes for way in methods):
@@ -70,28 +69,37 @@ def candidates(
             refusal = error
     if refusal and not legal:
         raise refusal
-    return legal
+    return legal if device.type == "cpu" else [choice for choice in legal if choice[1] == legal[0][1]]
 
 
-def fastest(
-    m: int, n: int, count: int, coefficients, steps: int, options: list[Choice], device: torch.device
-) -> Choice:
-    """Time the options on an m x n stand-in, interleaved so that a noisy neighbour hits all of them."""
+def flops(method: str, m: int, n: int, steps: int) -> float:
+    """Of products, for one m x n matrix, m <= n, by direct, hybrid or gram."""
+    direct = steps * (4.0 * m * m * n + 2.0 * m**3)
+    if method == "hybrid":
+        return direct - 4.0 * m * m * n + 6.0 * m**3
+    if method == "gram":
+        lengths = [len(section) for section in sections([(0.0, 0.0, 0.0)] * steps)]
+        return sum(4.0 * m * m * n + (8.0 * k - 6.0) * m**3 for k in lengths)
+    return direct
+
+
+def fastest(m: int, n: int, count: int, coefficients, steps: int, options: list[Choice]) -> Choice:
+    """Time the options on an m x n stand-in on the CPU, interleaved so that a noisy neighbour hits all of them."""
     if len(options) == 1:
         return options[0]
     n = math.ceil(min(n / m, 4) * min(m, LARGEST))
     m = min(m, LARGEST)
     batch = max(1, min(count, STAND_IN_ENTRIES // (m * n)))
-    key = (m, n, batch, str(coefficients), steps, tuple(options), torch.get_num_threads(), device)
+    key = (m, n, batch, str(coefficients), steps, tuple(options), torch.get_num_threads())
     if key not in _measured:
-        U = torch.randn(batch, m, n, generator=torch.Generator().manual_seed(0)).to(device)
+        U = torch.randn(batch, m, n, generator=torch.Generator().manual_seed(0))
         best = dict.fromkeys(options, math.inf)
         for attempt in range(4):
             for option in options:
-                began = _now(device)
+                began = time.perf_counter()
                 orthogonalise(U.clone(), coefficients, steps, *option)
                 if attempt:  # the first one warms up
-                    best[option] = min(best[option], _now(device) - began)
+                    best[option] = min(best[option], time.perf_counter() - began)
         slow = {way: best.get((way, torch.float32), 0.0) for way, _ in options}
         worth = [slow[way] / t for (way, dtype), t in best.items() if dtype == torch.bfloat16 and slow[way]]
         if worth and max(worth) < BF16_GAIN:  # no native bf16 products: not worth the rounding in any form
@@ -105,9 +113,3 @@ def dtype_name(value, source: str) -> str:
     if name not in NS_DTYPES:
         raise ValueError(f"{source} = {value!r} is no dtype that can be used here; use one of {', '.join(NS_DTYPES)}")
     return name
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -3,6 +3,8 @@
     update(group, pieces, observe)                               the equations of muon.py from U to W
 
 Shapes   a batch (N, A, B) holds as many pieces as `max_batch_bytes` allows
+GPU      U is made in bfloat16 where Newton-Schulz works in it, and O added to the weights in it: a step is bound by
+         memory as much as by products, and these are half of its bytes. On a CPU both are fp32, or fp64.
 """
 
 from collections import defaultdict
@@ -44,6 +46,7 @@ class Observation:
     step: int
 
 
+NARROW_ON = ("cuda",)  # devices where U is made in bfloat16
 Observer = Callable[[Observation], None]
 
 
@@ -53,7 +56,7 @@ def update(group: dict, pieces: list[Piece], observe: Observer | None = None) ->
     observe   called with every batch before its weights change; not with compat="torch"
     """
     decay = decay_rate(group)
-    if decay and not group["cautious"]:
+    if decays(decay) and not group["cautious"]:
         torch._foreach_mul_([piece.weight for piece in pieces], 1.0 - _rate(group) * decay)
     buckets = defaultdict(list)
     for piece in pieces:
@@ -76,16 +79,19 @@ def update(group: dict, pieces: list[Piece], observe: Observer | None = None) ->
 def _direction(batch: list[Piece], group: dict, count: int, observe: Observer | None) -> Tensor:
     """O (N, A, B) of a batch, one of a bucket of `count` pieces, after the variant (hyperball: before it)."""
     first, variant = batch[0], group["variant"]
-    (A, B), U = first.weight.shape, _stack(batch, group)
-    before = U.clone() if observe else None
+    (A, B), wide, device = first.weight.shape, first.momentum.dtype, first.momentum.device
+    method, dtype = choose(group, A, B, count, wide, device)
+    U = _stack(batch, group, dtype if dtype == torch.bfloat16 and device.type in NARROW_ON else wide)
+    before = U.to(wide, copy=True) if observe else None
     if variant == "adamuon" and group["adamuon_sign"]:
         U.sign_()
-    method, dtype = choose(group, A, B, count, U.dtype, U.device)
     polar = _compiled() if group["compile"] else orthogonalise
     O = polar(U, group["coefficients"], group["ns_steps"], method, dtype)
     O = U.copy_(O) if O.dtype != U.dtype else O
     if observe and before is not None:
-        observe(_observation(batch, group, before, O))
+        observe(_observation(batch, group, before, O.to(wide)))
+    if variant != "muon":
+        O = O.to(wide)
     if variant in ("normuon", "adamuon"):
         O = adapt(variant, O, _states(batch), group["beta2"], group["rms_target"], first.transposed)
     return O
@@ -109,21 +115,21 @@ def _observation(batch: list[Piece], group: dict, U: Tensor, O: Tensor) -> Obser
     )
 
 
-def _move(batch: list[Piece], group: dict, O: Tensor, cautious_decay: float) -> None:
+def _move(batch: list[Piece], group: dict, O: Tensor, cautious_decay: float | Tensor) -> None:
     """Change the weights of a batch by its directions O (N, A, B), which are used up."""
     weights, lr = [piece.weight for piece in batch], _rate(group)
     if group["variant"] == "hyperball":
         stay_on_sphere(weights, O, _states(batch), lr)
         return
     directions = list(O.unbind(0))
-    if cautious_decay:
+    if decays(cautious_decay):
         keep = [(o * w).ge_(0.0).to(w.dtype) for o, w in zip(directions, weights, strict=True)]
         torch._foreach_mul_(keep, weights)  # what decays: W where the update pulls the same way, 0 elsewhere
         torch._foreach_mul_(keep, lr * cautious_decay)
         torch._foreach_sub_(weights, keep)
     scale = lr * (1.0 if group["variant"] == "adamuon" else batch[0].factor)
     if isinstance(scale, Tensor):  # stays on the device: no synchronisation
-        torch._foreach_sub_(weights, [o * scale for o in directions])
+        torch._foreach_sub_(weights, [o.to(batch[0].momentum.dtype) * scale for o in directions])
     else:
         torch._foreach_add_(weights, directions, alpha=-scale)
 
@@ -133,29 +139,40 @@ def _rate(group: dict) -> float | Tensor:
     return float(group["lr"]) if group["compat"] else group["lr"]
 
 
-def decay_rate(group: dict) -> float:
-    """The decoupled decay of this step, before lr."""
+def decay_rate(group: dict) -> float | Tensor:
+    """The decoupled decay of this step, before lr; a tensor where it follows a rate that is one: nothing waits."""
     decay = group["weight_decay"] if group["decoupled_wd"] else 0.0
-    if decay and group["wd_follows_lr"]:
-        peaks = (float(group[key]) for key in ("base_lr", "max_lr", "initial_lr", "first_lr") if group.get(key))
-        peak = next(peaks, 0.0)  # the loop's, OneCycleLR's, other schedulers', the constructor's
-        decay = decay * float(group["lr"]) / peak if peak else 0.0
-    return decay
+    if not (decay and group["wd_follows_lr"]):
+        return decay
+    peaks = (group.get(key) for key in ("base_lr", "max_lr", "initial_lr", "first_lr"))
+    # the loop's, OneCycleLR's, other schedulers', the constructor's
+    peak = next((peak for peak in peaks if isinstance(peak, Tensor) or peak), 0.0)
+    if isinstance(peak, Tensor):
+        peak = peak.clamp(min=torch.finfo(peak.dtype).tiny)
+    return decay * group["lr"] / peak if decays(peak) else 0.0
+
+
+def decays(rate: float | Tensor) -> bool:
+    """Whether there is something to do; a tensor is not looked into."""
+    return isinstance(rate, Tensor) or bool(rate)
 
 
 def direction(group: dict, G: Tensor, M: Tensor, out: Tensor) -> Tensor:
-    """U, written to `out`."""
+    """U, written to `out`; in a narrower dtype at another scale, which Newton-Schulz does not see."""
+    mu = group["momentum"]
     if not group["nesterov"]:
         return out.copy_(M)
-    if group["momentum_form"] == "ema":
-        return torch.lerp(G, M, group["momentum"], out=out)
-    return torch.add(G, M, alpha=group["momentum"], out=out)
+    if group["momentum_form"] == "classical":
+        return torch.add(G, M, alpha=mu, out=out)
+    if out.dtype == G.dtype:
+        return torch.lerp(G, M, mu, out=out)
+    return torch.add(G, M, alpha=mu / (1.0 - mu), out=out)  # lerp takes one dtype only; add rounds but the sum
 
 
-def _stack(batch: list[Piece], group: dict) -> Tensor:
+def _stack(batch: list[Piece], group: dict, dtype: torch.dtype) -> Tensor:
     """U of pieces that share a shape, as one contiguous batch (N, A, B)."""
     first = batch[0].momentum
-    U = torch.empty(len(batch), *first.shape, dtype=first.dtype, device=first.device)
+    U = torch.empty(len(batch), *first.shape, dtype=dtype, device=first.device)
     for piece, slot in zip(batch, U.unbind(0), strict=True):
         direction(group, piece.grad, piece.momentum, slot)
     return U
