@@ -1,29 +1,31 @@
-"""The Triton scan against the loop in fp64: outputs, states, gradients; sequential and three-pass.
+"""The Triton kernels of the diagonal scan against the loop in fp64: sequential and three-pass, in toy sizes.
 
-With a CUDA device the tests run on it. Without one they run under Triton's interpreter (TRITON_INTERPRET=1), which must
-be chosen before anyone imports triton: so one test runs this file again in a process of its own, and only there do the
-others exist. To see them one by one: TRITON_INTERPRET=1 pytest tests/scan/test_diagonal_triton.py
+Tests that call kernels are marked `cuda`: MUONLM_REHEARSE=1 TRITON_INTERPRET=1 pytest runs them interpreted. What the
+scan gives as a whole is tested in test_device.py.
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from muonlm.errors import UserError
 from muonlm.scan import choose_backend, reference
+from muonlm.scan import diagonal_triton as gpu
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HERE = INTERPRETED or torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
-TRITON = importlib.util.find_spec("triton") is not None
-NEEDS_TRITON = pytest.mark.skipif(not TRITON, reason="the package triton is not installed")
+DEVICE = "cpu" if os.environ.get("MUONLM_REHEARSE") == "1" else "cuda"
+NEEDS_TRITON = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="the package triton is not installed")
+AHEAD = Path(__file__).parents[2] / "benchmarks" / "gpu_stages" / "ahead.py"
 
-if HERE and TRITON:
-    from muonlm.scan import diagonal_triton as gpu
+
+def kernels(test):
+    return pytest.mark.cuda(NEEDS_TRITON(test))
+
 
 # Relative Frobenius error of outputs and states, and of gradients; spec 8. fp32: only rounding and the order of sums
 # differ, 3e-7 seen under the interpreter, and a device's exp is good to a few ulp. bf16: both sides get the same
@@ -110,8 +112,9 @@ CASES = {
 }
 
 
+@kernels
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_states_and_gradients_equal_the_loop(case, form):
+def test_sequential_and_three_pass_kernels_equal_the_loop(case, form):
     what, lengths, workers, chunk, block = CASES[case]
     form(workers, block)
     given = problem(**what) | dict(lengths=None if lengths is None else torch.tensor(lengths))
@@ -122,8 +125,9 @@ def test_outputs_states_and_gradients_equal_the_loop(case, form):
             assert not got[name][row, real:].any(), f"{name} at padding"
 
 
+@kernels
 @pytest.mark.parametrize("mamba, gamma, workers", [(False, 0.9, 1), (True, 0.0, 2)])
-def test_bf16_sequences_are_computed_in_fp32(mamba, gamma, workers, form):
+def test_the_kernels_compute_bf16_sequences_in_fp32(mamba, gamma, workers, form):
     form(workers)
     given = problem(mamba=mamba, gamma=gamma, N=4, L=21)
     for values, names in ((given["inputs"], ("delta", "w", "k", "q")), (given["grads"], ("gy",))):
@@ -136,6 +140,7 @@ def test_bf16_sequences_are_computed_in_fp32(mamba, gamma, workers, form):
     assert_close(unrounded, {name: want[name] for name in unrounded}, FP32)
 
 
+@kernels
 @pytest.mark.parametrize("workers", [1, 2])
 def test_gates_near_zero_give_finite_gradients_equal_to_the_loop(workers, form):
     """One entry of k at 30, the others near 0: f = 1 − Δ k² is about 1e-3 there, and 0 to rounding at the last."""
@@ -149,6 +154,7 @@ def test_gates_near_zero_give_finite_gradients_equal_to_the_loop(workers, form):
     assert_close(by_kernels(**given, chunk=4), by_loop(**given), FP32)
 
 
+@kernels
 @pytest.mark.parametrize("mamba", [False, True])
 def test_results_repeat_bit_for_bit_and_do_not_depend_on_the_number_of_workers(mamba, form):
     given = problem(mamba=mamba, gamma=0.9, N=4, L=7, B=1)
@@ -161,7 +167,8 @@ def test_results_repeat_bit_for_bit_and_do_not_depend_on_the_number_of_workers(m
     assert_same(three, two)
 
 
-def test_strided_inputs_equal_contiguous_ones_bit_for_bit(form):
+@kernels
+def test_the_kernels_read_strided_inputs_as_contiguous_ones(form):
     """k and q are slices of one projection, gy one number expanded, w transposed, Δ cut from a longer sequence."""
     form(1)
     given = problem(mamba=False, gamma=0.9, N=4, L=9)
@@ -178,6 +185,7 @@ def test_strided_inputs_equal_contiguous_ones_bit_for_bit(form):
     assert_close(strided, by_loop(**given), FP32)
 
 
+@kernels
 @pytest.mark.parametrize("L, workers", [(1, 1), (0, 1), (8, 2)])
 def test_one_channel_one_state_and_missing_states_and_gradients_are_zeros(L, workers, form):
     form(workers)
@@ -193,6 +201,7 @@ def test_one_channel_one_state_and_missing_states_and_gradients_are_zeros(L, wor
         assert not any(v.any() for v in got.values() if v is not None)
 
 
+@kernels
 @pytest.mark.parametrize("workers", [1, 2])
 def test_boundary_states_are_those_before_each_chunk(workers, form):
     form(workers)
@@ -208,6 +217,7 @@ def test_boundary_states_are_those_before_each_chunk(workers, form):
         assert_close(dict(S=Sc[:, j], M=Mc[:, j]), {name: want[name] for name in ("S", "M")}, FP32)
 
 
+@kernels
 def test_more_states_than_registers_hold_are_refused():
     device = torch.device(DEVICE)
     assert choose_backend("diag_scan", "triton", device, torch.float32, 256) == "triton"
@@ -215,10 +225,7 @@ def test_more_states_than_registers_hold_are_refused():
         choose_backend("diag_scan", "triton", device, torch.float32, 300)
 
 
-def test_the_kernels_are_available_here():
-    assert gpu.available(torch.device(DEVICE))
-
-
+@NEEDS_TRITON
 def test_blocks_stay_within_the_registers():
     """16 cells of a tile a lane forward and 8 backward, as tile() promises, and a power of two of warps, at most 8."""
     for N in range(1, 257):
@@ -228,6 +235,7 @@ def test_blocks_stay_within_the_registers():
         assert forward in (1, 2, 4, 8) and backward in (1, 2, 4, 8), N
 
 
+@NEEDS_TRITON
 def test_only_rows_that_leave_the_device_idle_are_cut_into_passes(monkeypatch):
     device = type("Device", (), {"multi_processor_count": 100})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
@@ -239,50 +247,23 @@ def test_only_rows_that_leave_the_device_idle_are_cut_into_passes(monkeypatch):
     assert gpu.workers(10, 1, 64, torch.device("cpu")) == 1
 
 
-COMPILE = """
-import sys
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from muonlm.scan import diagonal_triton_kernels as gpu
-flags = dict(MAMBA=True, VELOCITY=True, PARALLEL=True, REVERSE=True, BN=16, BD=32, BLOCK=256)
-ints = {"L", "D", "N", "B", "chunk", "chunks", "workers", "cells", "rungs_each"}
-def compiles(name, half):
-    kernel, signature, constants = getattr(gpu, name), {}, {}
-    for i, arg in enumerate(kernel.arg_names):
-        if arg in flags:
-            signature[arg], constants[(i,)] = "constexpr", flags[arg]
-        elif arg in ints or arg.endswith(("_sb", "_st")):
-            signature[arg] = "i32"
-        elif arg in ("gamma", "alpha"):
-            signature[arg] = "fp32"
-        else:
-            signature[arg] = "*i64" if arg == "lengths" else "*bf16" if half and arg in half else "*fp32"
-    built = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32), options={"num_warps": 1})
-    print(name, built.asm["ptx"].count("ld.global"))
-sequences = {"delta", "w", "k", "q", "g", "d_delta", "dw"}
-for name in ("summarize", "summarize_back", "forward_kernel", "backward_kernel"):
-    compiles(name, sequences)
-compiles("boundaries", set())
-"""
-
-
 def child(*argv: str, **env: str) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | env
     return subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=env, timeout=600)
 
 
 @NEEDS_TRITON
-def test_the_kernels_pass_their_tests_under_the_interpreter():
-    run = child("-m", "pytest", "-x", "-p", "no:cacheprovider", __file__, TRITON_INTERPRET="1")
-    assert run.returncode == 0 and "passed" in run.stdout, run.stdout + run.stderr
-
-
-@NEEDS_TRITON
-def test_the_kernels_compile_for_a_gpu_without_one(tmp_path):
-    """The interpreter takes what the compiler refuses (types that change in a loop, say): all five, for sm_80, bf16."""
-    run = child("-c", COMPILE, TRITON_CACHE_DIR=str(tmp_path))
-    assert run.returncode == 0 and run.stdout.count("\n") == 5, run.stdout + run.stderr
+@pytest.mark.parametrize(
+    "arch, dtype, forms", [(80, "bfloat16", "muon mamba"), (90, "float32", "longhorn,mamba2,delta rule")]
+)
+def test_the_kernels_compile_for_a_gpu_without_one(arch, dtype, forms, tmp_path):
+    """The interpreter takes what the compiler refuses (types that change in a loop, say)."""
+    run = child(str(AHEAD), "--arch", str(arch), "--dtype", dtype, "--forms", forms, TRITON_CACHE_DIR=str(tmp_path))
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert all(0 < kernel["registers"] <= 255 for kernel in found)
+    names = {kernel["kernel"] for kernel in found}
+    assert {"summarize", "summarize_back", "boundaries", "forward_kernel", "backward_kernel"} <= names, names
 
 
 REFUSED = """
@@ -307,11 +288,3 @@ def test_without_triton_the_module_imports_and_says_what_is_missing():
 def test_tensors_off_the_device_are_refused():
     run = child("-c", REFUSED)
     assert run.stdout == MESSAGE, run
-
-
-# Tests that call kernels exist only where kernels can run; tests that start processes, everywhere but in these.
-for name, value in list(globals().items()):
-    if name.startswith("test_"):
-        starts_process = "child" in value.__code__.co_names
-        if INTERPRETED if starts_process else not (HERE and TRITON):
-            del globals()[name]

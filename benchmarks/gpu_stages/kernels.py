@@ -1,0 +1,234 @@
+"""The scans: their tests on this device; what the compiler made of the kernels; then time, and bytes against the least.
+
+Checks   the tests of tests/scan that are marked `cuda`
+ahead    each Triton kernel as training launches it, compiled for sm_90 or for the device's own architecture (ahead.py)
+times    forward, and forward and backward, at the sizes of scans.py, medians. "bytes" are those that must move: inputs
+         read once, outputs written once, forward; backward inputs and the gradient of y read, gradients written. GB/s
+         and the fraction of the copy ceiling count these alone, whatever the kernel moves besides
+traffic  no counter is read: the time, at the speed of a copy, over the bytes that must move. That is what a kernel that
+         is limited by bandwidth moves, and more than one moves that is not
+peers    fla's chunk_gated_delta_rule, the same shape in bf16 (what it is made for) beside ours in fp32 (what our mixer
+         hands over), in a process of its own, since its search for block sizes may take minutes
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .report import Stage
+from .scans import FORMS, must_move, outputs, tensors
+from .suite import ROOT, environment, run_tests
+from .timing import Times, median_ms
+
+TEST_SECONDS = 85.0
+FOR_TIMES = 50.0  # kept back from the tests
+B, L = 8, 2048
+ONE_OF_EACH = ("muon longhorn", "mamba2", "delta rule", "muon delta rule")  # for a rehearsal, which has two cores
+
+
+def run(stage: Stage) -> None:
+    """Children compile while the tests run; nothing else does while times are taken."""
+    children = [*compiling(stage), *warming(stage)]
+    workers, seconds = (2, stage.left() - 30) if stage.rehearse else (14, min(TEST_SECONDS, stage.left() - FOR_TIMES))
+    stage.part("tests", lambda: run_tests(stage, ["tests/scan"], workers=workers, seconds=seconds))
+    stage.part("ahead of time", lambda: compiled(stage, children))
+    times: dict[tuple[str, str], Times] = {}
+    for name, backend in arms(stage):
+        stage.part(
+            f"{name}, {backend}", lambda: times.update({(name, backend): timed(stage, name, backend)}), seconds=5
+        )
+    stage.part("ratios", lambda: ratios(stage, times))
+    stage.part("fla", lambda: beside_fla(stage, times), seconds=0 if stage.rehearse else 20)
+
+
+# ------------------------------------------------------------------------------------------------------------ compiling
+
+
+def start(stage: Stage, name: str, *command: str) -> tuple[str, Path, subprocess.Popen]:
+    """A child without Triton's interpreter, its output in a file."""
+    env = {key: value for key, value in environment().items() if key != "TRITON_INTERPRET"}
+    path = stage.out / f"{name.replace(' ', '-')}.out"
+    with open(path, "w") as out, open(path.with_suffix(".err"), "w") as err:
+        return name, path, subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=out, stderr=err)
+
+
+def compiling(stage: Stage) -> list:
+    if importlib.util.find_spec("triton") is None:
+        return []
+    arch = 90 if stage.rehearse else sum(d * n for d, n in zip((10, 1), torch.cuda.get_device_capability()))
+    names = ONE_OF_EACH if stage.rehearse else FORMS
+    groups = [",".join(names)] if stage.rehearse else names
+    script = str(Path(__file__).with_name("ahead.py"))
+    return [start(stage, f"ahead {i}", script, "--arch", str(arch), "--forms", each) for i, each in enumerate(groups)]
+
+
+def warming(stage: Stage) -> list:
+    """Each timed kernel compiled once at its size, all at once, into Triton's cache on disk."""
+    if stage.rehearse:
+        return []
+    names = dict.fromkeys(name for name, backend in arms(stage) if backend == "triton")
+    return [start(stage, f"warm {name}", "-m", "gpu_stages.kernels", name) for name in names]
+
+
+def warm(name: str) -> None:
+    given = tensors(name, B, L, torch.device("cuda"))
+    for work in passes(name, "triton", given):
+        work()
+    torch.cuda.synchronize()
+
+
+def compiled(stage: Stage, children: list) -> None:
+    """One row for all kernels, and one for each that spills."""
+    found, wrong = [], []
+    for name, path, process in children:
+        try:
+            process.wait(timeout=max(1.0, stage.left() - (0 if stage.rehearse else FOR_TIMES - 10)))
+        except subprocess.TimeoutExpired:  # it would disturb the times
+            process.kill()
+            process.wait()
+        if process.returncode:
+            lines = path.with_suffix(".err").read_text().strip().splitlines() or ["nothing said"]
+            wrong.append(f"{name}: exit code {process.returncode}, {lines[-1]}")
+        if name.startswith("ahead"):
+            found += [json.loads(line) for line in path.read_text().splitlines()]
+    for text in wrong:
+        stage.row("  compiling", ok=False, note=text[:160])
+    if not found:
+        return stage.not_run("kernels compiled ahead", "triton is not installed, or no scan has kernels")
+    most = max(found, key=lambda kernel: kernel["registers"])
+    note = f"most registers {most['registers']} ({most['form']}, {most['kernel']}), most shared memory "
+    note += (
+        f"{max(kernel['shared'] for kernel in found) / 1024:.0f} KiB, longest {max(k['seconds'] for k in found):.1f} s"
+    )
+    spilling = [kernel for kernel in found if kernel["spilled"]]
+    stage.row("kernels compiled ahead", len(found), ok=not wrong, note=note, kernels=found)
+    for kernel in spilling:
+        what = f"  spills: {kernel['form']}, {kernel['kernel']}"
+        stage.row(what, kernel["spilled"], "B/thread", note=f"{kernel['registers']} registers, {kernel['warps']} warps")
+
+
+# ---------------------------------------------------------------------------------------------------------------- times
+
+
+def arms(stage: Stage) -> list[tuple[str, str]]:
+    """(form, backend): every backend of the device but the loop; the diagonal scan in plain PyTorch once."""
+    from muonlm.errors import UserError
+    from muonlm.scan import BACKENDS, choose_backend
+
+    found = []
+    for name, form in FORMS.items():
+        for row in BACKENDS:
+            if row.scan != form.scan or row.name == "reference" or row.device == "cpu":
+                continue
+            if (row.scan, row.name) == ("diag_scan", "chunked") and name != "muon longhorn":
+                continue
+            try:
+                found.append((name, choose_backend(row.scan, row.name, stage.device, torch.float32, form.keys)))
+            except UserError:
+                continue
+    return found
+
+
+def passes(name: str, backend: str, given: dict) -> tuple[Callable, Callable]:
+    """Forward alone, and forward and backward."""
+    from muonlm import scan
+
+    function, leaves = getattr(scan, FORMS[name].scan), list(given.values())
+    gy = torch.randn_like(given.get("w", given.get("u")))
+
+    def forward():
+        with torch.no_grad():
+            outputs(function, name, given, backend=backend)
+
+    def both():
+        y, *_ = outputs(function, name, given, backend=backend)
+        torch.autograd.grad(y, leaves, gy)
+
+    return forward, both
+
+
+def timed(stage: Stage, name: str, backend: str) -> Times:
+    """A row. velocity_scan is a loop of Python over tokens: few of them are enough."""
+    rows, tokens = (1, 4) if stage.rehearse else (B, 64 if name == "velocity" else L)
+    given = tensors(name, rows, tokens, stage.device, toy=stage.rehearse)
+    seconds, warmup = (0.0, 0) if stage.rehearse else (0.4, 3)
+    one, both = (median_ms(f, stage.device, seconds=seconds, warmup=warmup) for f in passes(name, backend, given))
+    bytes_one, bytes_both = must_move(given)
+    rate = bytes_both / (1e-3 * both.median)
+    note = f"forward {one.median:.3g} ms; {bytes_both / 1e6:.0f} MB must move: {rate / 1e9:.0f} GB/s"
+    details = {"forward_ms": one.median, "p10": both.p10, "p90": both.p90, "n": both.n, "bytes": bytes_both}
+    if copy := stage.ceilings.get("copy_bytes_per_s"):
+        traffic = {"forward": one.median * 1e-3 * copy / bytes_one, "both": copy / rate}
+        note += f", {rate / copy:.0%} of a copy's"
+        details |= {"traffic": traffic}
+    if tokens == 64:
+        note += f"; {1e3 * both.median / tokens:.0f} µs a token of {rows} rows"
+    stage.row(f"{name}, {backend}", both.median, "ms", note=note, **details)
+    return both
+
+
+def ratios(stage: Stage, times: dict) -> None:
+    ours, mamba = times.get(("muon longhorn", "triton")), times.get(("mamba", "triton"))
+    if not ours or not mamba:
+        return stage.not_run("muon longhorn / mamba", "no kernel was timed")
+    stage.row("muon longhorn / mamba, time", ours.median / mamba.median, target=1.3)
+    given = tensors("muon longhorn", B, L, torch.device("meta"))
+    if copy := stage.ceilings.get("copy_bytes_per_s"):
+        traffic = 1e-3 * ours.median * copy / must_move(given)[1]
+        note = "time × copy speed / bytes that must move; no counter is read"
+        stage.row("muon longhorn, traffic", traffic, target=2.0, note=note)
+
+
+# ---------------------------------------------------------------------------------------------------------------- peers
+
+
+def beside_fla(stage: Stage, times: dict) -> None:
+    what = "delta rule / fla's kernel, time"
+    if importlib.util.find_spec("fla") is None:
+        return stage.not_run(what, "fla is not installed")
+    if stage.rehearse:
+        return stage.not_run(what, "fla's kernels need a GPU")
+    command = [sys.executable, "-m", "gpu_stages.kernels", "fla"]
+    limit = min(90.0, stage.left() - 5)
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return stage.not_run(what, f"fla was not ready after {limit:.0f} s")
+    if done.returncode:
+        return stage.not_run(what, f"fla: {(done.stderr.strip().splitlines() or ['?'])[-1][:120]}")
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    ours = min((t for (name, _), t in times.items() if name == "delta rule"), key=lambda t: t.median)
+    note = f"theirs {theirs['both']:.3g} ms, forward {theirs['forward']:.3g} ms, bf16; ours fp32"
+    stage.row(what, ours.median / theirs["both"], target=1.0, note=note, **theirs)
+
+
+def fla() -> None:
+    """In a process of its own: a line of JSON, milliseconds of fla's kernel."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    device = torch.device("cuda")
+    given = {key: x.detach().bfloat16() for key, x in tensors("delta rule", B, L, device).items()}
+    given["lg"] = given["lg"].float()
+    lg, b, u, k, q = (x.requires_grad_() for x in given.values())
+    gy = torch.randn_like(u)
+
+    def forward():
+        with torch.no_grad():
+            chunk_gated_delta_rule(q=q, k=k, v=u, g=lg, beta=b, scale=1.0)
+
+    def both():
+        y, _ = chunk_gated_delta_rule(q=q, k=k, v=u, g=lg, beta=b, scale=1.0)
+        torch.autograd.grad(y, [lg, b, u, k, q], gy)
+
+    print(json.dumps({name: median_ms(f, device).median for name, f in (("forward", forward), ("both", both))}))
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    fla() if sys.argv[1] == "fla" else warm(sys.argv[1])
