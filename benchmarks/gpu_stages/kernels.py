@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from . import interpreter
 from .report import Stage
 from .scans import FORMS, must_move, outputs, tensors
 from .suite import ROOT, environment, run_tests
@@ -34,6 +35,7 @@ ONE_OF_EACH = ("muon longhorn", "mamba2", "delta rule", "muon delta rule")  # fo
 
 def run(stage: Stage) -> None:
     """Children compile while the tests run; nothing else does while times are taken."""
+    interpreter.mend()
     children = [*compiling(stage), *warming(stage)]
     workers, seconds = (2, stage.left() - 30) if stage.rehearse else (14, min(TEST_SECONDS, stage.left() - FOR_TIMES))
     stage.part("tests", lambda: run_tests(stage, ["tests/scan"], workers=workers, seconds=seconds))

@@ -13,6 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import interpreter
 from .report import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +61,7 @@ def worker(arguments: list[str]) -> None:
     """In a process of its own: LOG, a file that lists the tests to run, and the paths where they are."""
     import pytest
 
+    interpreter.mend()
     log, tests, *paths = arguments
     recorder = Recorder(Path(log), Path(tests).read_text("utf-8").splitlines())
     pytest.main([*PYTEST, "-m", "cuda", *paths], plugins=[recorder])
