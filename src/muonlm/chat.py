@@ -62,8 +62,7 @@ class Chat:
         self.model, self.tokenizer, self.form = model, tokenizer, form
         self.stop = form.stop_id(tokenizer)
         self.system, self.sampling, self.history, self.log = system, sampling, history, log
-        device = next(model.parameters()).device
-        self.generator = torch.Generator(device).manual_seed(sampling.seed)
+        self.generator = torch.Generator().manual_seed(sampling.seed)  # a CPU's: the same draws on every device
         self.warned = False
         self.reset()
 
@@ -87,7 +86,7 @@ class Chat:
         user = {"role": "user", "content": text}
         prefix, self.first = self._read(user)
         self.prefix = None  # until the reply is whole: an exception must not leave half a turn behind
-        draws = torch.rand(self.sampling.max_tokens, 1, generator=self.generator, device=prefix.device)
+        draws = torch.rand(self.sampling.max_tokens, 1, generator=self.generator).to(prefix.device)
         ends = frozenset({self.stop, self.tokenizer.eot_id} - {None})
         length = len(prefix.rows[0])
         pieces, written, shown, unread = self.tokenizer.stream(), "", "", []

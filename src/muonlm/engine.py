@@ -102,9 +102,9 @@ class Prefix:
 
 
 def draw_table(model, sampling: Sampling, rows: int) -> Tensor:
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(sampling.seed)
-    return torch.rand(sampling.max_tokens, rows, generator=generator, device=device)
+    """Made on the CPU: the same seed draws the same on every device."""
+    generator = torch.Generator().manual_seed(sampling.seed)
+    return torch.rand(sampling.max_tokens, rows, generator=generator).to(next(model.parameters()).device)
 
 
 def decode(
