@@ -158,12 +158,15 @@ class LM(nn.Module):
         return [*layers, conv, torch.zeros(batch, dtype=torch.long)]
 
     def _positions(self, x: Tensor, count: Tensor | None, mask: Tensor | None) -> Tensor:
+        if mask is None and count is None:  # training and plain prefill: asks the device nothing
+            assert x.shape[1] <= self.cfg.block_size, (x.shape, self.cfg.block_size)
+            return self.positions[: x.shape[1]]
         real = x.new_ones(x.shape[:2], dtype=torch.long) if mask is None else mask.long()
         index = (real.cumsum(1) - 1).clamp(min=0) + (0 if count is None else count[:, None].to(x.device))
         assert not len(x) or int(index.max()) < self.cfg.block_size, (
             "learned positions end at block_size; the engine cuts the context"
         )
-        return self.positions[index] if mask is not None or count is not None else self.positions[: x.shape[1]]
+        return self.positions[index]
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = F.linear(x, self.embed.weight if self.head is None else self.head.weight)
