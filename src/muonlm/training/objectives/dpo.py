@@ -81,6 +81,9 @@ def _width(batch) -> int:
 
 def _by_segment(values: Tensor, segments: Tensor, width: int) -> Tensor:
     """Sums of (B, T) values over each segment -> (B, width)."""
+    if values.device.type == "cuda":  # whose scatter_add adds in any order: no run would repeat another bit for bit
+        own = segments[..., None] == torch.arange(width, device=values.device)
+        return torch.where(own, values[..., None], 0).sum(1)
     sums = values.new_zeros(len(values), width + 1)  # the last column takes what is padding
     return sums.scatter_add(1, torch.where(segments < 0, width, segments), values)[:, :width]
 
@@ -141,13 +144,13 @@ def _frozen(cfg: Config, model, started: bool):
 
 
 def _cache_path(cfg: Config, frozen, splits: dict) -> Path:
-    weights = hashlib.sha256()
+    weights, device = hashlib.sha256(), next(frozen.parameters()).device
     for name, value in sorted(frozen.state_dict().items()):
         weights.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     key = [
         weights.hexdigest(),
         flatten(cfg.to_dict()["model"]),
-        cfg.train.dtype,
+        cfg.train.dtype + ("" if device.type == "cpu" else f" on {device.type}"),  # bf16 differs by 1e-2
         {n: s.fingerprint for n, s in splits.items()},
     ]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
