@@ -37,14 +37,15 @@ class Dist:
     rank: int
     world: int
     device: torch.device
+    grouped: bool = False  # whether there is a process group, so that collectives are called
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of a small tensor over all ranks; the tensor itself with one rank."""
-        if self.world > 1:
+        """Sum of a small tensor over all ranks; the tensor itself without a process group."""
+        if self.grouped:
             values = values.to(self.device)
             dist.all_reduce(values)
         return values
@@ -52,16 +53,16 @@ class Dist:
     def broadcast(self, value):
         """Rank 0's value (anything picklable; it comes from our own processes, not from a file)."""
         box = [value]
-        if self.world > 1:
+        if self.grouped:
             dist.broadcast_object_list(box, 0)
         return box[0]
 
     def barrier(self) -> None:
-        if self.world > 1:
+        if self.grouped:
             dist.barrier()
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        if self.world == 1:
+        if not self.grouped:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(
@@ -90,7 +91,7 @@ def start(device: str = "auto"):
     if world > 1:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
-        yield Dist(rank, world, place)
+        yield Dist(rank, world, place, grouped=world > 1)
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -86,7 +86,7 @@ def setup(cfg: Config, out: str | Path | None, dist: Dist, *, resume: bool, json
         tensors, _, _ = checkpoint.read(Path(cfg.init_from), state=False)
         checkpoint.load_weights(model, tensors, cfg.init_from)
     plan = plan_routes(cfg, model)
-    optimizer = make_optimizer(cfg, plan, process_group="world" if dist.world > 1 else None)
+    optimizer = make_optimizer(cfg, plan, process_group="world" if dist.grouped else None)
     progress = restore(saved, cfg, path, data, model, optimizer) if saved else Progress()
     if cfg.train.dtype == "auto":
         dtype, why = choose_dtype(model, data, cfg, dist)
