@@ -13,7 +13,7 @@ import sys
 from importlib import import_module
 
 from muonlm import __version__
-from muonlm.errors import RunFailed, UserError
+from muonlm.errors import RunFailed, UserError, out_of_memory
 
 VERBS = {  # verb, which is the file's name -> what follows it, what it does
     "train": ("[RECIPE]", "train; without a recipe: quickstart, two minutes on a CPU, offline"),
@@ -85,12 +85,8 @@ def told(error: BaseException, parser) -> tuple[str, int]:
             f"{error.filename or 'a file'} cannot be written or read: {error.strerror}. Make room or choose another "
             "place; a run that was stopped goes on with: muonlm train --resume RUN"
         ), 2
-    torch = sys.modules.get("torch")
-    kinds = (MemoryError, torch.OutOfMemoryError) if torch else MemoryError
-    if isinstance(error, kinds) or "can't allocate memory" in str(
-        error
-    ):  # which torch says of a CPU's, in a RuntimeError
-        return f"out of memory: {error}. Halve --train.micro_batch (losses stay the same), or shrink the model.", 1
+    if out_of_memory(error):  # of training: training/memory.py, which knows what was tried
+        return f"out of memory: {error} Ask for less at a time, or use --device cpu or a smaller model.", 1
     raise error
 
 

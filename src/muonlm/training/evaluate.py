@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from muonlm.config.schema import Config
-from muonlm.data.batch import Batch, Splits
+from muonlm.data.batch import Batch, Dataset, Splits
 
 from . import parallel
 from .objectives import OBJECTIVES
@@ -21,13 +21,23 @@ def evaluate(net: nn.Module, loss: Callable, data: Splits, cfg: Config, dist: Di
     model.eval()
     result = {}
     for name, split in data.evaluated.items():
-        rows = cfg.eval.rows or split.rows_to_evaluate(cfg.model.block_size)
+        rows = rows_of(split, cfg)
         batches = split.sequential(rows, dist.rank, dist.world, limit=cfg.eval.iters * rows)
         sums, count = total_sums(model, loss, batches, dist, cfg.train.dtype)
         means = {key: value / count for key, value in sums.items()}
         means |= OBJECTIVES[cfg.train.objective].extras(means, count)
         result |= {f"{name}_{key}": value for key, value in split.report(means).items()}
     return result
+
+
+def rows_of(split: Dataset, cfg: Config) -> int:
+    """Rows of a batch of an evaluation."""
+    return cfg.eval.rows or split.rows_to_evaluate(cfg.model.block_size)
+
+
+def rows_at_once(data: Splits, cfg: Config) -> int:
+    """The most of them, of all splits."""
+    return max(rows_of(split, cfg) for split in data.evaluated.values())
 
 
 def total_sums(

@@ -6,11 +6,12 @@ Batch n is a pure function of (seed, n), dropout of (seed, n, rank), rates of n,
 whole: a resumed run repeats the unbroken one bit for bit on the same device and number of ranks.
 
 Raises   UserError before anything is trained (setup.py); RunFailed when the loss is no longer finite (then nothing was
-         updated) or the optimizer turns out not to train (optim/watch).
+         updated), memory does not suffice (memory.py), or the optimizer turns out not to train (optim/watch).
 """
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import time
@@ -26,8 +27,8 @@ from muonlm.errors import RunFailed
 from muonlm.model import train_flops_per_token
 from muonlm.optim import lr_scale, named_state
 
-from . import checkpoint, parallel
-from .evaluate import evaluate
+from . import checkpoint, memory, parallel
+from .evaluate import evaluate, rows_at_once
 from .report import finish
 from .setup import Setup, setup, smaller_rates
 
@@ -38,7 +39,8 @@ def train(cfg: Config, out: str | Path | None = None, *, resume: bool = False, j
     resume   go on with the run that `out` holds     json_mode   lines for people go to stderr
     """
     with parallel.start(cfg.train.device) as dist:
-        job = setup(cfg, out, dist, resume=resume, json_mode=json_mode)
+        with memory.told(dist.device, Path(out) if out else None, memory.weights(cfg)):
+            job = setup(cfg, out, dist, resume=resume, json_mode=json_mode)
         stopped = loop(job)
         report = finish(job, stopped) if dist.main else None
         del job  # DDP's threads must not outlive the process group
@@ -50,10 +52,10 @@ def loop(job: Setup) -> bool:
     """Step after step to the end of the run, its target, or a signal; True if a signal stopped it before its end."""
     cfg, dist, net, optimizer, watch, progress = job.cfg, job.dist, job.net, job.optimizer, job.watch, job.progress
     parameters = [p for p in job.model.parameters() if p.requires_grad]
-    meter = Meter(job)
+    meter, fits = Meter(job), functools.partial(memory.told, dist.device, job.run.path)
     with job.run, StopSignals() as signals:
         while True:
-            with meter.paused():
+            with meter.paused(), fits(memory.evaluation(cfg, rows_at_once(job.data, cfg))):
                 judge_and_save(job, signals.agreed)
             if job.ended or signals.agreed:
                 return not job.ended
@@ -64,7 +66,8 @@ def loop(job: Setup) -> bool:
                 torch.manual_seed(hash((cfg.seed, progress.step, dist.rank)))
             batch = job.data.train.batch(progress.step, dist.rank, dist.world)
             count, tokens = dist.sum(torch.tensor([batch.count, batch.tokens])).tolist()
-            sums = backward(job, batch, scale=dist.world / count)  # DDP averages over ranks, hence their number
+            with fits(memory.step(cfg)):
+                sums = backward(job, batch, scale=dist.world / count)  # DDP averages over ranks, hence their number
             norm = parallel.clip(parameters, cfg.optim.clip_mode, cfg.optim.grad_clip, watch.unclipped)
             # one small all-reduce carries the loss, the metrics and whether any rank was told to stop
             told = torch.tensor(float(signals.pending), device=dist.device)
@@ -76,7 +79,7 @@ def loop(job: Setup) -> bool:
             scale = lr_scale(progress.step, steps=cfg.train.steps, **dataclasses.asdict(cfg.sched))
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * scale
-            with watch.step(progress.step + 1):
+            with fits(memory.weights(cfg)), watch.step(progress.step + 1):
                 optimizer.step()
             optimizer.zero_grad()
             means |= watch.clip()
