@@ -54,7 +54,15 @@ def device() -> str:
     from muonlm.training.parallel import pick_device
 
     place = pick_device("auto")
-    return f"{place}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    found = f"{place}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    if place.type != "cuda":
+        return found
+    card, triton = torch.cuda.get_device_properties(place), importlib.util.find_spec("triton")
+    return (
+        f"{found}; {card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}, "
+        f"{'bf16' if torch.cuda.is_bf16_supported() else 'no bf16: trains in fp32'}, "
+        f"{'Triton kernels' if triton else 'no package triton: the scans of recurrent layers run in plain PyTorch'}"
+    )
 
 
 def demo_text() -> str:
@@ -83,10 +91,12 @@ def _tiny():
     from muonlm.config.schema import ModelConfig
     from muonlm.model import build_model
     from muonlm.optim import build_optimizer, route
+    from muonlm.training.parallel import pick_device
 
-    model = build_model(ModelConfig(n_layer=1, d_model=32, n_head=2, vocab_size=64, block_size=16))
+    place = pick_device("auto")
+    model = build_model(ModelConfig(n_layer=1, d_model=32, n_head=2, vocab_size=64, block_size=16), place)
     optimizer = build_optimizer(route(model), name="muon", lr=0.02, adamw_lr=0.01)
-    return model, optimizer, torch.arange(33).remainder(7)[None]
+    return model, optimizer, torch.arange(33, device=place).remainder(7)[None]
 
 
 def one_step() -> str:
@@ -100,7 +110,7 @@ def one_step() -> str:
         losses.append(float(loss.detach()))
     if not losses[-1] < losses[0]:
         raise RuntimeError(f"20 Muon steps did not lower the loss: {losses[0]:.3f} → {losses[-1]:.3f}")
-    return f"20 Muon steps lowered a toy loss from {losses[0]:.2f} to {losses[-1]:.2f}"
+    return f"20 Muon steps on {tokens.device} lowered a toy loss from {losses[0]:.2f} to {losses[-1]:.2f}"
 
 
 def checkpoint_roundtrip() -> str:
@@ -112,6 +122,6 @@ def checkpoint_roundtrip() -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = checkpoint.save(Path(folder), 1, dict(model.named_parameters()), {}, {}, best=True, keep=1)
         tensors, _, _ = checkpoint.read(path)
-    if not all(torch.equal(p, tensors[name]) for name, p in model.named_parameters()):
+    if not all(torch.equal(p.cpu(), tensors[name]) for name, p in model.named_parameters()):
         raise RuntimeError("a checkpoint did not read back as it was written")
     return "written, verified and read back bit for bit"
