@@ -65,9 +65,7 @@ class Dist:
         if not self.grouped:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     def unwrap(self, net: nn.Module) -> nn.Module:
         """The inverse of `wrap`."""

@@ -7,6 +7,7 @@ Raises   UserError before anything is trained: a directory in use, data that cha
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,8 @@ def setup(cfg: Config, out: str | Path | None, dist: Dist, *, resume: bool, json
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted. Go on with: muonlm train --resume {path}") from None
     if cfg.train.compile:
-        model.compile()
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`", UserWarning)
+        model.compile()  # and keeps our tables of constants behind that cache, as it should
     net = dist.wrap(model)
     resumed_at = progress.step if saved else -1
     return Setup(cfg, dist, run, log, data, model, net, optimizer, watch, objective, loss, progress, resumed_at)
