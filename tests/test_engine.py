@@ -1,5 +1,6 @@
 """Generation: cached decoding equals the full forward, sampling settings mean what they say, pieces join to a text."""
 
+import copy
 import dataclasses
 import importlib
 import io
@@ -245,3 +246,52 @@ def test_bytes_that_are_no_text_are_read_as_the_character_for_such(finished, cap
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xffb"), "utf-8"))
     assert main(["generate", str(finished), "--prompt", "-", "--max-tokens", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == first
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+ON_A_DEVICE = VARIANTS | {entry.name: {"pattern": entry.letter, "window": 7} for entry in MIXERS.values()}
+ON_A_DEVICE |= {"hybrid": {"pattern": "MMMA", "n_layer": 4}, "loops": {"pattern": "AM", "loops": 2, "inject": True}}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("variant", ON_A_DEVICE.values(), ids=ON_A_DEVICE.keys())
+@torch.no_grad()
+def test_a_device_generates_what_the_cpu_does(device, within, variant):
+    """64 greedy tokens, and logits of the whole row at once and token by token, in fp32.
+
+    1e-4 of the largest logit: four layers of weights thrice as large as at first amplify rounding of 1e-7 by a hundred.
+    A token may be another only where the CPU's two likeliest are nearer than the two devices' logits.
+    """
+    small = {"delta_heads": 2, "ssm_head": 16, "block_size": 80}
+    model, prompt, number = model_of(**small | variant), [7, 3, 11], 64
+    there = copy.deepcopy(model).to(device)
+    expected = tokens_of(model, prompt, max_tokens=number, temperature=0)[0]
+    row = torch.tensor([prompt + expected])
+    theirs, mine = model(row)[0][0], there(row.to(device))[0][0].cpu()
+    largest = float(theirs.abs().max())
+    error = float((mine - theirs).abs().max())
+    within("logits of a whole row", error / largest, 1e-4)
+    state, steps = None, []
+    for token in row.unbind(1):
+        logits, state = there(token[:, None].to(device), state=state)
+        steps.append(logits[0, 0].cpu())
+    within("logits token by token", float((torch.stack(steps) - theirs).abs().max()) / largest, 1e-4)
+    got = tokens_of(there, prompt, max_tokens=number, temperature=0)[0]
+    other = next((i for i in range(number) if got[i] != expected[i]), None)
+    if other is not None:
+        best = theirs[len(prompt) + other - 1].topk(2).values
+        within("lead of the CPU's token where the device draws another", float(best[0] - best[1]), 2 * error)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("pattern", ["A", "W", "S", "R", "M", "d", "g"])
+def test_prompts_of_any_length_are_completed_on_the_device_as_alone(device, pattern):
+    """Padding is masked, rows end at different steps, and the same seed draws what it draws on a CPU."""
+    model = model_of(pattern=pattern, window=5, delta_heads=2, ssm_head=16).to(device)
+    draw = random.Random(0)
+    prompts = [[draw.randrange(50) for _ in range(length)] for length in (3, 17, 1, 9)]
+    sampling = Sampling(temperature=1.0, top_k=20, top_p=0.9, max_tokens=12, seed=5)
+    found = complete(model, prompts, sampling, stop=frozenset({4}))
+    assert found == complete(model, prompts, sampling, stop=frozenset({4}), rows=1)
+    assert found == complete(model.cpu(), prompts, sampling, stop=frozenset({4}))

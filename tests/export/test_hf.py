@@ -195,3 +195,14 @@ def test_what_theirs_cannot_express_is_refused_by_name(change, word):
     )
     with pytest.raises(UserError, match=word):
         to_transformers(build_model(cfg, "meta"))
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_an_exported_model_says_the_same_on_the_device(device, pair, within):
+    """1e-5: as on the CPU, whose sums are in another order too."""
+    theirs, ours = (copy.deepcopy(model).to(device) for model in pair)
+    assert all(torch.equal(a, b) for a, b in zip(to_transformers(ours).parameters(), pair[0].parameters(), strict=True))
+    x = tokens(2, 37).to(device)
+    expected = theirs(x).logits
+    within("logits", float((ours(x)[0] - expected).abs().max() / expected.abs().max()), 1e-5)
