@@ -110,8 +110,9 @@ def setup(cfg: Config, out: str | Path | None, dist: Dist, *, resume: bool, json
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted. Go on with: muonlm train --resume {path}") from None
     if cfg.train.compile:
+        # it is right to trace through that cache: what we keep there are constants
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`", UserWarning)
-        model.compile()  # and keeps our tables of constants behind that cache, as it should
+        model.compile()
     net = dist.wrap(model)
     resumed_at = progress.step if saved else -1
     return Setup(cfg, dist, run, log, data, model, net, optimizer, watch, objective, loss, progress, resumed_at)
