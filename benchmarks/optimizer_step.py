@@ -6,14 +6,16 @@
 
 Sets     a  GPT char 4L/128, 0.79M parameters · b  GPT 6L/384, 10.6M · c  GPT-2 124M, 84.9M: q, k, v and o apart
          d  Mamba 130M, 24 layers of in_proj, x_proj, dt_proj, out_proj and the convolution, 89.8M
+         e  GPT-2 774M, 708M: for a GPU
          In d ours takes the convolution (1536, 1, 4) as it is stored, and cuts in_proj into its two halves; the others
          get the convolution as the matrix (1536, 4) of the same memory, since torch.optim.Muon refuses 3-D, and
          orthogonalise in_proj as one matrix (10 % fewer FLOPs).
 Method   All arms run in one process on the same weights, in an order that rotates every round. Before each step, not
          timed, the gradients are copied anew from one Gaussian vector read at 4 offsets: the same for every arm,
          fresh for the momentum, and safe from those that write into p.grad. Rounds after warm-up: a 40 after 5; b 30
-         after 5, side arms in every 5th; c and d 3 after 2, main arms only (side arms if --arms names them). --repeats
-         and --budget (seconds a set, though never below 3 rounds) change that; column n says how often each arm ran.
+         after 5, side arms in every 5th; c, d and e 3 after 2, main arms only (side arms if --arms names them).
+         --repeats and --budget (seconds a set, though never below 3 rounds) change that; column n says how often each
+         arm ran.
 ms       median [10th to 90th percentile] of a step: wall clock on a CPU, CUDA events between synchronisations on a GPU
 ratios   / torch, / adamw: median over rounds of this arm's time over torch.optim.Muon's (AdamW fused) in the same round
 GFLOP/s  nominal: 5 (4 m^2 n + 2 m^3) for every m x n matrix, whatever the arm really does, over the median time
@@ -126,6 +128,7 @@ SETS = {
     "b": Set("GPT 6L/384", gpt(6, 384), 30, 75.0, every=5, share=(shape(6, 6, 384, 256), 16, 4)),
     "c": Set("GPT-2 124M", gpt(12, 768), 3, 120.0, warmup=2, every=0),
     "d": Set("Mamba 130M", mamba(24, 768, 48, 16), 3, 120.0, warmup=2, every=0),
+    "e": Set("GPT-2 774M", gpt(36, 1280), 3, 120.0, warmup=2, every=0),
 }
 SMOKE = {
     "smoke-gpt": Set("smoke", gpt(1, 32), 4, 20.0, warmup=2, share=(shape(1, 2, 32, 16), 4, 2)),
@@ -263,10 +266,10 @@ class Workload:
     """A set's weights and gradients, as true tensors and as 2-D views of the same memory, and the pool of gradients."""
 
     def __init__(self, matrices: list[Matrix], device: torch.device):
-        draw = torch.Generator().manual_seed(0)
+        draw = torch.Generator(device).manual_seed(0)  # a CPU needs ten seconds for the largest set
         sizes = [math.prod(m.shape) for m in matrices]
-        noise = (torch.randn(sum(sizes) + max(OFFSETS), generator=draw) * 1e-3).to(device)
-        weights = (torch.randn(sum(sizes), generator=draw) * 0.02).to(device)
+        noise = torch.randn(sum(sizes) + max(OFFSETS), generator=draw, device=device) * 1e-3
+        weights = torch.randn(sum(sizes), generator=draw, device=device) * 0.02
         begins = [sum(sizes[:i]) for i in range(len(sizes))]
         self.pool = [
             [noise[o + b : o + b + size].view(m.flat) for b, size, m in zip(begins, sizes, matrices)] for o in OFFSETS
@@ -602,11 +605,13 @@ def write(text: str, target: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sets", default="a,b", help="of a, b, c, d (default: a,b)")
+    parser.add_argument("--sets", default="a,b", help="of a, b, c, d, e (default: a,b)")
     always = " and ".join(BASELINES)
-    parser.add_argument("--arms", help=f"of {', '.join(ARMS)}; {always} always run (default: all; main ones on c, d)")
-    parser.add_argument("--repeats", type=int, help="measured rounds (default: 40 on a, 30 on b, 3 on c and d)")
-    parser.add_argument("--budget", type=float, help="seconds of rounds per set (default: 60, 75, 120, 120)")
+    parser.add_argument(
+        "--arms", help=f"of {', '.join(ARMS)}; {always} always run (default: all; main ones on c, d, e)"
+    )
+    parser.add_argument("--repeats", type=int, help="measured rounds (default: 40 on a, 30 on b, 3 on the others)")
+    parser.add_argument("--budget", type=float, help="seconds of rounds per set (default: 60, 75, 120, 120, 120)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE")

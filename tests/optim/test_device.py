@@ -52,7 +52,7 @@ def as_on_a_gpu(device, monkeypatch):
     monkeypatch.setattr(update, "NARROW_ON", (device.type,))
 
 
-M = 256 if torch.cuda.is_available() else 32  # rows of the matrices
+M = 128 if torch.cuda.is_available() else 32  # rows of the matrices
 SHAPES = [(M, M), (M, M), (4 * M, M), (M, 4 * M), (3, M // 2, M), (M // 4, 3, 1, 1), (M, M // 2), (44, 16), (24,)]
 
 

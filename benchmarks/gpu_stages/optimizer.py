@@ -1,0 +1,214 @@
+"""Muon beside torch.optim.Muon and fused AdamW on the matrices of whole models, by benchmarks/optimizer_step.py.
+
+checks    tests/optim/test_device.py: the steps of fp64, no wait for the device, whole steps in CUDA graphs
+ms        median of a step between CUDA events, in interleaved rounds; ratios to torch.optim.Muon in the same rounds
+ceiling   nominal flops, 5 (4 m² n + 2 m³) for every m x n matrix, a second, over those of a large bf16 product
+peak      what torch had allocated beyond the state, at most
+e         ‖X Xᵀ − I‖_F / √m of the first update, 256 x 1024: Gaussian / 1/k spectrum
+busy      of one step, by the profiler: kernels, their time, that of products among them
+"""
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import optimizer_step as bench
+import torch
+from torch import Tensor
+
+from muonlm.optim import Muon
+from muonlm.optim.muon import newton_schulz
+
+from .report import Stage
+from .suite import run_tests
+
+MAIN = ("torch", "adamw-fused", "ours", "ours-polar_express4")
+FORMS = ("ours-normuon", "ours-hybrid-bf16", "ours-gram-fp16")
+TRIED = ("batch-32", "batch-128", "batch-256", "captured", "symmetric-8-3", "symmetric-4-4", "symmetric-256")
+PRODUCTS = ("gemm", "nvjet", "cutlass", "symmetric")  # in the names of kernels
+TARGET = 0.35  # of torch.optim.Muon, GPT-2 124M
+
+
+def run(stage: Stage) -> None:
+    bench.ARMS |= arms()
+    workers, tests = 2 if stage.rehearse else 6, ["tests/optim/test_device.py"]
+    stage.part("checks", lambda: run_tests(stage, tests, workers=workers, seconds=60.0 if stage.rehearse else 35.0))
+    errors = stage.part("e", lambda: spectra(stage))
+    sets = bench.SMOKE if stage.rehearse else bench.SETS
+    first, *others = ("smoke-gpt", "smoke-mamba") if stage.rehearse else ("c", "e", "d")
+    stage.part(sets[first].title, lambda: compare(stage, first, sets[first], errors or {}), seconds=8)
+    for key in others:
+        stage.part(sets[key].title, lambda: summary(stage, key, sets[key]), seconds=10)
+    stage.part("busy", lambda: busy(stage, sets[first]), seconds=4)
+
+
+# ------------------------------------------------------------------------------------------------ arms
+
+
+def arms() -> dict[str, bench.Arm]:
+    return {
+        "ours-normuon": bench.our(variant="normuon"),
+        "ours-hybrid-bf16": bench.our(ns_method="hybrid", ns_dtype="bfloat16"),
+        "ours-gram-fp16": bench.our(ns_method="gram", ns_dtype="float16"),
+        "batch-32": bench.our(max_batch_bytes=32 * 2**20),
+        "batch-128": bench.our(max_batch_bytes=128 * 2**20),
+        "batch-256": bench.our(max_batch_bytes=256 * 2**20),
+        "captured": bench.Arm(built(Captured), "", splits=True),
+        "symmetric-8-3": bench.Arm(built(Symmetric, warps=8, stages=3), "", splits=True),
+        "symmetric-4-4": bench.Arm(built(Symmetric, warps=4, stages=4), "", splits=True),
+        "symmetric-256": bench.Arm(built(Symmetric, max_batch_bytes=256 * 2**20), "", splits=True),
+    }
+
+
+def built(kind: type, **options) -> bench.Build:
+    return lambda params, splits, lr, wd: kind(
+        [{"params": params, "splits": splits, "use_muon": True, "name": "matrices"}], lr, wd, **options
+    )
+
+
+class Captured(Muon):
+    """Eager steps first, then one CUDA graph; gradients stay in their memory here."""
+
+    def __init__(self, groups, lr, wd):
+        super().__init__(groups, lr=lr, weight_decay=wd)
+        self.taken, self.graph = 0, None
+
+    def step(self, closure=None):
+        self.taken += 1
+        if self.graph is None and self.taken > 2 and self.param_groups[0]["params"][0].is_cuda:
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                super().step()
+        if self.graph is None:
+            super().step()
+        else:
+            self.graph.replay()
+
+
+class Symmetric(Muon):
+    """X Xᵀ and R R by half of their tiles, where those fit."""
+
+    def __init__(self, groups, lr, wd, *, warps: int = 8, stages: int = 3, **options):
+        super().__init__(groups, lr=lr, weight_decay=wd, **options)
+        self.launch = {"warps": warps, "stages": stages}
+
+    def step(self, closure=None):
+        with halved(**self.launch):
+            super().step()
+
+
+@contextlib.contextmanager
+def halved(**launch) -> Iterator[None]:
+    from .symmetric import fits, symmetric
+
+    gram, axpby = newton_schulz._gram, newton_schulz._axpby
+
+    def half_gram(X: Tensor, out: Tensor | None = None) -> Tensor:
+        A = X.mT if X.shape[-2] > X.shape[-1] else X
+        return symmetric(A, out=out, **launch) if X.is_cuda and fits(A) else gram(X, out)
+
+    def half_axpby(Y, P, Q, beta, alpha=1.0, out=None) -> Tensor:
+        if Y is P is Q and Y.is_cuda and fits(Y):
+            return symmetric(Y, Y, beta, alpha, out, **launch)
+        return axpby(Y, P, Q, beta, alpha, out)
+
+    newton_schulz._gram, newton_schulz._axpby = half_gram, half_axpby
+    try:
+        yield
+    finally:
+        newton_schulz._gram, newton_schulz._axpby = gram, axpby
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def spectra(stage: Stage) -> dict[str, str]:
+    """e of every arm as "Gaussian/1/k"; an arm that fails says so when it is timed."""
+    sizes = [(32, 64)] if stage.rehearse else [(256, 1024)]
+    given, found = bench.problems(stage.device, sizes), {}
+    for name in (*MAIN, *FORMS, *TRIED):
+        if bench.ARMS[name].matrix and name != "captured":
+            with contextlib.suppress(Exception):
+                errors = bench.spectrum(bench.ARMS[name], given)
+                found[name] = "/".join(f"{value['e']:.3f}" for value in errors.values())
+    return found
+
+
+def measured(stage: Stage, key: str, spec: bench.Set, names: tuple[str, ...], rounds: int, seconds: float) -> dict:
+    """{arm: its row}; a FAILED row for each arm that failed."""
+    args = SimpleNamespace(repeats=3 if stage.rehearse else rounds, budget=seconds)
+    rows, skipped = bench.measure(key, spec, list(names), True, args, stage.device)
+    for name, why in skipped.items():
+        stage.row(f"{spec.title}: {name}", ok=False, note=why)
+    return {row["arm"]: row for row in rows}
+
+
+def compare(stage: Stage, key: str, spec: bench.Set, errors: dict[str, str]) -> None:
+    """Every arm on the set whose ratio has a target."""
+    found = measured(stage, key, spec, (*MAIN, *FORMS, *TRIED), 30, 12.0)
+    ratio = found["ours"]["over_torch"]
+    stage.row(f"{spec.title}: Muon over torch.optim.Muon", ratio, "x", target=TARGET, **found["ours"])
+    for name in (*MAIN, *FORMS):
+        if row := found.get(name):
+            stage.row(f"{spec.title}: {name}", row["ms"], "ms", note=told(stage, row, errors.get(name, "")), **row)
+    tried = {name: found[name] for name in TRIED if name in found}
+    note = ", ".join(f"{name} {row['ms']:.2f} (e {errors.get(name, '-')})" for name, row in tried.items())
+    stage.row(f"{spec.title}: tried, ms", None, note=note, tried=tried)
+
+
+def summary(stage: Stage, key: str, spec: bench.Set) -> None:
+    """One line for the set."""
+    found = measured(stage, key, spec, MAIN, 8 if key == "e" else 20, 6.0)
+    others = ", ".join(f"{name} {row['ms']:.2f} ms" for name, row in found.items() if name != "ours")
+    note = f"{told(stage, found['ours'], '')}; {others}"
+    stage.row(f"{spec.title}: Muon", found["ours"]["ms"], "ms", note=note, arms=found)
+
+
+def told(stage: Stage, row: dict, error: str) -> str:
+    parts = [f"{row['over_torch']:.2f}x torch", f"{row['over_adamw']:.1f}x AdamW"]
+    if row["gflops_nominal"] and stage.ceilings.get("bf16_flops"):
+        parts.append(f"{1e9 * row['gflops_nominal'] / stage.ceilings['bf16_flops']:.0%} of the bf16 ceiling")
+    parts.append(f"+{row['peak_temporary_bytes'] / 2**20:.0f} MiB")
+    if error:
+        parts.append(f"e {error}")
+    return ", ".join([*parts, *sorted(set(row["chosen"].values()))])
+
+
+def busy(stage: Stage, spec: bench.Set) -> None:
+    """Kernels of one step of the default, and where their time goes."""
+    if stage.device.type != "cuda":
+        stage.not_run("busy", "the profiler of a rehearsal sees no device")
+        return
+    workload = bench.Workload(spec.matrices, stage.device)
+    optimizer = workload.build(bench.ARMS["ours"])
+    for step in range(3):
+        workload.load(step, True)
+        optimizer.step()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    optimizer.step()
+    host = 1e3 * (time.perf_counter() - began)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    kernels: dict[str, list[float]] = defaultdict(list)
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels[event.name].append(event.device_time / 1e3)
+    listed = sorted(kernels.items(), key=lambda item: -sum(item[1]))
+    lines = [f"{sum(ms):8.3f} ms {len(ms):5} x {name[:150]}" for name, ms in listed]
+    (stage.out / "optimizer-kernels.txt").write_text("\n".join(lines))
+    total, products = (
+        sum(sum(ms) for name, ms in listed if not only or any(part in name.lower() for part in PRODUCTS))
+        for only in (False, True)
+    )
+    stage.row(
+        f"{spec.title}: kernels of a step",
+        sum(map(len, kernels.values())),
+        note=f"busy {total:.2f} ms, products {products:.2f} of them; the host is done after {host:.2f} ms",
+        kernels=lines[:40],
+    )
