@@ -20,6 +20,7 @@ Planted    MUONLM_PLANT=exception raises in the process of one recipe, nan spoil
 import contextlib
 import dataclasses
 import gc
+import math
 import multiprocessing
 import os
 import time
@@ -31,6 +32,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from muonlm.config.recipes import load_recipe
 from muonlm.config.schema import Config
@@ -42,17 +44,20 @@ from muonlm.training.resolve import rows_per_step
 from muonlm.training.setup import Setup, setup
 
 from .report import Stage, reason
+from .timing import median_ms
 
-RECIPES = {  # name in the table: recipe
-    "keller/gpt": "keller/gpt",
-    "minimind": "minimind/pretrain",
-    "mamba_slm": "mamba_slm/pretrain",
-    "muonlonghorn-97m": "muonssm/muonlonghorn-97m",
-    "gdn-170m": "muonssm/gdn-170m",
-    "hybrid-small-std": "mamba_trainer/hybrid-small-standard",
+CASES = {  # name in the table: recipe, what is changed of it
+    "keller/gpt": ("keller/gpt", {}),
+    "minimind": ("minimind/pretrain", {}),
+    "mamba_slm": ("mamba_slm/pretrain", {}),
+    "muonlonghorn-97m": ("muonssm/muonlonghorn-97m", {}),
+    "gdn-170m": ("muonssm/gdn-170m", {}),
+    "hybrid-small-std": ("mamba_trainer/hybrid-small-standard", {}),
+    "keller/gpt, 32 rows": ("keller/gpt", {"train.micro_batch": 32}),
 }
+VARIANTS = ("keller/gpt, 32 rows",)  # of which no largest micro-batch is sought
 MICRO_BATCHES = 8  # of a measured step, at most
-TARGETS = {"keller/gpt": 50.0}  # % MFU, compiled
+TARGETS = {"keller/gpt": 50.0, "keller/gpt, 32 rows": 50.0}  # % MFU, compiled
 TOKENS = 1 << 22  # synthetic ones
 KERNELS = 15  # in the JSON
 PARTS = ("forward", "backward", "optimizer", "data", "rest")
@@ -62,29 +67,73 @@ FAULTY = {"exception": "minimind", "nan": "mamba_slm"}  # planted fault: the rec
 
 def run(stage: Stage) -> None:
     """Eager figures of all first, then compiled ones, then the largest micro-batches, as time allows."""
-    benches = {name: Process(name, stage) for name in RECIPES}
+    benches = {name: Process(name, stage) for name in CASES if not (stage.rehearse and name in VARIANTS)}
     try:
-        ready = [name for name in benches if stage.part(f"{name}: start", partial(benches[name].answer, stage))]
-        for name in ready:
-            stage.part(f"{name} eager", partial(tell, stage, benches[name], name, "eager"), seconds=5)
-        chosen = [name for name in ready if name in REHEARSED] if stage.rehearse else ready
-        if stage.rehearse:
-            stage.not_run("compiled: the other recipes", "a rehearsal makes the graphs of two, without kernels")
-        for name in chosen:
-            benches[name].ask("compile")
-        compiled = [name for name in chosen if stage.part(f"{name}: compile", partial(benches[name].answer, stage))]
-        for name in compiled:
-            stage.part(f"{name} compiled", partial(tell, stage, benches[name], name, "compiled"), seconds=5)
-        for name in ready:
-            benches[name].ask("park")
-        for name in ready:
-            stage.part(f"{name}: park", partial(benches[name].answer, stage))
-        for name in ready:
-            stage.part(f"{name} largest micro-batch", partial(tell_largest, stage, benches[name], name), seconds=6)
-            benches[name].end()
+        until = time.monotonic() + min(90.0, 0.5 * stage.left())
+        for name, bench in benches.items():
+            stage.part(f"{name}: start", partial(bench.answer, stage, until))
+        stage.part("attention of keller/gpt", partial(attention, stage))
+        for name, bench in alive(benches):
+            stage.part(f"{name} eager", partial(tell, stage, bench, name, "eager"), seconds=5)
+        compile_all(stage, alive(benches))
+        for name, bench in alive(benches):
+            if bench.compiled:
+                stage.part(f"{name} compiled", partial(tell, stage, bench, name, "compiled"), seconds=5)
+        for name, bench in alive(benches):
+            bench.end() if name in VARIANTS else bench.ask("park")
+        for name, bench in alive(benches):
+            stage.part(f"{name}: park", partial(bench.answer, stage))
+        for name, bench in alive(benches):
+            stage.part(f"{name} largest micro-batch", partial(tell_largest, stage, bench, name), seconds=6)
+            bench.end()
     finally:
         for bench in benches.values():
             bench.end()
+
+
+def alive(benches: dict[str, "Process"]) -> list[tuple[str, "Process"]]:
+    return [(name, bench) for name, bench in benches.items() if bench.process.is_alive()]
+
+
+def compile_all(stage: Stage, benches: list[tuple[str, "Process"]]) -> None:
+    """Side by side."""
+    if stage.rehearse:
+        benches = [(name, bench) for name, bench in benches if name in REHEARSED]
+        stage.not_run("compiled: the other recipes", "a rehearsal makes the graphs of two, without kernels")
+    until = time.monotonic() + min(110.0, 0.6 * stage.left())  # nothing is timed while one of them compiles
+    for _, bench in benches:
+        bench.ask("compile")
+    for name, bench in benches:
+        bench.compiled = stage.part(f"{name}: compile", partial(bench.answer, stage, until))
+
+
+def attention(stage: Stage) -> None:
+    """What torch's attention kernels take for keller/gpt's shape, forward and backward."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    B, H, T, K = (2, 2, 64, 16) if stage.rehearse else (8, 12, 1024, 64)
+    packed = torch.randn(B, T, 3 * H, K, device=stage.device, dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(B, H, T, K, device=stage.device, dtype=torch.bfloat16)
+
+    def both():
+        q, k, v = (part.transpose(1, 2) for part in packed.chunk(3, 2))
+        F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(dy)
+
+    kernels = {"default": contextlib.nullcontext}
+    if not stage.rehearse:
+        choices = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+        kernels |= {name: partial(sdpa_kernel, backend) for name, backend in choices.items()}
+    ms = {}
+    for name, chosen in kernels.items():
+        try:
+            with chosen():
+                ms[name] = median_ms(both, stage.device, seconds=0.1).median
+        except RuntimeError as error:  # a kernel that is not for this card
+            ms[name] = reason(error)
+    note = ", ".join(f"{name} {t:.3f}" if isinstance(t, float) else f"{name}: {t}" for name, t in ms.items())
+    stage.row(
+        "attention of keller/gpt", ms["default"], "ms", note=f"{B} × {T}, {H} heads of {K}, both ways: {note}", **ms
+    )
 
 
 def tell(stage: Stage, bench: "Process", name: str, how: str) -> None:
@@ -124,6 +173,10 @@ def percent(found: dict) -> str:
 # ------------------------------------------------------------------------------------------- a recipe in its process
 
 
+class Reported(Exception):
+    """What the process of a recipe raised, in words."""
+
+
 class Process:
     """A Bench in a process of its own, which answers one question after another. The first is whether it is ready."""
 
@@ -134,22 +187,25 @@ class Process:
         self.process = spawn.Process(target=serve, args=(theirs, name, where, stage.rehearse))
         self.process.start()
         theirs.close()
+        self.compiled: bool | None = False
 
     def ask(self, question: str, *args) -> None:
         with contextlib.suppress(OSError):  # it has died, as its answer will tell
             self.pipe.send((question, args))
 
-    def answer(self, stage: Stage):
-        """Raises RuntimeError with what was raised there, or TimeoutError."""
-        if not self.pipe.poll(max(0.0, stage.left() - 5)):
+    def answer(self, stage: Stage, until: float = math.inf):
+        """Raises Reported with what was raised there or killed it; TimeoutError, and ends it, if it is late."""
+        patience = max(0.0, min(stage.left() - 5, until - time.monotonic()))
+        if not self.pipe.poll(patience):
             self.end()
-            raise TimeoutError("no answer in the time that the stage has")
+            raise TimeoutError("no answer in the time that it has")
         try:
             good, found = self.pipe.recv()
         except (EOFError, OSError):
-            raise RuntimeError(f"its process has ended, exit code {self.process.exitcode}") from None
+            self.process.join(5)
+            raise Reported(f"its process has ended, exit code {self.process.exitcode}") from None
         if not good:
-            raise RuntimeError(found)
+            raise Reported(found)
         return found
 
     def end(self) -> None:
@@ -164,7 +220,7 @@ def serve(pipe, name: str, where: Path, rehearse: bool) -> None:
     if rehearse:  # no C++ compiler is needed to see that the graphs can be made
         torch.compile = partial(torch.compile, backend="aot_eager")
         torch.set_num_threads(1)
-    bench, question, args = None, "ready", ()
+    bench, found, question, args = None, None, "ready", ()
     with contextlib.ExitStack() as stack:
         while True:
             try:
@@ -176,9 +232,9 @@ def serve(pipe, name: str, where: Path, rehearse: bool) -> None:
                 traceback.print_exception(error)
                 pipe.send((False, reason(error)))
                 error.__traceback__ = None  # it holds what was allocated
-            if bench is None:
-                return
-            del found
+                if bench is None or "CUDA error" in str(error):  # nothing can be asked of a broken context
+                    return
+            found = None
             release(bench.job)
             try:
                 question, args = pipe.recv()
@@ -305,10 +361,8 @@ def planted(fault: str, name: str) -> bool:
 
 def config(name: str, where: Path, rehearse: bool) -> tuple[Config, int]:
     """The recipe on synthetic tokens, its batch cut to MICRO_BATCHES; and its own rows a step."""
-    recipe = RECIPES[name]
-    own = load_recipe(recipe, smoke=rehearse)
-    if rehearse:
-        own = load_recipe(recipe, {"train.micro_batch": 2}, smoke=True)
+    recipe, changed = CASES[name]
+    own = load_recipe(recipe, {"train.micro_batch": 2} if rehearse else changed, smoke=rehearse)
     rows, micro_batch = rows_per_step(own, world=1), own.train.micro_batch
     flags = {
         "data.source": str(synthetic(where / "data", expected_size(own.data.tokenizer)[0])),

@@ -103,7 +103,7 @@ def due(step: int, every: int) -> bool:
 
 def backward(job: Setup, batch: Batch, scale: float) -> dict[str, Tensor]:
     """Gradients of scale · Σ loss over the micro-batches of `batch`; the detached sums of loss and metrics."""
-    micro = batch.to(job.dist.device).split(job.cfg.train.micro_batch)
+    micro = [part.to(job.dist.device) for part in batch.split(job.cfg.train.micro_batch)]  # counts need no device
     sums: dict[str, Tensor] = {}
     for i, part in enumerate(micro):
         with job.dist.sync(job.net, last=i == len(micro) - 1):
