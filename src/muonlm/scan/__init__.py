@@ -57,6 +57,7 @@ BACKENDS = [
     Backend("diag_scan", "reference", ".reference"),
     Backend("scalar_scan", "chunked", ".heads"),
     Backend("scalar_scan", "reference", ".reference"),
+    Backend("delta_scan", "triton", ".delta_triton", "cuda", fp64=False, max_states=256, needs=_TRITON),
     Backend("delta_scan", "chunked", ".delta"),
     Backend("delta_scan", "reference", ".reference"),
     Backend("delta_momentum_scan", "chunked", ".delta"),
