@@ -44,7 +44,7 @@ Source   Keller Jordan, github.com/KellerJordan/Muon; classical momentum, match_
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -212,21 +212,20 @@ class Muon(torch.optim.Optimizer):
 
     def _gradients(self) -> dict[Tensor, Tensor]:
         """Of every parameter that this rank shall update now, the gradient to use."""
-        params = {
-            p: name for group in self.param_groups for p, name in zip(group["params"], names_of(group), strict=True)
-        }
-        for p, name in params.items():
-            if p.grad is not None and p.grad.is_sparse:
-                raise ValueError(
-                    f"parameter {name} of shape {tuple(p.shape)} has a sparse gradient, which neither Newton-Schulz "
-                    f"nor this AdamW can use; use sparse=False in its embedding"
-                )
+        found = {p: grad for group in self.param_groups for p in group["params"] if (grad := p.grad) is not None}
+        if sparse := [p for p, grad in found.items() if grad.is_sparse]:
+            name = next(name for group in self.param_groups for name, p in _named(group) if p is sparse[0])
+            raise ValueError(
+                f"parameter {name} of shape {tuple(sparse[0].shape)} has a sparse gradient, which neither "
+                f"Newton-Schulz nor this AdamW can use; use sparse=False in its embedding"
+            )
         self.assign_owners()
-        found = {p: p.grad for p in params if p.grad is not None}
-        if self.replicas and (whole := {p: name for p, name in params.items() if not is_sharded(p)}):
-            found = self.replicas.gradients(whole, found)
-        if self.shards:
-            found = self.shards.complete([p for p in params if is_sharded(p)], found)
+        if self.replicas or self.shards:
+            params = {p: name for group in self.param_groups for name, p in _named(group)}
+            if self.replicas and (whole := {p: name for p, name in params.items() if not is_sharded(p)}):
+                found = self.replicas.gradients(whole, found)
+            if self.shards:
+                found = self.shards.complete([p for p in params if is_sharded(p)], found)
         for group in self.param_groups:
             for p in group["params"] if group["use_muon"] and group["none_grad"] == "zero" else ():
                 if p not in found and self.updates(p):
@@ -292,7 +291,7 @@ class Muon(torch.optim.Optimizer):
             group["momentum"] = momentum_at(group["momentum_schedule"], group["step"])
         group["step"] += 1
         members = zip(group["params"], group["splits"], names_of(group), strict=True)
-        found = [(p, gradients[p], split, name) for p, split, name in members if p in gradients]
+        found = [(p, grad, split, name) for p, split, name in members if (grad := gradients.get(p)) is not None]
         whole, shards = ([f for f in found if is_sharded(f[0]) == sharded] for sharded in (False, True))
         for part, step in ((whole, self._step_whole), (shards, self._step_shards)):
             for chunk in chunks(group, part):
@@ -339,11 +338,13 @@ class Muon(torch.optim.Optimizer):
     def _momentum(self, group: dict, found: list[tuple], weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Update the momentum of all parameters (of their shards); return gradients and momenta, both fp32 or fp64."""
         mu, coupled = group["momentum"], not group["decoupled_wd"] and group["weight_decay"]
-        momenta, grads = [], []
+        momenta, grads, stored = [], [], []
         for p, grad, split, _ in found:
-            if "momentum_buffer" not in self.state[p]:
+            kept = self.state[p]
+            if "momentum_buffer" not in kept:
                 self.new_state(p, split, group)
-            M = local(self.state[p]["momentum_buffer"])
+            M = local(kept["momentum_buffer"])
+            stored.append(M)
             wide = M.dtype if M.dtype not in (torch.bfloat16, torch.float16) or group["compat"] else torch.float32
             momenta.append(M.to(wide))
             grads.append(local(grad).to(wide))
@@ -354,10 +355,9 @@ class Muon(torch.optim.Optimizer):
         else:
             torch._foreach_mul_(momenta, mu)
             torch._foreach_add_(momenta, grads)
-        for (p, *_), M in zip(found, momenta, strict=True):
-            stored = local(self.state[p]["momentum_buffer"])
-            if M is not stored:
-                stored.copy_(M)
+        for kept, M in zip(stored, momenta, strict=True):
+            if M is not kept:
+                kept.copy_(M)
         return grads, momenta
 
     def new_state(self, p: Tensor, split: dict | None, group: dict) -> None:
@@ -367,3 +367,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[p][key] = like(p, dtype)
             elif key != "mantissa" and (not is_sharded(p) or (self.shards and self.shards.owns(p))):
                 self.state[p][key] = torch.zeros(shape, dtype=dtype, device=p.device)
+
+
+def _named(group: dict) -> Iterator[tuple[str, Tensor]]:
+    return zip(names_of(group), group["params"], strict=True)
