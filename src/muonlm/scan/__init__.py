@@ -55,6 +55,7 @@ BACKENDS = [
     Backend("diag_scan", "cpu", ".diagonal_cpu", "cpu", fp64=False, needs=_NUMBA),
     Backend("diag_scan", "chunked", ".diagonal_torch"),
     Backend("diag_scan", "reference", ".reference"),
+    Backend("scalar_scan", "triton", ".scalar_triton", "cuda", fp64=False, needs=_TRITON),
     Backend("scalar_scan", "chunked", ".heads"),
     Backend("scalar_scan", "reference", ".reference"),
     Backend("delta_scan", "triton", ".delta_triton", "cuda", fp64=False, max_states=256, needs=_TRITON),

@@ -97,7 +97,7 @@ def _powers(gamma: float, chunk: int, device) -> Tensor:
     return (gamma ** torch.arange(chunk + 1, dtype=torch.float64)).to(device, torch.float32)
 
 
-def _on(device: torch.device):
+def on_device(device: torch.device):
     """Triton launches on the current device: make it the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -123,7 +123,7 @@ def forward(delta, A, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
     parts = workers(B * blocks, warps, chunks, device)
     form = dict(MAMBA=A is not None, VELOCITY=velocity, BN=triton.next_power_of_2(N), BD=block, num_warps=warps)
     sizes = (L, D, N, chunk, chunks, parts)
-    with _on(device):
+    with on_device(device):
         if parts > 1:
             F, G = torch.empty_like(Sc), torch.empty_like(Sc) if velocity else None
             summarize[B, blocks, parts](
@@ -166,7 +166,7 @@ def backward(delta, A, w, k, q, Sc, Mc, gamma, alpha, lengths, chunk, gy, gS, gM
 
     form = dict(MAMBA=A is not None, VELOCITY=velocity, BN=BN, BD=block, num_warps=warps)
     sizes = (L, D, N, chunk, chunks, parts)
-    with _on(device):
+    with on_device(device):
         if parts > 1:
             F, G = torch.empty_like(Sc), torch.empty_like(Sc) if velocity else None
             S_grad, M_grad = torch.empty_like(Sc), torch.empty_like(Sc) if velocity else None
