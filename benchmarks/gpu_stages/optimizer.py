@@ -178,37 +178,41 @@ def told(stage: Stage, row: dict, error: str) -> str:
 
 
 def busy(stage: Stage, spec: bench.Set) -> None:
-    """Kernels of one step of the default, and where their time goes."""
+    """Kernels of one step, and where their time goes; every kernel is in the JSON."""
     if stage.device.type != "cuda":
         stage.not_run("busy", "the profiler of a rehearsal sees no device")
         return
-    workload = bench.Workload(spec.matrices, stage.device)
-    optimizer = workload.build(bench.ARMS["ours"])
-    for step in range(3):
-        workload.load(step, True)
+    workload, parts, listed = bench.Workload(spec.matrices, stage.device), [], {}
+    for name in ("ours", "symmetric-256", "torch"):
+        arm = bench.ARMS[name]
+        optimizer = workload.build(arm)
+        for step in range(3):
+            workload.load(step, arm.splits)
+            optimizer.step()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
         optimizer.step()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    optimizer.step()
-    host = 1e3 * (time.perf_counter() - began)
+        host = 1e3 * (time.perf_counter() - began)
+        kernels = profiled(optimizer.step)
+        total, products = (
+            sum(sum(ms) for kernel, ms in kernels.items() if not only or any(p in kernel.lower() for p in PRODUCTS))
+            for only in (False, True)
+        )
+        count = sum(map(len, kernels.values()))
+        parts.append(f"{name} {count}: busy {total:.2f} ms, products {products:.2f}, host {host:.2f}")
+        by_time = sorted(kernels.items(), key=lambda item: -sum(item[1]))
+        listed[name] = [f"{sum(ms):8.3f} ms {len(ms):5} x {kernel[:150]}" for kernel, ms in by_time]
+    stage.row(f"{spec.title}: kernels of a step", None, note="; ".join(parts), kernels=listed)
+
+
+def profiled(work) -> dict[str, list[float]]:
+    """{kernel: milliseconds of each launch} of work() on the GPU."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        optimizer.step()
+        work()
         torch.cuda.synchronize()
     kernels: dict[str, list[float]] = defaultdict(list)
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             kernels[event.name].append(event.device_time / 1e3)
-    listed = sorted(kernels.items(), key=lambda item: -sum(item[1]))
-    lines = [f"{sum(ms):8.3f} ms {len(ms):5} x {name[:150]}" for name, ms in listed]
-    (stage.out / "optimizer-kernels.txt").write_text("\n".join(lines))
-    total, products = (
-        sum(sum(ms) for name, ms in listed if not only or any(part in name.lower() for part in PRODUCTS))
-        for only in (False, True)
-    )
-    stage.row(
-        f"{spec.title}: kernels of a step",
-        sum(map(len, kernels.values())),
-        note=f"busy {total:.2f} ms, products {products:.2f} of them; the host is done after {host:.2f} ms",
-        kernels=lines[:40],
-    )
+    return kernels
