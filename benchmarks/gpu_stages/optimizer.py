@@ -19,14 +19,24 @@ import torch
 from torch import Tensor
 
 from muonlm.optim import Muon
-from muonlm.optim.muon import newton_schulz
+from muonlm.optim.muon import newton_schulz, update
 
 from .report import Stage
 from .suite import run_tests
 
 MAIN = ("torch", "adamw-fused", "ours", "ours-polar_express4")
 FORMS = ("ours-normuon", "ours-hybrid-bf16", "ours-gram-fp16")
-TRIED = ("batch-32", "batch-128", "batch-256", "captured", "symmetric-8-3", "symmetric-4-4", "symmetric-256")
+TRIED = (
+    "batch-32",
+    "batch-128",
+    "batch-256",
+    "captured",
+    "symmetric-8-3",
+    "symmetric-4-4",
+    "symmetric-256",
+    "fused",
+    "fused-symmetric-256",
+)
 PRODUCTS = ("gemm", "nvjet", "cutlass", "symmetric")  # in the names of kernels
 TARGET = 0.35  # of torch.optim.Muon, GPT-2 124M
 
@@ -58,6 +68,8 @@ def arms() -> dict[str, bench.Arm]:
         "captured": bench.Arm(built(Captured), "", splits=True),
         "symmetric-8-3": bench.Arm(built(Symmetric, warps=8, stages=3), "", splits=True),
         "symmetric-4-4": bench.Arm(built(Symmetric, warps=4, stages=4), "", splits=True),
+        "fused": bench.Arm(built(Fused), "", splits=True),
+        "fused-symmetric-256": bench.Arm(built(FusedSymmetric, max_batch_bytes=256 * 2**20), "", splits=True),
         "symmetric-256": bench.Arm(built(Symmetric, max_batch_bytes=256 * 2**20), "", splits=True),
     }
 
@@ -122,6 +134,60 @@ def halved(**launch) -> Iterator[None]:
         newton_schulz._gram, newton_schulz._axpby = gram, axpby
 
 
+class Fused(Muon):
+    """U with its norms in one kernel, decay and the change of the weights in another."""
+
+    def __init__(self, groups, lr, wd, **options):
+        super().__init__(groups, lr=lr, weight_decay=wd, **options)
+
+    def step(self, closure=None):
+        with fused():
+            super().step()
+
+
+class FusedSymmetric(Fused):
+    def step(self, closure=None):
+        with halved():
+            super().step()
+
+
+@contextlib.contextmanager
+def fused() -> Iterator[None]:
+    from . import fused as kernels
+
+    kept = update._stack, update._move, update.decay_rate, newton_schulz.normalise
+    norms: dict[int, Tensor] = {}
+    slots = iter(range(10**6))
+
+    def stack(batch, group, dtype):
+        grads, momenta = [piece.grad for piece in batch], [piece.momentum for piece in batch]
+        if dtype != torch.bfloat16 or not kernels.fits([*grads, *momenta]):
+            return kept[0](batch, group, dtype)
+        U, norm = kernels.directions(next(slots), grads, momenta, group["momentum"] / (1.0 - group["momentum"]))
+        norms[U.data_ptr()] = norm
+        return U
+
+    def normalise(X, c0=1.0, dtype=None):
+        if (norm := norms.pop(X.data_ptr(), None)) is None:
+            return kept[3](X, c0, dtype)
+        return X.div_(norm.masked_fill_(norm == 0, 1.0).mul_(c0)[:, None, None])
+
+    def move(batch, group, O, cautious_decay):
+        weights, keep = [piece.weight for piece in batch], 1.0 - group["lr"] * group["weight_decay"]
+        if kernels.fits(weights):
+            kernels.change(next(slots), weights, O, keep, group["lr"] * batch[0].factor)
+        else:
+            torch._foreach_mul_(weights, keep)
+            kept[1](batch, group, O, cautious_decay)
+
+    update._stack, update._move, newton_schulz.normalise = stack, move, normalise
+    update.decay_rate = lambda group: 0.0
+    try:
+        yield
+    finally:
+        update._stack, update._move, update.decay_rate, newton_schulz.normalise = kept
+
+
 # ------------------------------------------------------------------------------------------------ figures
 
 
@@ -183,7 +249,7 @@ def busy(stage: Stage, spec: bench.Set) -> None:
         stage.not_run("busy", "the profiler of a rehearsal sees no device")
         return
     workload, parts, listed = bench.Workload(spec.matrices, stage.device), [], {}
-    for name in ("ours", "symmetric-256", "torch"):
+    for name in ("ours", "fused-symmetric-256", "torch"):
         arm = bench.ARMS[name]
         optimizer = workload.build(arm)
         for step in range(3):
