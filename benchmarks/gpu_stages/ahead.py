@@ -68,7 +68,8 @@ def launches(name: str, dtype: torch.dtype = torch.float32, B: int = 8, L: int =
                 if hasattr(module, "workers"):
                     stack.enter_context(mock.patch.object(module, "workers", lambda *_, n=workers: n))
                 given = tensors(name, B, L, torch.device("meta"))
-                cast = {key: x if key == "A" else x.detach().to(dtype).requires_grad_() for key, x in given.items()}
+                narrow = {key for key, x in given.items() if key != "A" and x.dtype == torch.float32}
+                cast = {k: x.detach().to(dtype).requires_grad_() if k in narrow else x for k, x in given.items()}
                 y, *_ = outputs(getattr(module, row.scan), name, cast)
                 y.backward(torch.empty_like(y))
     return found

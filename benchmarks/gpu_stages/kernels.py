@@ -7,8 +7,8 @@ times    forward, and forward and backward, at the sizes of scans.py, medians. "
          and the fraction of the copy ceiling count these alone, whatever the kernel moves besides
 traffic  no counter is read: the time, at the speed of a copy, over the bytes that must move. That is what a kernel that
          is limited by bandwidth moves, and more than one moves that is not
-peers    fla's chunk_gated_delta_rule, the same shape in bf16 (what it is made for) beside ours in fp32 (what our mixer
-         hands over), in a process of its own, since its search for block sizes may take minutes
+peers    fla's chunk_gated_delta_rule, the same shape in bf16 (what it is made for) beside ours with bf16 values (what
+         our mixer hands over), in a process of its own, since its search for block sizes may take minutes
 """
 
 import importlib.util
@@ -130,6 +130,8 @@ def arms(stage: Stage) -> list[tuple[str, str]]:
                 continue
             if (row.scan, row.name) == ("diag_scan", "chunked") and name != "muon longhorn":
                 continue
+            if row.name == "chunked" and form.dtype != torch.float32:  # it widens them
+                continue
             try:
                 found.append((name, choose_backend(row.scan, row.name, stage.device, torch.float32, form.keys)))
             except UserError:
@@ -142,7 +144,7 @@ def passes(name: str, backend: str, given: dict) -> tuple[Callable, Callable]:
     from muonlm import scan
 
     function, leaves = getattr(scan, FORMS[name].scan), list(given.values())
-    gy = torch.randn_like(given.get("w", given.get("u")))
+    gy = torch.randn_like(given.get("w", given.get("u")), dtype=torch.float32)
 
     def forward():
         with torch.no_grad():
@@ -205,8 +207,10 @@ def beside_fla(stage: Stage, times: dict) -> None:
     if done.returncode:
         return stage.not_run(what, f"fla: {(done.stderr.strip().splitlines() or ['?'])[-1][:120]}")
     theirs = json.loads(done.stdout.splitlines()[-1])
-    ours = min((t for (name, _), t in times.items() if name == "delta rule"), key=lambda t: t.median)
-    note = f"theirs {theirs['both']:.3g} ms, forward {theirs['forward']:.3g} ms, bf16; ours fp32"
+    ours = times.get(("delta rule bf16", "triton"))
+    if ours is None:
+        return stage.not_run(what, "ours was not timed")
+    note = f"theirs {theirs['both']:.3g} ms, forward {theirs['forward']:.3g} ms, all bf16; ours bf16 values"
     stage.row(what, ours.median / theirs["both"], target=1.0, note=note, **theirs)
 
 

@@ -2,10 +2,10 @@
 
     longhorn, mamba      MuonLonghorn-97m: D 1344, N 16               (B,L) = 8 x 2048
     mamba2               Mamba-2 130M: 24 heads of 64, N 128, one group
-    delta rule           Gated DeltaNet 170M: 9 heads, N 56, P 112
+    delta rule           Gated DeltaNet 170M: 9 heads, N 56, P 112; bf16: the values, as under autocast
     muon …               with momentum 0.9; velocity: the delta rule with a normalised velocity
 
-All in fp32, which is what the mixers hand over under autocast too.
+All else in fp32, which is what the mixers hand over under autocast too.
 """
 
 import math
@@ -27,6 +27,7 @@ class Form:
     keys: int
     values: int
     options: dict = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32  # of the values
 
 
 FORMS = {
@@ -37,6 +38,7 @@ FORMS = {
     "mamba2": Form("scalar_scan", 24, 1, 128, 64),
     "muon mamba2": Form("scalar_scan", 24, 1, 128, 64, MUON),
     "delta rule": Form("delta_scan", 9, 9, 56, 112),
+    "delta rule bf16": Form("delta_scan", 9, 9, 56, 112, dtype=torch.bfloat16),
     "muon delta rule": Form("delta_momentum_scan", 9, 9, 56, 112, MUON),
     "velocity": Form("velocity_scan", 9, 9, 56, 112, VELOCITY),
 }
@@ -63,7 +65,7 @@ def tensors(name: str, B: int, L: int, device: torch.device, *, toy: bool = Fals
         every = {"lg": -0.1 * normal(B, L, H).abs()}
         if form.scan != "scalar_scan":
             every["b"] = torch.sigmoid(normal(B, L, H))
-        every["u" if form.scan in ("delta_scan", "velocity_scan") else "w"] = normal(B, L, H, P)
+        every["u" if form.scan in ("delta_scan", "velocity_scan") else "w"] = normal(B, L, H, P).to(form.dtype)
         every |= {"k": F.normalize(normal(B, L, G, N), dim=-1), "q": normal(B, L, G, N) / math.sqrt(N)}
     return {key: x.requires_grad_() for key, x in every.items()}
 

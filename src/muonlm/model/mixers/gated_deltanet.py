@@ -13,7 +13,8 @@ in the erasure alone. γ = 0, α = 1 and no norm make it the plain form. The vel
 Letters  B batch, L time, d model width, H heads of key width N and value width P, W taps
 Shapes   x, y (B,L,d) · u (B,L,H,P) · k, q (B,L,H,N) · lg, b (B,L,H) · mask (B,L) bool, True = real token
 State    (conv (B,W−1,2HN+HP), S (B,H,N,P)), and M (B,H,N,P) if γ > 0. Masked tokens are deleted; their outputs are 0.
-Dtypes   everything between the convolution and W_o is fp32 (fp64 stays), also under autocast; so are S and M.
+Dtypes   everything between the convolution and W_o is fp32 (fp64 stays), also under autocast; so are S and M. But on a
+         GPU the plain form hands u over in bf16 if activations are: its kernels then take bf16 factors of products.
 Cost     2d·HN + 2d·HP + HP·d + W(2HN+HP) + 2dH + P + 2H parameters
 Init     A_log = log of uniform(0, 16), at least 0.0001; dt_bias = softplus⁻¹ of steps log-uniform in [0.001, 0.1]
 Source   Yang 2024 (2412.06464); MuonSSM, 2606.30461
@@ -96,6 +97,8 @@ class GatedDeltaNet(ConvRecurrent):
             q, k = unit(q) * N**-0.5, unit(k)
             lg = -torch.exp(at_least_fp32(self.A_log)) * F.softplus(at_least_fp32(a) + at_least_fp32(self.dt_bias))
             b = torch.sigmoid(at_least_fp32(b)) * (2 if self.neg_eigval else 1)
+            if u.is_cuda and g.dtype == torch.bfloat16 and not self.muon:
+                u = u.bfloat16()  # elsewhere the scan is fp32 throughout, and this would be a loss for nothing
             y, S, M = self._scan(lg, b, u, k, q, S, M, lengths)
             y = (self.norm(y) * F.silu(g).unflatten(-1, (H, P))).flatten(-2)
         y = undo(self.out_proj(y.to(g.dtype)))
