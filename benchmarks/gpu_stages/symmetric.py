@@ -1,6 +1,7 @@
-"""Half of a symmetric product: OUT = beta C + alpha A Aᵀ in bfloat16, tiles below the diagonal stored twice.
+"""Half of a symmetric product: OUT = beta C + alpha A Bᵀ in bfloat16, tiles below the diagonal stored twice.
 
-Shapes   A (N, m, k) with any strides; C, OUT (N, m, m) contiguous and symmetric; m a multiple of 128, k of 64
+Shapes   A, B (N, m, k) with any strides, whose product is symmetric: B is A, or both are polynomials of one symmetric
+         matrix. C, OUT (N, m, m) contiguous, C symmetric. m a multiple of 128, k of 64
 """
 
 import torch
@@ -14,6 +15,7 @@ TILE, DEPTH = 128, 64
 @triton.jit
 def symmetric_kernel(
     A,
+    B,
     C,
     OUT,
     m: tl.constexpr,
@@ -21,6 +23,9 @@ def symmetric_kernel(
     a_batch,
     a_row,
     a_column,
+    b_batch,
+    b_row,
+    b_column,
     beta,
     alpha,
     ADD: tl.constexpr,
@@ -32,12 +37,12 @@ def symmetric_kernel(
     j = tile - i * (i + 1) // 2
     rows, columns, depth = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE), tl.arange(0, DEPTH)
     left = A + batch * a_batch + rows[:, None] * a_row + depth[None, :] * a_column
-    right = A + batch * a_batch + columns[None, :] * a_row + depth[:, None] * a_column
+    right = B + batch * b_batch + columns[None, :] * b_row + depth[:, None] * b_column
     total = tl.zeros((TILE, TILE), tl.float32)
     for _ in range(0, k, DEPTH):
         total = tl.dot(tl.load(left), tl.load(right), total)
         left += DEPTH * a_column
-        right += DEPTH * a_column
+        right += DEPTH * b_column
     total *= alpha
     here = rows[:, None] * m + columns[None, :]
     if ADD:
@@ -54,6 +59,7 @@ def fits(A: Tensor) -> bool:
 
 def symmetric(
     A: Tensor,
+    B: Tensor,
     C: Tensor | None = None,
     beta: float = 0.0,
     alpha: float = 1.0,
@@ -66,7 +72,7 @@ def symmetric(
     out = torch.empty(N, m, m, dtype=A.dtype, device=A.device) if out is None else out
     count = m // TILE
     symmetric_kernel[(count * (count + 1) // 2, N)](
-        *(A, out if C is None else C, out, m, k, *A.stride(), beta, alpha),
+        *(A, B, out if C is None else C, out, m, k, *A.stride(), *B.stride(), beta, alpha),
         ADD=C is not None,
         TILE=TILE,
         DEPTH=DEPTH,
