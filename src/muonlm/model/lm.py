@@ -11,8 +11,8 @@ Masks    (B,T) bool: a masked token is deleted. Rows are compacted once, real to
 Packing  segments (B,T): a token sees the tokens of its own segment only (packing.py); −1 = padding.
 Loss     with `targets`, forward returns Σ −log p(target) over targets ≥ 0, in fp32 nats, instead of logits: one call
          holds the whole differentiable path, which data-parallel wrappers need. With `per_token`, the terms (B,T)
-         instead of their sum. Logits beyond `chunk_of_logits` are made and thrown away in chunks of rows, and made
-         again in backward: memory is O(chunk·V), not O(B·T·V).
+         instead of their sum. Logits are made and thrown away in chunks of rows, so memory is O(chunk·V), not
+         O(B·T·V): on a GPU with their gradient (loss.py), elsewhere, and for the terms, to be made again in backward.
 Init     init.py
 """
 
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from muonlm.config.schema import ModelConfig
 from muonlm.scan import keep_out_of_graphs
 
+from . import loss
 from .block import Block
 from .conv import ShortConv
 from .init import fill
@@ -32,20 +33,6 @@ from .norm import RMSNorm, at_least_fp32, make_norm
 from .packing import Segments, compact
 
 LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of fp32 logits at a time
-
-
-def chunk_of_logits(device: torch.device) -> int:
-    """How many logits are held at a time. Each takes up to 16 B in backward: on a GPU an eighth of its memory, since
-    what fits at once is not computed twice, and a GPU is idle at small products."""
-    if device.type != "cuda":
-        return LOGITS_PER_CHUNK
-    return max(LOGITS_PER_CHUNK, torch.cuda.get_device_properties(device).total_memory >> 7)
-
-
-def unused_logits(vocab_size: int, device: torch.device) -> int:
-    """How many columns the head gets on a GPU beside its own: tensor cores want rows of whole 16 B, and a product with
-    GPT-2's 50,257 columns takes several times as long as one with 50,304."""
-    return -vocab_size % 64 if device.type == "cuda" and vocab_size % 8 else 0
 
 
 def run_block(block: Block, x: Tensor, state, mask: Tensor | None, rows: Segments | None) -> tuple:
@@ -61,7 +48,8 @@ class LM(nn.Module):
         assert cfg.vocab_size > 0, "vocab_size is derived from the tokenizer before the model is built"
         self.cfg = cfg
         self.recompute = False  # keep only the input of each block for the backward pass, which runs the block again
-        self.run_block, self.chunk_loss = run_block, LM._chunk_loss  # as training without packed rows calls them
+        self.run_block = run_block  # these three as training without packed rows calls them
+        self.chunk_loss, self.nats_and_gradient = LM._chunk_loss, loss.nats_and_gradient
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.conv = ShortConv(cfg.d_model, cfg.embed_conv) if cfg.embed_conv else None
         self.conv_norm = RMSNorm(cfg.d_model, eps=cfg.norm_eps, gain=False) if cfg.embed_conv else None
@@ -89,6 +77,7 @@ class LM(nn.Module):
         keep_out_of_graphs()
         self.run_block = torch.compile(run_block, **options)
         self.chunk_loss = torch.compile(LM._chunk_loss, **options)
+        self.nats_and_gradient = torch.compile(loss.nats_and_gradient, **options)
 
     def forward(
         self,
@@ -168,8 +157,12 @@ class LM(nn.Module):
         )
         return self.positions[index]
 
+    @property
+    def _head(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head.weight
+
     def _logits(self, x: Tensor) -> Tensor:
-        logits = F.linear(x, self.embed.weight if self.head is None else self.head.weight)
+        logits = F.linear(x, self._head)
         cap = self.cfg.logit_softcap
         return cap * torch.tanh(at_least_fp32(logits) / cap) if cap else logits
 
@@ -183,27 +176,24 @@ class LM(nn.Module):
             more = -n % max(64, 1 << n.bit_length() >> 5)  # untrained ones, so that shapes recur: see packing.py
             kept, targets = torch.cat([kept, kept[:1].expand(more)]), F.pad(targets[kept], (0, more), value=-100)
             x = x.index_select(0, kept)
-        rows = max(1, chunk_of_logits(x.device) // self.cfg.vocab_size)
-        loss = self.chunk_loss if torch.is_grad_enabled() and not sparse else LM._chunk_loss
+        if loss.in_one_pass(x.device) and torch.is_grad_enabled() and not (per_token or self.cfg.logit_softcap):
+            piece = loss.nats_and_gradient if sparse else self.nats_and_gradient
+            return loss.OnePass.apply(x, self._head, targets, piece, loss.logits_at_a_time(x.device))
+        most = LOGITS_PER_CHUNK if x.device.type == "cpu" else loss.logits_at_a_time(x.device)
+        rows = max(1, most // self.cfg.vocab_size)
+        run = self.chunk_loss if torch.is_grad_enabled() and not sparse else LM._chunk_loss
         if len(x) <= rows:
-            losses = [loss(self, x, targets, reduction)]
+            losses = [run(self, x, targets, reduction)]
         else:
             chunks = zip(x.split(rows), targets.split(rows))
-            losses = [checkpoint(loss, self, *chunk, reduction, use_reentrant=False) for chunk in chunks]
+            losses = [checkpoint(run, self, *chunk, reduction, use_reentrant=False) for chunk in chunks]
         if not per_token:
             return sum(losses)
         nats = torch.cat(losses)
         return (nats.new_zeros(shape.numel()).index_add(0, kept, nats) if sparse else nats).view(shape)
 
     def _chunk_loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        unused = unused_logits(self.cfg.vocab_size, x.device)
-        if unused and not self.cfg.logit_softcap:  # their bias makes them exp(−1e9) = 0 in every sum
-            weight = self.embed.weight if self.head is None else self.head.weight
-            bias = F.pad(x.new_zeros(len(weight)), (0, unused), value=-1e9)
-            logits = F.linear(x, F.pad(weight, (0, 0, 0, unused)), bias)
-        else:
-            logits = self._logits(x)
-        return F.cross_entropy(at_least_fp32(logits), targets, ignore_index=-100, reduction=reduction)
+        return F.cross_entropy(at_least_fp32(self._logits(x)), targets, ignore_index=-100, reduction=reduction)
 
     @torch.no_grad()
     def init_weights(self) -> None:
