@@ -2,6 +2,7 @@
 
     PYTHONPATH=src python benchmarks/gpu.py [--stages kernels,training] [--minutes 9] [--out DIR] [--text FILE]
     PYTHONPATH=src python benchmarks/gpu.py --rehearse        every stage at toy size on a CPU, Triton interpreted
+    … --only checks|figures                                   the tests, or what is measured
     … --plant gradient|nan|sync|exception                     does the examination see a fault? FAILED rows are wanted
 
 Stages, in this order, each in a process of its own (a broken CUDA context ends one stage) and with a share of the time
@@ -45,15 +46,17 @@ PACKAGES = ("torch", "triton", "numba", "numpy", "transformers", "flash-linear-a
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", default=",".join(SHARES), help="which, separated by commas")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together")
+    parser.add_argument("--minutes", type=float, help="for all stages together; 9, rehearsed 40")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu")
     parser.add_argument("--text", type=Path, default=TEXT, help="tiny Shakespeare, for stage quality")
     parser.add_argument("--commit", default="", help="what to write where there is no git")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
+    parser.add_argument("--only", choices=("checks", "figures"), help="the tests of a stage, or what it measures")
     parser.add_argument("--plant", choices=FAULTS, help="a fault that the stages must report")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # this process is a stage
     args = parser.parse_args()
     args.stages = [name for name in SHARES if name in args.stages.split(",")]
+    args.minutes = args.minutes or (40.0 if args.rehearse else 9.0)
     if unknown := set(parser.parse_args().stages.split(",")) - SHARES.keys():
         parser.error(f"unknown stage {', '.join(map(repr, sorted(unknown)))}; choose from {', '.join(SHARES)}")
     return args
@@ -101,6 +104,7 @@ def start(args: argparse.Namespace, name: str, seconds: float) -> None:
     """A stage in its process; ended when its time is over, with all that it started."""
     command = [sys.executable, __file__, "--one", name, "--minutes", str(seconds / 60), "--out", str(args.out)]
     command += ["--text", str(args.text)] + ["--rehearse"] * args.rehearse
+    command += ["--only", args.only] if args.only else []
     began = time.monotonic()
     with open(args.out / f"{name}.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
@@ -138,6 +142,7 @@ def run_stage(args: argparse.Namespace) -> None:
     kept = args.out / "ceilings.json"
     ceilings = json.loads(kept.read_text()) if kept.exists() else {}
     stage = Stage(args.one, args.out, 60 * args.minutes, args.rehearse, args.text, ceilings)
+    stage.checks, stage.figures = args.only != "figures", args.only != "checks"
     stage.part("stage", lambda: importlib.import_module(f"gpu_stages.{args.one}").run(stage))
     if args.one == "ceilings":
         kept.write_text(json.dumps({name: value for name, value in stage.ceilings.items() if value}))

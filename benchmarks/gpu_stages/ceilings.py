@@ -12,6 +12,8 @@ from .timing import median_ms
 
 
 def run(stage: Stage) -> None:
+    if not stage.figures:
+        return
     device = stage.device
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -36,15 +36,20 @@ ONE_OF_EACH = ("muon longhorn", "mamba2", "delta rule", "muon delta rule")  # fo
 def run(stage: Stage) -> None:
     """Children compile while the tests run; nothing else does while times are taken."""
     interpreter.mend()
-    children = [*compiling(stage), *warming(stage)]
-    workers, seconds = (2, stage.left() - 30) if stage.rehearse else (14, min(TEST_SECONDS, stage.left() - FOR_TIMES))
-    stage.part("tests", lambda: run_tests(stage, ["tests/scan"], workers=workers, seconds=seconds))
+    children = [*compiling(stage), *(warming(stage) if stage.figures else [])]
+    if stage.checks:
+        measured = stage.figures and not stage.rehearse
+        seconds = min(TEST_SECONDS, stage.left() - FOR_TIMES) if measured else stage.left() - 20
+        workers = 2 if stage.rehearse else 14
+        stage.part("tests", lambda: run_tests(stage, ["tests/scan"], workers=workers, seconds=seconds))
     stage.part("ahead of time", lambda: compiled(stage, children))
     times: dict[tuple[str, str], Times] = {}
-    for name, backend in arms(stage):
+    for name, backend in arms(stage) if stage.figures else ():
         stage.part(
             f"{name}, {backend}", lambda: times.update({(name, backend): timed(stage, name, backend)}), seconds=5
         )
+    if not stage.figures:
+        return
     stage.part("ratios", lambda: ratios(stage, times))
     stage.part("fla", lambda: beside_fla(stage, times), seconds=0 if stage.rehearse else 20)
 

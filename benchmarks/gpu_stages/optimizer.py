@@ -44,7 +44,11 @@ TARGET = 0.35  # of torch.optim.Muon, GPT-2 124M
 def run(stage: Stage) -> None:
     bench.ARMS |= arms()
     workers, tests = 2 if stage.rehearse else 6, ["tests/optim/test_device.py"]
-    stage.part("checks", lambda: run_tests(stage, tests, workers=workers, seconds=60.0 if stage.rehearse else 35.0))
+    if stage.checks:
+        seconds = stage.left() - 20 if stage.rehearse or not stage.figures else 35.0
+        stage.part("checks", lambda: run_tests(stage, tests, workers=workers, seconds=seconds))
+    if not stage.figures:
+        return
     errors = stage.part("e", lambda: spectra(stage))
     sets = bench.SMOKE if stage.rehearse else bench.SETS
     first, *others = ("smoke-gpt", "smoke-mamba") if stage.rehearse else ("c", "e", "d")

@@ -39,6 +39,8 @@ VARIANTS: dict[str, dict[str, object]] = {  # what each changes of the recipe
 
 
 def run(stage: Stage) -> None:
+    if not stage.figures:
+        return
     flags = {}
     if os.environ.get("MUONLM_EXPLORE") == "1":
         flags = stage.part("variants", lambda: explore(stage)) or {}

@@ -28,6 +28,8 @@ class Stage:
     rehearse: bool = False
     text: Path | None = None
     ceilings: dict = field(default_factory=dict)
+    checks: bool = True  # whether tests are wanted
+    figures: bool = True  # whether anything is to be measured
     began: float = field(default_factory=time.monotonic)
 
     @property

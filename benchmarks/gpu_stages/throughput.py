@@ -67,6 +67,8 @@ FAULTY = {"exception": "minimind", "nan": "mamba_slm"}  # planted fault: the rec
 
 def run(stage: Stage) -> None:
     """Eager figures of all first, then compiled ones, then the largest micro-batches, as time allows."""
+    if not stage.figures:
+        return
     benches = {name: Process(name, stage) for name in CASES if not (stage.rehearse and name in VARIANTS)}
     try:
         until = time.monotonic() + min(90.0, 0.5 * stage.left())
