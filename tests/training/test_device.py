@@ -139,11 +139,19 @@ def norm(tensors: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
 
 
-def traced(cfg, out) -> dict:
+def plant(model) -> None:
+    """A fault that the tests must see, with MUONLM_PLANT: a gradient with NaN in it, or 1 % too long."""
+    factor = {"nan": math.nan, "gradient": 1.01}.get(os.environ.get("MUONLM_PLANT", ""))
+    if factor:
+        next(model.parameters()).register_hook(lambda gradient: gradient * factor)
+
+
+def traced(cfg, out, fault=lambda model: None) -> dict:
     """A run with the weights that it began with, and loss and gradients of its first step."""
     with parallel.start(cfg.train.device) as dist:
         job = setup(cfg, out, dist, resume=False, json_mode=True)
         weights = {name: p.detach().cpu().clone() for name, p in job.model.named_parameters()}
+        fault(job.model)
         job.net.train()
         batch = job.data.train.batch(0)
         sums = backward(job, batch, scale=1 / batch.count)
@@ -160,9 +168,9 @@ def traced(cfg, out) -> dict:
 def test_the_device_trains_as_the_cpu_does(config, tmp_path, monkeypatch, within, name):
     """20 steps of Muon in fp32, at the tolerances above."""
     cfg, found = config(name), {}
-    for where, run in {"device": cfg, "cpu": on_cpu(cfg)}.items():
+    for where, run, fault in (("device", cfg, [plant]), ("cpu", on_cpu(cfg), [])):
         monkeypatch.setenv("MUONLM_CACHE", str(tmp_path / where / "cache"))  # DPO's reference is computed on each
-        found[where] = traced(run, tmp_path / where / "run")
+        found[where] = traced(run, tmp_path / where / "run", *fault)
     mine, theirs = found["device"], found["cpu"]
     assert mine["weights"].keys() == theirs["weights"].keys()
     assert all(torch.equal(mine["weights"][n], w) for n, w in theirs["weights"].items()), "other weights at step 0"
