@@ -8,7 +8,6 @@ import functools
 import json
 import math
 import os
-import random
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from muonlm.cli.main import main
-from muonlm.config.recipes import load_recipe
-from muonlm.model.mixers import MIXERS
 from muonlm.optim.muon.distributed import Owners
 from muonlm.training import parallel
 from muonlm.training.loop import backward, loop, train
@@ -27,95 +24,13 @@ from muonlm.training.setup import setup
 
 pytestmark = pytest.mark.cuda
 
-# name -> settings beside those of `config`. Gates, writes and positions of all kinds, the data of all objectives.
-LETTERS = {entry.name: {"model.pattern": entry.letter} for entry in MIXERS.values()}
-LOOPED = {"loops": {"model.loops": 2, "model.pattern": "AM", "model.inject": True}}
-HYBRID = {"hybrid": {"model.pattern": "MMMA", "model.n_layer": 4}}
-OTHERS = {
-    "learned positions": {
-        "model.positions": "learned",
-        "model.norm": "layernorm",
-        "model.mlp": "swiglu",
-        "model.tie": False,
-        "model.n_kv_head": 1,
-        "model.attn_softcap": 20.0,
-    },
-    "qk_clip": {"model.qk_norm": False, "muon.qk_clip": 0.05},
-    "reset": {"model.pattern": "MA", "data.reset": True},
-}
-OBJECTIVES = {
-    "grokking": {},
-    "sft": {"model.pattern": "MA", "train.objective": "sft", "data.template": "qa"},
-    "dpo": {"model.pattern": "MA", "train.objective": "dpo", "data.template": "qa"},
-}
 FEW = os.environ.get("MUONLM_REHEARSE") == "1"  # a rehearsal tries the code of the tests, not all that they test
-CASES = LETTERS | LOOPED | HYBRID | OTHERS | OBJECTIVES
-
 # Relative, of fp32. Sums in another order and functions rounded otherwise are noise of 1e-7 in every number. A CPU run
 # with noise of 1e-7 on all weights, other micro-batches and other chunks differs from the one without, over all cases,
 # by at most 1.3e-7 in the first loss, 1.4e-6 in a gradient, 2.2e-6 in a loss of 20 steps, to which Newton-Schulz and
 # the steps amplify it. A device has some twenty times that: its exponentials are off by 2 ulp, SDPA adds three products
 # of TF32.
 FIRST, GRADIENT, LATER = 2e-6, 3e-5, 5e-5
-SLOW = {"gdn_velocity_ns"}  # a loop over tokens: shorter rows
-
-
-@pytest.fixture(scope="module")
-def files(text, tmp_path_factory):
-    """Data of each objective: made-up sums, right and wrong answers."""
-    folder, draw = tmp_path_factory.mktemp("files"), random.Random(0)
-    sft, dpo = [], []
-    for _ in range(300):
-        a, b = draw.randrange(100), draw.randrange(10 ** draw.randrange(1, 4))
-        question, right, wrong = f"What is {a} + {b}?", f"It is {a + b}.", f"It is {a + b + draw.choice([-1, 1])}."
-        sft.append({"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": right}]})
-        dpo.append({"prompt": question, "chosen": right, "rejected": wrong})
-    found = {"text": text}
-    for name, rows in {"sft": sft, "dpo": dpo}.items():
-        found[name] = folder / f"{name}.jsonl"
-        found[name].write_text("\n".join(map(json.dumps, rows)), "utf-8")
-    return found
-
-
-@pytest.fixture
-def config(files, device):
-    """config(name, **flags) -> Config of a case of CASES on the device."""
-    toy = device.type == "cpu"
-
-    def make(name: str, **flags):
-        objective = name if name in OBJECTIVES else "text"
-        block = 40 if toy else 64 if name in SLOW else 160  # several chunks of 64 and a rest
-        base = {
-            "train.device": str(device),
-            "train.dtype": "float32",
-            "train.steps": 4 if toy else 20,
-            "train.micro_batch": 2,
-            "train.save_every": 0,
-            "eval.every": 0,
-            "eval.iters": 2,
-            "eval.sample": 0,
-            "log.every": 1,
-            "log.diagnostics": 2 if toy else 10,
-            "log.spectra": 2 if toy else 10,
-            "optim.name": "muon",
-        }
-        if objective == "grokking":
-            return load_recipe("keller/grokking-quick", base | {"train.micro_batch": 40} | flags, smoke=True)
-        base |= {
-            "data.source": str(files[objective]),
-            "data.val": "tail:0.1",
-            "data.tokenizer": "byte",
-            "model.init": "lm",  # zero_out, the recipe's, leaves most gradients of the first step at zero
-            "model.d_model": 32 if toy else 64,
-            "model.block_size": block,
-            "model.delta_heads": 2,
-            "model.ssm_head": 16,
-            "model.window": 24,
-            "train.global_batch": 4 * block,
-        }
-        return load_recipe("quickstart", base | CASES[name] | flags, smoke=True)
-
-    return make
 
 
 def on_cpu(cfg):
@@ -164,10 +79,9 @@ def traced(cfg, out, fault=lambda model: None) -> dict:
     return found | {"losses": losses(out), "val": [line["val_loss"] for line in metrics(out) if "val_loss" in line]}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_device_trains_as_the_cpu_does(config, tmp_path, monkeypatch, within, name):
+def test_the_device_trains_as_the_cpu_does(config, tmp_path, monkeypatch, within, case):
     """20 steps of Muon in fp32, at the tolerances above."""
-    cfg, found = config(name), {}
+    cfg, found = config(case), {}
     for where, run, fault in (("device", cfg, [plant]), ("cpu", on_cpu(cfg), [])):
         monkeypatch.setenv("MUONLM_CACHE", str(tmp_path / where / "cache"))  # DPO's reference is computed on each
         found[where] = traced(run, tmp_path / where / "run", *fault)
@@ -184,11 +98,12 @@ def test_the_device_trains_as_the_cpu_does(config, tmp_path, monkeypatch, within
     within("held-out loss after them", far(mine["val"], theirs["val"]), LATER)
 
 
-@pytest.mark.parametrize("name", CASES if not FEW else ["muon_mamba", "qk_clip", "reset", *OBJECTIVES])
-def test_a_run_in_bf16_learns_and_a_resumed_one_repeats_it_to_the_bit(config, tmp_path, cut_back, monkeypatch, name):
+def test_a_run_in_bf16_learns_and_a_resumed_one_repeats_it_to_the_bit(config, tmp_path, cut_back, case):
     """Settings as a user has them (Newton-Schulz's choice is timed once and kept), but for the dtype's name."""
     flags = {"train.dtype": "bfloat16", "muon.ns_dtype": "auto", "muon.ns_method": "auto", "train.keep": 2}
-    cfg = config(name, **flags)
+    if FEW and case not in ("muon_mamba", "qk_clip", "reset", "grokking", "sft", "dpo"):
+        pytest.skip("a rehearsal tries the code of the tests, not all that they test")
+    cfg = config(case, **flags)
     half = cfg.train.steps // 2
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, save_every=half))
     whole, cut = tmp_path / "whole", tmp_path / "cut"

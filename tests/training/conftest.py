@@ -1,0 +1,98 @@
+"""Tiny runs of every mixer and objective, for the tests of the loop on a device and on one that is pretended."""
+
+import json
+import random
+
+import pytest
+
+from muonlm.config.recipes import load_recipe
+from muonlm.model.mixers import MIXERS
+
+# name -> settings beside those of `config`. Gates, writes and positions of all kinds, the data of all objectives.
+LETTERS = {entry.name: {"model.pattern": entry.letter} for entry in MIXERS.values()}
+LOOPED = {"loops": {"model.loops": 2, "model.pattern": "AM", "model.inject": True}}
+HYBRID = {"hybrid": {"model.pattern": "MMMA", "model.n_layer": 4}}
+OTHERS = {
+    "learned positions": {
+        "model.positions": "learned",
+        "model.norm": "layernorm",
+        "model.mlp": "swiglu",
+        "model.tie": False,
+        "model.n_kv_head": 1,
+        "model.attn_softcap": 20.0,
+    },
+    "qk_clip": {"model.qk_norm": False, "muon.qk_clip": 0.05},
+    "reset": {"model.pattern": "MA", "data.reset": True},
+}
+OBJECTIVES = {
+    "grokking": {},
+    "sft": {"model.pattern": "MA", "train.objective": "sft", "data.template": "qa"},
+    "dpo": {"model.pattern": "MA", "train.objective": "dpo", "data.template": "qa"},
+}
+CASES = LETTERS | LOOPED | HYBRID | OTHERS | OBJECTIVES
+SLOW = {"gdn_velocity_ns"}  # a loop over tokens: shorter rows
+
+
+@pytest.fixture(params=CASES)
+def case(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def files(text, tmp_path_factory):
+    """Data of each objective: made-up sums, right and wrong answers."""
+    folder, draw = tmp_path_factory.mktemp("files"), random.Random(0)
+    sft, dpo = [], []
+    for _ in range(100):
+        a, b = draw.randrange(100), draw.randrange(10 ** draw.randrange(1, 4))
+        question, right, wrong = f"What is {a} + {b}?", f"It is {a + b}.", f"It is {a + b + draw.choice([-1, 1])}."
+        sft.append({"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": right}]})
+        dpo.append({"prompt": question, "chosen": right, "rejected": wrong})
+    found = {"text": text}
+    for name, rows in {"sft": sft, "dpo": dpo}.items():
+        found[name] = folder / f"{name}.jsonl"
+        found[name].write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    return found
+
+
+@pytest.fixture
+def config(files, device):
+    """config(name, **flags) -> Config of a case of CASES on the device."""
+    toy = device.type == "cpu"
+
+    def make(name: str, **flags):
+        objective = name if name in OBJECTIVES else "text"
+        block = (
+            128 if toy and objective != "text" else 40 if toy else 64 if name in SLOW else 160
+        )  # some chunks, a rest
+        base = {
+            "train.device": str(device),
+            "train.dtype": "float32",
+            "train.steps": 4 if toy else 20,
+            "train.micro_batch": 2,
+            "train.save_every": 0,
+            "eval.every": 0,
+            "eval.iters": 2,
+            "eval.sample": 0,
+            "log.every": 1,
+            "log.diagnostics": 2 if toy else 10,
+            "log.spectra": 2 if toy else 10,
+            "optim.name": "muon",
+        }
+        if objective == "grokking":
+            return load_recipe("keller/grokking-quick", base | {"train.micro_batch": 40} | flags, smoke=True)
+        base |= {
+            "data.source": str(files[objective]),
+            "data.val": "tail:0.1",
+            "data.tokenizer": "byte",
+            "model.init": "lm",  # zero_out, the recipe's, leaves most gradients of the first step at zero
+            "model.d_model": 32 if toy else 64,
+            "model.block_size": block,
+            "model.delta_heads": 2,
+            "model.ssm_head": 16,
+            "model.window": 24,
+            "train.global_batch": 4 * block,
+        }
+        return load_recipe("quickstart", base | CASES[name] | flags, smoke=True)
+
+    return make
