@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,9 +46,8 @@ def run(stage: Stage) -> None:
     stage.part("ahead of time", lambda: compiled(stage, children))
     times: dict[tuple[str, str], Times] = {}
     for name, backend in arms(stage) if stage.figures else ():
-        stage.part(
-            f"{name}, {backend}", lambda: times.update({(name, backend): timed(stage, name, backend)}), seconds=5
-        )
+        found = stage.part(f"{name}, {backend}", partial(timed, stage, name, backend), seconds=5)
+        times |= {(name, backend): found} if found else {}
     if not stage.figures:
         return
     stage.part("ratios", lambda: ratios(stage, times))

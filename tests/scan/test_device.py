@@ -87,9 +87,9 @@ TRAINED = {  # as models have them: MuonLonghorn-97m, Mamba-2 130M, Gated DeltaN
     "delta_scan": Size(1, 3, 3, 56, 112),
 }
 CHUNK, HOW = (16, {"chunk": 16}) if REHEARSAL else (64, {})  # training leaves the choice of a chunk to the backend
-SHORT = (1, 7, CHUNK - 1, CHUNK, CHUNK + 1)
-LONG = (CHUNK + 5,) if REHEARSAL else (4096, 8192)
-LONGEST = CHUNK + 6 if REHEARSAL else 32768
+SHORT = (1, CHUNK, CHUNK + 1) if REHEARSAL else (1, 7, CHUNK - 1, CHUNK, CHUNK + 1)
+LONG = (5,) if REHEARSAL else (4096, 8192)
+LONGEST = 6 if REHEARSAL else 32768
 
 
 def size_of(form: Form, trained: bool) -> Size:
