@@ -254,7 +254,7 @@ def child(*argv: str, **env: str) -> subprocess.CompletedProcess:
 
 @NEEDS_TRITON
 def test_the_kernels_compile_for_a_gpu_without_one(tmp_path):
-    """The interpreter takes what the compiler refuses (types that change in a loop, say). All five, for sm_80, bf16; the
+    """The interpreter takes what the compiler refuses (types that change in a loop, say). All five for sm_80, bf16; the
     stage `kernels` compiles every scan's for sm_90, in a rehearsal too."""
     form = ("--arch", "80", "--dtype", "bfloat16", "--forms", "muon mamba")
     run = child(str(AHEAD), *form, TRITON_CACHE_DIR=str(tmp_path))
