@@ -1,41 +1,41 @@
 """The scan with one gate a head as Triton kernels: reference.scalar_scan and its exact gradients, on a GPU.
 
-The matrix form over chunks of C tokens, all chunks at once. Dec, F, Mom, Mc, Res, g are those of chunks.py; W is αW.
+The matrix form over chunks of C tokens. Dec, F, Mom, Mc, Res, g are those of chunks.py; W is αW.
     (1)  Res = Dec diag(p) Mom       g = Dec (p ⊙ Mc)          without momentum Res = Dec, g = 0, and no M is kept
-    (2)  Y  = (Res ⊙ Q Kᵀ) W + F ⊙ (Q S₀) + g ⊙ (Q M₀)
-    (3)  ΔS = Kᵀ(Res[C,:] ⊙ W)       ΔM = Kᵀ(Mom[C,:] ⊙ W)                              what a chunk adds
-    (4)  S₁ = F_C S₀ + g_C M₀ + ΔS   M₁ = Mc_C M₀ + ΔM                                  a walk over chunks, cell by cell
+    (2)  S₁ = F_C S₀ + g_C M₀ + Kᵀ(Res[C,:] ⊙ W)               M₁ = Mc_C M₀ + Kᵀ(Mom[C,:] ⊙ W)
+    (3)  Y  = (Res ⊙ Q Kᵀ) W + F ⊙ (Q S₀) + g ⊙ (Q M₀)
 Backward (a bar: gradient; S̄₁, M̄₁ at the chunk's end; c, d: gradients of the rows Res[C,:], Dec[C,:] by way of S₁):
-    (5)  ΔS̄ = Qᵀ(F ⊙ Ȳ)              ΔM̄ = Qᵀ(g ⊙ Ȳ)
-    (6)  S̄₀ = F_C S̄₁ + ΔS̄            M̄₀ = Mc_C M̄₁ + g_C S̄₁ + ΔM̄                       a walk back
-    (7)  W̄  = (Res ⊙ Q Kᵀ)ᵀ Ȳ + Res[C,:] ⊙ (K S̄₁) + Mom[C,:] ⊙ (K M̄₁)
-    (8)  X  = strict lower(Dec ⊙ D̄ec),  D̄ec = (Ȳ Wᵀ ⊙ Q Kᵀ)(diag(p) Mom)ᵀ + ⟨Ȳ, Q M₀⟩ (p ⊙ Mc)ᵀ
+    (4)  S̄₀ = F_C S̄₁ + Qᵀ(F ⊙ Ȳ)     M̄₀ = Mc_C M̄₁ + g_C S̄₁ + Qᵀ(g ⊙ Ȳ)
+    (5)  W̄  = (Res ⊙ Q Kᵀ)ᵀ Ȳ + Res[C,:] ⊙ (K S̄₁) + Mom[C,:] ⊙ (K M̄₁)
+    (6)  X  = strict lower(Dec ⊙ D̄ec),  D̄ec = (Ȳ Wᵀ ⊙ Q Kᵀ)(diag(p) Mom)ᵀ + ⟨Ȳ, Q M₀⟩ (p ⊙ Mc)ᵀ
          c_s = ⟨W_s, (K S̄₁)_s⟩       d = diag(p) Mom c + ⟨S̄₁, M₀⟩ p ⊙ Mc                without momentum d = c
          l̄g_i = Σ_{t≥i>s} X[t,s] + Σ_{t≥i} F_t ⟨Ȳ_t, (Q S₀)_t⟩ + Σ_{s<i} Dec[C,s] d_s + F_C ⟨S̄₁, S₀⟩
-    (9)  Q̄  = Σ_h (F ⊙ Ȳ) S₀ᵀ + (g ⊙ Ȳ) M₀ᵀ + (Σ_h Ȳ Wᵀ ⊙ Res) K
+    (7)  Q̄  = Σ_h (F ⊙ Ȳ) S₀ᵀ + (g ⊙ Ȳ) M₀ᵀ + (Σ_h Ȳ Wᵀ ⊙ Res) K
          K̄  = Σ_h (Res[C,:] ⊙ W) S̄₁ᵀ + (Mom[C,:] ⊙ W) M̄₁ᵀ + (Σ_h Ȳ Wᵀ ⊙ Res)ᵀ Q         Σ over a group's heads
-lg_i has what passes token i: from before it to i or after. heads.py subtracts what starts from what ends, and there a
-token's own write stands in both, so that gradients of closed gates are lost in rounding. (8) leaves it out of both, and
-adds up what enters from S₀ and what leaves into S₁, without a difference.
+lg_i has what passes token i: from before it to i or after. A token's own write passes none and is left out, so that
+gradients of closed gates are not lost beside it; what enters from S₀ and what leaves into S₁ is added up as it is.
 
-Decay    exp of differences of sums of log gates. The sums over a chunk are fp64 (they reach 80 C, where fp32 has steps
-         of 2e-4) and kept as two fp32 numbers: a small difference of large sums is exact to fp32. Nothing is divided.
-Values   wider than 64 are cut into pieces of 64: the columns of S do not see each other, so each is a head of its own
-         with the same gates. Keys wider than 64 are summed 64 at a time; neither N nor P has a limit.
-Dtypes   sequences fp32, bf16 or fp16, any strides whose last is 1 (others are copied); gradients in their dtype; gates,
-         states, sums and y fp32. Products in `precision`.
-Padding  is loaded as zeros, and y and gradients are 0 there.
+(2) and (4) walk over time, one program for BN keys and BP values of a head with S, M in registers; all else is for each
+chunk by itself. Values wider than BP are cut into pieces: columns of S do not see each other, so each is a head of its
+own with the same gates. Keys are summed BN at a time. Neither N nor P has a limit.
 No atomics: sums over heads are loops, or partial sums that torch adds, so results repeat bit for bit.
 
-Memory   Sc, Mc (B,H,chunks,N,P) and, in backward, their gradients: N P / C numbers each a token and head
-Chunk    32 or 16 tokens, the least power of two that holds `chunk`. L is not compiled in: one compilation for all
-Source   Mamba-2 2405.21060 (the chunk form), MuonSSM 2606.30461 (the velocity); the kernels follow from (1) to (9)
+Decay    exp of differences of sums of log gates. The sums over a chunk are fp64 (they reach 80 C, where fp32 has steps
+         of 5e-4) and kept as two fp32 numbers: a small difference of large sums is exact to fp32. Nothing is divided.
+Dtypes   w in bf16 says that bf16 is enough for factors of products: all are rounded to it, as are S, M at chunk starts
+         once the walk has used them. Otherwise products are fp32 to rounding. Sums, gates, the walk's S, M and y are
+         fp32 always; gradients have their tensor's dtype. Any strides whose last is 1 (others are copied).
+Padding  is loaded as zeros, and y and gradients are 0 there.
+Memory   S₀, M₀ of each chunk and, in backward, S̄₁, M̄₁: N P / C numbers each a token and head; Ȳ Wᵀ ⊙ Res: C
+Chunk    at most 64 tokens in bf16, 32 in fp32; a power of two. L is not compiled in
+Source   Mamba-2 2405.21060 (the chunk form), MuonSSM 2606.30461 (the velocity); the kernels follow from (1) to (7)
 """
 
 # autograd.Function.backward is declared with *grads.
 # pyright: reportIncompatibleMethodOverride=false
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -46,21 +46,40 @@ from . import heads
 from .diagonal_triton import available as available
 from .diagonal_triton import on_device
 from .reference import MIN_LOG_GATE
-from .scalar_triton_kernels import chunk_states, gate_rows, key_gradients, outputs, token_gradients, triton, walk
-
-LAUNCH = dict(num_warps=4, num_stages=1)
-PRECISION = "tf32x3"
-BLOCK = 512  # cells of a state that one program of the walk holds
+from .scalar_triton_kernels import gate_rows, key_gradients, outputs, token_gradients, triton, walk
 
 
-def tile(chunk: int, N: int, P: int) -> dict[str, Any]:
-    """C, BN, BP: tokens of a chunk, keys and values at a time, powers of two from 16 on, as tl.dot asks.
+def _launch(warps: int, stages: int) -> dict[str, int]:
+    return dict(num_warps=warps, num_stages=stages)
 
-    A product of two fp32 tiles is three of TF32 tiles, fp32 to rounding (no tensor core multiplies fp32), and its
-    factors are held twice: what 255 registers hold of token_gradients, on sm_90, is 32 tokens and 16 keys.
-    """
-    C, BN, BP = (min(most, max(16, triton.next_power_of_2(n))) for most, n in ((32, chunk or 32), (16, N), (32, P)))
-    return dict(C=C, BN=BN, BP=BP)
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one precision: what is stored between kernels, and the largest tiles that 255 registers of sm_90 hold."""
+
+    precision: str
+    kept: torch.dtype  # states at chunk starts, their gradients, and Ȳ Wᵀ ⊙ Res
+    C: int
+    BN: int
+    BP: int
+    walk: dict[str, int]  # warps, and stages: by how much loads run ahead
+    outputs: dict[str, int]
+    token_gradients: dict[str, int]
+    key_gradients: dict[str, int]
+
+    def tile(self, chunk: int, N: int, P: int) -> dict[str, int]:
+        """C, BN, BP: tokens of a chunk, keys and values at a time, powers of two from 16 on, as tl.dot asks."""
+        limits = {"C": (self.C, chunk or self.C), "BN": (self.BN, N), "BP": (self.BP, P)}
+        return {name: min(most, max(16, triton.next_power_of_2(n))) for name, (most, n) in limits.items()}
+
+
+# No tensor core multiplies fp32: three products of TF32 tiles are fp32 to rounding, their factors held twice.
+EXACT = Plan("tf32x3", torch.float32, 32, 16, 32, _launch(4, 2), _launch(4, 1), _launch(4, 1), _launch(4, 1))
+ROUNDED = Plan("bf16", torch.bfloat16, 64, 64, 64, _launch(4, 2), _launch(4, 2), _launch(8, 1), _launch(8, 2))
+
+
+def plan(w: Tensor) -> Plan:
+    return ROUNDED if w.dtype == torch.bfloat16 else EXACT
 
 
 def pieces_each(programs: int, pieces: int, device: torch.device) -> int:
@@ -86,81 +105,81 @@ def _state(x: Tensor | None, like: Tensor) -> Tensor:
 
 
 def forward(lg, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
-    """(2) to (4) -> y (B,L,H,P), S (B,H,N,P), M or None; then rows (B,H,chunks,5,C), Sc (B,H,chunks,N,P), Mc."""
+    """(2), (3) -> y (B,L,H,P), S (B,H,N,P), M or None; then rows (B,H,chunks,5,C), Sc (B,H,chunks,N,P), Mc."""
     (B, L, H, P), (G, N), velocity, device = w.shape, k.shape[2:], gamma != 0, w.device
     w, k, q = map(_sequence, (w, k, q))
     S = torch.empty(B, H, N, P, device=device, dtype=torch.float32)
     M = torch.empty_like(S) if velocity else None
     S0, M0 = _state(S0, S), _state(M0, S) if velocity else None
-    form = tile(chunk, N, P)
-    chunks, pieces = triton.cdiv(L, form["C"]), triton.cdiv(P, form["BP"])
-    Sc = S.new_empty(B, H, chunks, N, P)
+    how = plan(w)
+    form = how.tile(chunk, N, P)
+    C, chunks, pieces = form["C"], triton.cdiv(L, form["C"]), triton.cdiv(P, form["BP"])
+    Sc = S.new_empty(B, H, chunks, N, P, dtype=how.kept)
     Mc = torch.empty_like(Sc) if velocity else None
-    rows, y = S.new_empty(B, H, chunks, 5, form["C"]), S.new_empty(B, L, H, P)
+    rows, y = S.new_empty(B, H, chunks, 5, C), S.new_empty(B, L, H, P)
     log2_gamma = math.log2(gamma) if velocity else 0.0
     sizes = (L, H, N, P, H // G, chunks, pieces)
+    common = dict(VELOCITY=velocity, PRECISION=how.precision, **form)
     with on_device(device):
         gate_rows[B * H, chunks](
             lg, rows, lengths, log2_gamma, L, H, chunks, *_strides(lg),
-            VELOCITY=velocity, LOWEST=MIN_LOG_GATE, C=form["C"], num_warps=4,
+            VELOCITY=velocity, LOWEST=MIN_LOG_GATE, C=C, num_warps=4,
         )  # fmt: skip
-        chunk_states[B * H * pieces, chunks, triton.cdiv(N, form["BN"])](
-            w, k, rows, Sc, Mc, lengths, log2_gamma, alpha, *sizes, *_strides(w, k),
-            VELOCITY=velocity, REVERSE=False, PRECISION=PRECISION, **form, **LAUNCH,
-        )  # fmt: skip
-        walk[B * H, triton.cdiv(N * P, BLOCK)](
-            S0, M0, rows, Sc, Mc, S, M, lengths, log2_gamma, L, H, N * P, chunks,
-            REVERSE=False, VELOCITY=velocity, C=form["C"], BLOCK=BLOCK, num_warps=4,
+        walk[B * H * pieces, triton.cdiv(N, form["BN"])](
+            w, k, rows, S0, M0, Sc, Mc, S, M, lengths, log2_gamma, alpha, *sizes, *_strides(w, k),
+            REVERSE=False, **how.walk, **common,
         )  # fmt: skip
         outputs[B * H * pieces, chunks](
-            w, k, q, rows, Sc, Mc, y, lengths, log2_gamma, alpha, *sizes, *_strides(w, k, q),
-            VELOCITY=velocity, PRECISION=PRECISION, **form, **LAUNCH,
-        )  # fmt: skip
+            w, k, q, rows, Sc, Mc, y, lengths, log2_gamma, alpha, *sizes, *_strides(w, k, q), **how.outputs, **common
+        )
     return y, S, M, rows, Sc, Mc
 
 
 def backward(lg, w, k, q, rows, Sc, Mc, gamma, alpha, lengths, chunk, dy, dS, dM):
-    """(5) to (9), given the gradients of y, S, M -> those of lg, w, k, q, S0, M0 or None (γ = 0)."""
+    """(4) to (7), given the gradients of y, S, M -> those of lg, w, k and q in fp32, S0, M0 or None (γ = 0)."""
     (B, L, H, P), (G, N), velocity, device = w.shape, k.shape[2:], gamma != 0, w.device
     w, k, q, dy = map(_sequence, (w, k, q, dy))
     dS0 = torch.empty(B, H, N, P, device=device, dtype=torch.float32)
     dM0 = torch.empty_like(dS0) if velocity else None
     dS, dM = _state(dS, dS0), _state(dM, dS0) if velocity else None
-    form = tile(chunk, N, P)
+    how = plan(w)
+    form = how.tile(chunk, N, P)
     C, chunks, pieces = form["C"], Sc.shape[2], triton.cdiv(P, form["BP"])
     dSc = torch.empty_like(Sc)
     dMc = torch.empty_like(Sc) if velocity else None
     wide, r = triton.cdiv(N, form["BN"]), H // G
     each = pieces_each(B * G * chunks * wide, r * pieces, device)
     blocks = triton.cdiv(r * pieces, each)
-    dQKs = dS0.new_empty(B, H, chunks, pieces, C, C)
+    dQKs = Sc.new_empty(B, H, chunks, pieces, C, C)
     dlg, dw = dS0.new_empty(pieces, B, L, H), torch.empty(B, L, H, P, device=device, dtype=w.dtype)
-    dk, dq = (dS0.new_empty(blocks, B, L, G, N, dtype=x.dtype if blocks == 1 else torch.float32) for x in (k, q))
+    dk, dq = (dS0.new_empty(blocks, B, L, G, N) for _ in range(2))
     log2_gamma = math.log2(gamma) if velocity else 0.0
     sizes = (L, H, N, P, r, chunks, pieces)
-    kept, common = (rows, Sc, Mc, dSc, dMc, dQKs), dict(VELOCITY=velocity, PRECISION=PRECISION, **form, **LAUNCH)
+    kept = (rows, Sc, Mc, dSc, dMc, dQKs)
+    common = dict(VELOCITY=velocity, PRECISION=how.precision, **form)
     with on_device(device):
-        chunk_states[B * H * pieces, chunks, wide](
-            dy, q, rows, dSc, dMc, lengths, log2_gamma, 1.0, *sizes, *_strides(dy, q), REVERSE=True, **common
-        )
-        walk[B * H, triton.cdiv(N * P, BLOCK)](
-            dS, dM, rows, dSc, dMc, dS0, dM0, lengths, log2_gamma, L, H, N * P, chunks,
-            REVERSE=True, VELOCITY=velocity, C=C, BLOCK=BLOCK, num_warps=4,
+        walk[B * H * pieces, wide](
+            dy, q, rows, dS, dM, dSc, dMc, dS0, dM0, lengths, log2_gamma, 1.0, *sizes, *_strides(dy, q),
+            REVERSE=True, **how.walk, **common,
         )  # fmt: skip
         token_gradients[B * H * pieces, chunks](
             lg, w, k, q, dy, *kept, dlg, dw, lengths, log2_gamma, alpha, B, *sizes, *_strides(lg, w, k, q, dy),
-            LOWEST=MIN_LOG_GATE, **common,
+            LOWEST=MIN_LOG_GATE, **how.token_gradients, **common,
         )  # fmt: skip
         key_gradients[B * G * blocks, chunks, wide](
-            w, k, q, dy, *kept, dk, dq, lengths, log2_gamma, alpha, B, *sizes, each, *_strides(w, k, q, dy), **common
-        )
+            w, k, q, dy, *kept, dk, dq, lengths, log2_gamma, alpha, B, *sizes, each, *_strides(w, k, q, dy),
+            **how.key_gradients, **common,
+        )  # fmt: skip
     dlg, dk, dq = (x[0] if len(x) == 1 else x.sum(0) for x in (dlg, dk, dq))
-    return dlg.to(lg.dtype), dw, dk.to(k.dtype), dq.to(q.dtype), dS0, dM0
+    return dlg.to(lg.dtype), dw, dk, dq, dS0, dM0
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, lg, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
+        ctx.dtypes = k.dtype, q.dtype
+        if plan(w) is ROUNDED:  # once, rather than by each head
+            k, q = k.to(w.dtype), q.to(w.dtype)
         y, S, M, rows, Sc, Mc = forward(lg, w, k, q, S0, M0, gamma, alpha, lengths, chunk)
         ctx.save_for_backward(lg, w, k, q, rows, Sc, Mc, lengths)
         ctx.rest, ctx.given = (gamma, alpha, chunk), (S0 is not None, M0 is not None)
@@ -173,9 +192,9 @@ class _Scan(torch.autograd.Function):
         lg, w, k, q, rows, Sc, Mc, lengths = ctx.saved_tensors
         gamma, alpha, chunk = ctx.rest
         dy = torch.zeros_like(w, dtype=torch.float32) if dy is None else dy
-        *grads, dS, dM = backward(lg, w, k, q, rows, Sc, Mc, gamma, alpha, lengths, chunk, dy, dS, dM)
+        dlg, dw, dk, dq, dS, dM = backward(lg, w, k, q, rows, Sc, Mc, gamma, alpha, lengths, chunk, dy, dS, dM)
         dS, dM = (d if given else None for d, given in zip((dS, dM), ctx.given))
-        return *grads, dS, dM, None, None, None, None
+        return dlg, dw, dk.to(ctx.dtypes[0]), dq.to(ctx.dtypes[1]), dS, dM, None, None, None, None
 
 
 @lru_cache

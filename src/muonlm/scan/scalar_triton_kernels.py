@@ -1,5 +1,5 @@
 # type: ignore  (the language is Triton's: Python's types do not apply)
-"""The Triton kernels of scalar_triton.py, whose equations (1) to (9) they compute, a chunk of C tokens a program.
+"""The Triton kernels of scalar_triton.py, whose equations (1) to (7) they compute, a chunk of C tokens a program.
 
 Letters  b row of the batch, h head, g group of r heads, piece: BP values of a head, PB pieces each, j chunk, `row` its
          tokens, n keys (BN at a time), p values; w_sb, w_st, w_sh: strides of w in b, t and h.
@@ -18,6 +18,8 @@ except ImportError:  # the module imports without Triton; scalar_triton.availabl
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # when the kernels below were decorated
+# Triton's interpreter takes bf16 factors for integers: there they are widened again, once they are rounded.
+WIDEN = tl.constexpr(INTERPRETED) if triton else None
 # The sizes that change from call to call. Triton would compile again where one of them begins or ceases to be a
 # multiple of 16; the strides, which it sees through to the widest loads, it may.
 RUNTIME = ["L", "B", "chunks", "each"]
@@ -31,15 +33,27 @@ def launched(kernel) -> Any:
 
 @jit
 def _tile(base, row, stride, col, rows, cols):
-    """(row, col) of a matrix whose last stride is 1, in fp32; 0 from row `rows` and from column `cols` on."""
+    """(row, col) of a matrix whose last stride is 1; 0 from row `rows` and from column `cols` on."""
     inside = (row < rows)[:, None] & (col < cols)[None, :]
-    return tl.load(base + row[:, None] * stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    return tl.load(base + row[:, None] * stride + col[None, :], mask=inside, other=0.0)
 
 
 @jit
 def _put(base, row, stride, col, rows, cols, value):
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     tl.store(base + row[:, None] * stride + col[None, :], value.to(base.dtype.element_ty), mask=inside)
+
+
+@jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, in fp32; the factors are rounded to bf16 where that is the precision."""
+    if PRECISION == "bf16":
+        a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        return tl.dot(a, b, acc)
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
 
 
 @jit
@@ -101,65 +115,49 @@ def gate_rows(
 
 
 @launched
-def chunk_states(
-    v, k, rows, S_out, M_out, lengths, log2_gamma, alpha, L, H, N, P, r, chunks, PB,
+def walk(
+    v, k, rows, S_in, M_in, Sc, Mc, S_out, M_out, lengths, log2_gamma, alpha, L, H, N, P, r, chunks, PB,
     v_sb, v_st, v_sh, k_sb, k_st, k_sg,
     VELOCITY: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
     C: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """(3): what each chunk adds to the states. REVERSE: (5), with Ȳ and Q in the places of W and K."""
+    """(2), chunk after chunk; Sc, Mc get the states that enter each. REVERSE: (4), the last chunk first, with Ȳ and Q
+    in the places of W and K; Sc, Mc get the gradients at each chunk's end.
+    """
     piece = tl.program_id(0)
-    h, j = ((piece // PB) % H).to(tl.int64), tl.program_id(1).to(tl.int64)
-    b = (piece // (PB * H)).to(tl.int64)
-    row, n, p = tl.arange(0, C), tl.program_id(2) * BN + tl.arange(0, BN), (piece % PB) * BP + tl.arange(0, BP)
-    real, here = _real(lengths, b, j, L, C), (b * H + h) * chunks + j
-    V = alpha * _tile(v + b * v_sb + j * C * v_st + h * v_sh, row, v_st, p, real, P)
-    K = _tile(k + b * k_sb + j * C * k_st + (h // r) * k_sg, row, k_st, n, real, N)
-    rows += here * 5 * C + row
-    of_S = tl.load(rows + (2 * C if REVERSE else 4 * C))
-    _put(S_out + here * N * P, n, P, p, N, P, tl.dot(tl.trans(K), of_S[:, None] * V, input_precision=PRECISION))
-    if VELOCITY:
-        of_M = tl.load(rows + 3 * C) if REVERSE else _last_Mom(row, real, log2_gamma)
-        _put(M_out + here * N * P, n, P, p, N, P, tl.dot(tl.trans(K), of_M[:, None] * V, input_precision=PRECISION))
-
-
-@launched
-def walk(
-    S_in, M_in, rows, Sc, Mc, S_out, M_out, lengths, log2_gamma, L, H, cells, chunks,
-    REVERSE: tl.constexpr, VELOCITY: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sc, Mc hold what each chunk adds, and get the states that enter it, (4). REVERSE: gradients at its end, (6)."""
-    bh = tl.program_id(0).to(tl.int64)
-    cell = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = cell < cells
-    S = tl.load(S_in + bh * cells + cell, mask=inside, other=0.0)
+    b, h = (piece // (PB * H)).to(tl.int64), ((piece // PB) % H).to(tl.int64)
+    row, n, p = tl.arange(0, C), tl.program_id(1) * BN + tl.arange(0, BN), (piece % PB) * BP + tl.arange(0, BP)
+    v += b * v_sb + h * v_sh
+    k += b * k_sb + (h // r) * k_sg
+    whole = (b * H + h) * N * P
+    S = _tile(S_in + whole, n, P, p, N, P)
     M = S
     if VELOCITY:
-        M = tl.load(M_in + bh * cells + cell, mask=inside, other=0.0)
+        M = _tile(M_in + whole, n, P, p, N, P)
     for i in range(0, chunks):
-        j = i
+        j = b * 0 + i  # int64
         if REVERSE:
-            j = chunks - 1 - i
-        here = (bh * chunks + j) * cells + cell
-        last = rows + ((bh * chunks + j) * 5 + 2) * C + C - 1
-        F, Sb = tl.load(last), tl.load(Sc + here, mask=inside, other=0.0)
+            j = chunks - 1 - j
+        real, here = _real(lengths, b, j, L, C), (b * H + h) * chunks + j
+        of = rows + here * 5 * C
+        V = alpha * _tile(v + j * C * v_st, row, v_st, p, real, P).to(tl.float32)
+        K = tl.trans(_tile(k + j * C * k_st, row, k_st, n, real, N))
+        F_C = tl.load(of + 3 * C - 1)
+        _put(Sc + here * N * P, n, P, p, N, P, S)
         if VELOCITY:
-            g, Mb = tl.load(last + C), tl.load(Mc + here, mask=inside, other=0.0)
-            power = tl.exp2(_real(lengths, bh // H, j, L, C).to(tl.float32) * log2_gamma)  # Mc_C
-            tl.store(Sc + here, S, mask=inside)
-            tl.store(Mc + here, M, mask=inside)
+            g_C, Mc_C = tl.load(of + 4 * C - 1), tl.exp2(real.to(tl.float32) * log2_gamma)
+            _put(Mc + here * N * P, n, P, p, N, P, M)
             if REVERSE:
-                M = power * M + g * S + Mb
-                S = F * S + Sb
+                M = _dot(K, tl.load(of + 3 * C + row)[:, None] * V, Mc_C * M + g_C * S, PRECISION)
+                S = _dot(K, tl.load(of + 2 * C + row)[:, None] * V, F_C * S, PRECISION)
             else:
-                S = F * S + g * M + Sb
-                M = power * M + Mb
+                S = _dot(K, tl.load(of + 4 * C + row)[:, None] * V, F_C * S + g_C * M, PRECISION)
+                M = _dot(K, _last_Mom(row, real, log2_gamma)[:, None] * V, Mc_C * M, PRECISION)
         else:
-            tl.store(Sc + here, S, mask=inside)
-            S = F * S + Sb
-    tl.store(S_out + bh * cells + cell, S, mask=inside)
+            S = _dot(K, tl.load(of + (2 * C if REVERSE else 4 * C) + row)[:, None] * V, F_C * S, PRECISION)
+    _put(S_out + whole, n, P, p, N, P, S)
     if VELOCITY:
-        tl.store(M_out + bh * cells + cell, M, mask=inside)
+        _put(M_out + whole, n, P, p, N, P, M)
 
 
 @launched
@@ -168,7 +166,7 @@ def outputs(
     w_sb, w_st, w_sh, k_sb, k_st, k_sg, q_sb, q_st, q_sg,
     VELOCITY: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """(2), as Y = (F ⊙ Q) S₀ + (g ⊙ Q) M₀ + (Res ⊙ Q Kᵀ) W: one sum."""
+    """(3), as Y = (F ⊙ Q) S₀ + (g ⊙ Q) M₀ + (Res ⊙ Q Kᵀ) W: one sum."""
     piece = tl.program_id(0)
     h, j = ((piece // PB) % H).to(tl.int64), tl.program_id(1).to(tl.int64)
     b = (piece // (PB * H)).to(tl.int64)
@@ -185,15 +183,15 @@ def outputs(
     for first in range(0, N, BN):
         n = first + tl.arange(0, BN)
         Q, K = _tile(q, row, q_st, n, real, N), _tile(k, row, k_st, n, real, N)
-        QK = tl.dot(Q, tl.trans(K), QK, input_precision=PRECISION)
-        Y = tl.dot(F[:, None] * Q, _tile(Sc + here * N * P, n, P, p, N, P), Y, input_precision=PRECISION)
+        QK = _dot(Q, tl.trans(K), QK, PRECISION)
+        Y = _dot(F[:, None] * Q, _tile(Sc + here * N * P, n, P, p, N, P), Y, PRECISION)
         if VELOCITY:
-            Y = tl.dot(g[:, None] * Q, _tile(Mc + here * N * P, n, P, p, N, P), Y, input_precision=PRECISION)
+            Y = _dot(g[:, None] * Q, _tile(Mc + here * N * P, n, P, p, N, P), Y, PRECISION)
     Res = _decay(tl.load(rows), tl.load(rows + C), row)
     if VELOCITY:
-        Res = tl.dot(Res, _pMom(row, real, log2_gamma), input_precision=PRECISION)
-    W = alpha * _tile(w + b * w_sb + j * C * w_st + h * w_sh, row, w_st, p, real, P)
-    Y = tl.dot(Res * QK, W, Y, input_precision=PRECISION)
+        Res = _dot(Res, _pMom(row, real, log2_gamma), tl.zeros((C, C), tl.float32), PRECISION)
+    W = _tile(w + b * w_sb + j * C * w_st + h * w_sh, row, w_st, p, real, P)
+    Y = _dot(alpha * Res * QK, W, Y, PRECISION)
     Y = tl.where((row < real)[:, None], Y, 0.0)
     _put(y + ((b * L + j * C) * H + h) * P, row, H * P, p, L - j * C, P, Y)
 
@@ -212,13 +210,13 @@ def _entering(
     M_through = tl.zeros((BP,), tl.float32)
     for first in range(0, N, BN):
         n = first + tl.arange(0, BN)
-        Q, S0, dS1 = _tile(q, row, q_st, n, real, N), _tile(S, n, P, p, N, P), _tile(dS, n, P, p, N, P)
-        QK = tl.dot(Q, tl.trans(_tile(k, row, k_st, n, real, N)), QK, input_precision=PRECISION)
-        of_F += tl.sum(Q * tl.dot(dY, tl.trans(S0), input_precision=PRECISION), 1)
+        Q, S0, dS1 = _tile(q, row, q_st, n, real, N), _tile(S, n, P, p, N, P), _tile(dS, n, P, p, N, P).to(tl.float32)
+        QK = _dot(Q, tl.trans(_tile(k, row, k_st, n, real, N)), QK, PRECISION)
+        of_F += tl.sum(Q * _dot(dY, tl.trans(S0), tl.zeros((C, BN), tl.float32), PRECISION), 1)
         S_through += tl.sum(S0 * dS1, 0)
         if VELOCITY:
             M0 = _tile(M, n, P, p, N, P)
-            of_g += tl.sum(Q * tl.dot(dY, tl.trans(M0), input_precision=PRECISION), 1)
+            of_g += tl.sum(Q * _dot(dY, tl.trans(M0), tl.zeros((C, BN), tl.float32), PRECISION), 1)
             M_through += tl.sum(M0 * dS1, 0)
     return QK, of_F, of_g, tl.sum(S_through, 0), tl.sum(M_through, 0)
 
@@ -234,9 +232,9 @@ def _leaving(
     for first in range(0, N, BN):
         n = first + tl.arange(0, BN)
         K = _tile(k, row, k_st, n, real, N)
-        to_S = tl.dot(K, _tile(dS, n, P, p, N, P), to_S, input_precision=PRECISION)
+        to_S = _dot(K, _tile(dS, n, P, p, N, P), to_S, PRECISION)
         if VELOCITY:
-            dW = tl.dot(of_M[:, None] * K, _tile(dM, n, P, p, N, P), dW, input_precision=PRECISION)
+            dW = _dot(of_M[:, None] * K, _tile(dM, n, P, p, N, P), dW, PRECISION)
     return to_S, dW
 
 
@@ -247,7 +245,7 @@ def token_gradients(
     VELOCITY: tl.constexpr, PRECISION: tl.constexpr, LOWEST: tl.constexpr,
     C: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """(7), (8): the gradients of w, and those of lg by each piece of values; and dQKs = Ȳ Wᵀ ⊙ Res for (9)."""
+    """(5), (6): the gradients of w, and those of lg by each piece of values; and dQKs = Ȳ Wᵀ ⊙ Res for (7)."""
     piece = tl.program_id(0)
     h, j = ((piece // PB) % H).to(tl.int64), tl.program_id(1).to(tl.int64)
     b = (piece // (PB * H)).to(tl.int64)
@@ -267,26 +265,27 @@ def token_gradients(
 
     high, low = tl.load(rows + row), tl.load(rows + C + row)
     Dec = _decay(high, low, row)
-    dP = tl.dot(dY, tl.trans(alpha * _tile(w, row, w_st, p, real, P)), input_precision=PRECISION)
+    none = tl.zeros((C, C), tl.float32)
+    dP = alpha * _dot(dY, tl.trans(_tile(w, row, w_st, p, real, P)), none, PRECISION)
     dDec = dP * QK  # with velocity of Res, which comes first
     Res = Dec
     if VELOCITY:
         pMom, pMc = _pMom(row, real, log2_gamma), _pMc(row, real, log2_gamma)
         dRes = tl.where(row[:, None] >= row[None, :], dDec, 0.0)
         dDec = of_g[:, None] * pMc[None, :]
-        dDec = tl.dot(dRes, tl.trans(pMom), dDec, input_precision=PRECISION)
-        Res = tl.dot(Dec, pMom, input_precision=PRECISION)
+        dDec = _dot(dRes, tl.trans(pMom), dDec, PRECISION)
+        Res = _dot(Dec, pMom, none, PRECISION)
     across = row[:, None] > row[None, :]
     X = tl.where(across, Dec * dDec, 0.0)
     passing = tl.sum(X, 1) - tl.sum(X, 0) + tl.load(rows + 2 * C + row) * of_F
     passing = tl.cumsum(passing, 0, reverse=True)
     here = (here * PB + piece % PB) * C * C
-    tl.store(dQKs + here + row[:, None] * C + row[None, :], dP * Res)
-    dW = tl.dot(tl.trans(Res * QK), dY, input_precision=PRECISION)
+    _put(dQKs + here, row, C, row, C, C, dP * Res)
+    dW = _dot(tl.trans(Res * QK), dY, tl.zeros((C, BP), tl.float32), PRECISION)
 
     of_M = _last_Mom(row, real, log2_gamma)
     to_S, dW = _leaving(dW, k, dS, dM, of_M, real, N, P, p, k_st, VELOCITY, PRECISION, C, BN, BP)
-    d_last = tl.sum(alpha * _tile(w, row, w_st, p, real, P) * to_S, 1)  # c of (8), then d
+    d_last = alpha * tl.sum(_tile(w, row, w_st, p, real, P) * to_S, 1)  # c of (6), then d
     if VELOCITY:
         d_last = tl.sum(_pMom(row, real, log2_gamma) * d_last[None, :], 1)
         d_last += M_through * _pMc(row, real, log2_gamma)
@@ -308,7 +307,7 @@ def key_gradients(
     w_sb, w_st, w_sh, k_sb, k_st, k_sg, q_sb, q_st, q_sg, y_sb, y_st, y_sh,
     VELOCITY: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """(9): the gradients of k and q by `each` pieces of values of a group, added in their order."""
+    """(7): the gradients of k and q by `each` pieces of values of a group, added in their order."""
     part, G = tl.program_id(0), H // r
     blocks = tl.cdiv(r * PB, each)
     block, g, b = part % blocks, ((part // blocks) % G).to(tl.int64), (part // (blocks * G)).to(tl.int64)
@@ -322,22 +321,22 @@ def key_gradients(
         h, p = g * r + piece // PB, (piece % PB) * BP + tl.arange(0, BP)
         here = (b * H + h) * chunks + j
         state, of = here * N * P, rows + here * 5 * C + row
-        dQK += tl.load(dQKs + (here * PB + piece % PB) * C * C + row[:, None] * C + row[None, :])
+        dQK += _tile(dQKs + (here * PB + piece % PB) * C * C, row, C, row, C, C)
         dY = _tile(dy + b * y_sb + j * C * y_st + h * y_sh, row, y_st, p, real, P)
         from_S, S = tl.load(of + 2 * C)[:, None] * dY, _tile(Sc + state, n, P, p, N, P)
-        dQ = tl.dot(from_S, tl.trans(S), dQ, input_precision=PRECISION)
-        W = alpha * _tile(w + b * w_sb + j * C * w_st + h * w_sh, row, w_st, p, real, P)
-        to_S, dS = tl.load(of + 4 * C)[:, None] * W, _tile(dSc + state, n, P, p, N, P)
-        dK = tl.dot(to_S, tl.trans(dS), dK, input_precision=PRECISION)
+        dQ = _dot(from_S, tl.trans(S), dQ, PRECISION)
+        W = _tile(w + b * w_sb + j * C * w_st + h * w_sh, row, w_st, p, real, P)
+        to_S, dS = (alpha * tl.load(of + 4 * C))[:, None] * W, _tile(dSc + state, n, P, p, N, P)
+        dK = _dot(to_S, tl.trans(dS), dK, PRECISION)
         if VELOCITY:
             from_M, M = tl.load(of + 3 * C)[:, None] * dY, _tile(Mc + state, n, P, p, N, P)
-            dQ = tl.dot(from_M, tl.trans(M), dQ, input_precision=PRECISION)
-            to_M, dM = _last_Mom(row, real, log2_gamma)[:, None] * W, _tile(dMc + state, n, P, p, N, P)
-            dK = tl.dot(to_M, tl.trans(dM), dK, input_precision=PRECISION)
+            dQ = _dot(from_M, tl.trans(M), dQ, PRECISION)
+            to_M, dM = (alpha * _last_Mom(row, real, log2_gamma))[:, None] * W, _tile(dMc + state, n, P, p, N, P)
+            dK = _dot(to_M, tl.trans(dM), dK, PRECISION)
     K = _tile(k + b * k_sb + j * C * k_st + g * k_sg, row, k_st, n, real, N)
-    dQ = tl.dot(dQK, K, dQ, input_precision=PRECISION)
+    dQ = _dot(dQK, K, dQ, PRECISION)
     Q = _tile(q + b * q_sb + j * C * q_st + g * q_sg, row, q_st, n, real, N)
-    dK = tl.dot(tl.trans(dQK), Q, dK, input_precision=PRECISION)
+    dK = _dot(tl.trans(dQK), Q, dK, PRECISION)
     here = (((block * B + b) * L + j * C) * G + g) * N
     _put(dq + here, row, G * N, n, L - j * C, N, dQ)
     _put(dk + here, row, G * N, n, L - j * C, N, dK)
