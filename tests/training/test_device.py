@@ -142,7 +142,9 @@ def test_a_compiled_model_trains_to_the_same_losses_on_the_device(config, device
     flags = {"train.steps": 5, "model.n_layer": 1, "eval.rows": 2, "train.global_batch": 320, "model.block_size": 160}
     eager, compiled = (config(name, **flags, **{"train.compile": compile}) for compile in (False, True))
     train(eager, tmp_path / "eager", json_mode=True)
+    torch._dynamo.utils.counters.clear()
     train(compiled, tmp_path / "compiled", json_mode=True)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
     within("losses", far(losses(tmp_path / "compiled"), losses(tmp_path / "eager")), LATER)
 
 
