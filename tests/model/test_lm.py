@@ -265,6 +265,20 @@ def test_a_compiled_model_trains_as_before_with_one_graph_for_all_blocks(device,
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]  # block and loss
 
 
+def test_a_scan_breaks_the_graph_of_a_block_once_whatever_the_depth():
+    counters, found = torch._dynamo.utils.counters, []
+    for depth in (1, 5):
+        torch._dynamo.reset()
+        counters.clear()
+        model, x = small(pattern="D", n_layer=depth), tokens()
+        model.compile(backend="aot_eager")
+        agree(gradients(model, x, x), gradients(small(pattern="D", n_layer=depth), x, x))
+        (reason,) = counters["graph_break"]
+        assert "disable" in reason
+        found.append(counters["stats"]["unique_graphs"])
+    assert found[0] == found[1] <= 5, found
+
+
 @pytest.mark.parametrize("init", ["gpt2", "zero_out"])
 def test_initial_loss_is_that_of_a_uniform_guess(init):
     model = small(init=init)
