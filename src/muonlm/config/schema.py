@@ -211,8 +211,8 @@ class TrainConfig(Section):
     device: Annotated[str, Device(("auto", "cpu", "cuda", "mps"))] = "auto"
     """auto, cpu, cuda or mps."""
     compile: bool = False
-    """torch.compile the blocks, once for each kind, and the loss: worth it on GPUs, after some waiting. Packed rows (sft,
-    dpo, data.reset) run uncompiled."""
+    """torch.compile the blocks, once for each kind, and the loss: worth it on GPUs, after some waiting. Packed rows
+    (sft, dpo, data.reset) run uncompiled."""
     recompute: bool = False
     """Keep only the input of each block and run the block again in the backward pass: long rows in little memory, for a
     third more time."""
