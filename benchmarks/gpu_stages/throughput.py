@@ -73,7 +73,8 @@ def run(stage: Stage) -> None:
     try:
         until = time.monotonic() + min(90.0, 0.5 * stage.left())
         for name, bench in benches.items():
-            stage.part(f"{name}: start", partial(bench.answer, stage, until))
+            if not stage.part(f"{name}: start", partial(bench.answer, stage, until)):
+                bench.end()
         stage.part("attention of keller/gpt", partial(attention, stage))
         for name, bench in alive(benches):
             stage.part(f"{name} eager", partial(tell, stage, bench, name, "eager"), seconds=5)
