@@ -85,13 +85,12 @@ def _on(device: torch.device):
 def _plan(q: Tensor, u: Tensor, C: int) -> tuple[tuple[int, ...], dict[str, dict], dict[str, Any]]:
     """The sizes L and n; each kernel's blocks; what all kernels are compiled for."""
     (_, L, H, P), (G, N) = u.shape, q.shape[2:]
-    half = q.dtype == torch.bfloat16
-    widths = dict(H=H, R=H // G, N=N, C=C, EXACT=ROUNDED if half else EXACT)
-    return (L, -(-L // C)), blocks(N, P, q.dtype), widths
+    exact = ROUNDED if u.dtype == torch.bfloat16 else EXACT
+    return (L, -(-L // C)), blocks(N, P, u.dtype), dict(H=H, R=H // G, N=N, C=C, EXACT=exact)
 
 
 def forward(lg, b, u, k, q, S0, lengths, C):
-    """(1) to (3) -> y (B,L,H,P), S (B,H,N,P), and A⁻¹, P, F, f, E, S₀ of each chunk."""
+    """(1) to (3) -> y (B,L,H,P), S (B,H,N,P), and for backward k, q in u's type, A⁻¹, P, F, f, E, S₀ of each chunk."""
     (B, L, H, P), N = u.shape, k.shape[-1]
     u, k, q, lg, b = _sequence(u), _sequence(k), _sequence(q), lg.contiguous(), b.contiguous()
     sizes, block, widths = _plan(q, u, C)
@@ -100,13 +99,14 @@ def forward(lg, b, u, k, q, S0, lengths, C):
     full = lambda *shape: torch.empty(*shape, device=u.device, dtype=torch.float32)  # noqa: E731
     T, QK, E, S = half(C, C), half(C, C), half(C, P), half(N, P)
     F, f, y, S_end = full(B * H, n, C), full(B * H, n, C), full(B, L, H, P), full(B, H, N, P)
-    unit = _unit(q, k, u)
-    widths["UNIT"] = unit
+    k_out, q_out = (None, None) if k.dtype == u.dtype else (x.new_empty(x.shape, dtype=u.dtype) for x in (k, q))
+    widths["UNIT"] = unit = math.gcd(_unit(q, k, u), N)
     with _on(u.device):
         squares[n, B * H](
-            q, k, lg, b, T, QK, F, f, lengths, *sizes, *_strides(unit, q, k), MIN_LOG_GATE=MIN_LOG_GATE,
+            q, k, lg, b, q_out, k_out, T, QK, F, f, lengths, *sizes, *_strides(unit, q, k), MIN_LOG_GATE=MIN_LOG_GATE,
             **widths, **block["squares"],
         )  # fmt: skip
+        k, q = k if k_out is None else k_out, q if q_out is None else q_out
         values = triton.cdiv(P, block["walk"]["BP"])
         walk[values, B * H](
             k, u, b, T, F, f, S0, E, S, S_end, lengths, *sizes, *_strides(unit, k, u), P=P, **widths, **block["walk"]
@@ -115,11 +115,11 @@ def forward(lg, b, u, k, q, S0, lengths, C):
         outputs[n, B * H, values](
             q, QK, F, S, E, y, lengths, *sizes, *_strides(unit, q), P=P, **widths, **block["outputs"]
         )  # fmt: skip
-    return y, S_end, T, QK, F, f, E, S
+    return y, S_end, k, q, T, QK, F, f, E, S
 
 
-def backward(lg, b, u, k, q, T, QK, F, f, E, S, lengths, C, gy, gS, initial):
-    """(4) and (5), given dL/dy and dL/dS or None -> dlg, db, du, dk, dq, and dS0 if `initial`."""
+def backward(lg, b, u, k, q, T, QK, F, f, E, S, lengths, C, gy, gS, dtype, initial):
+    """(4) and (5), given dL/dy and dL/dS or None -> dlg, db, du, dk and dq of `dtype`, and dS0 if `initial`."""
     (B, L, H, P), (G, N) = u.shape, k.shape[2:]
     u, k, q, gy, lg, b = _sequence(u), _sequence(k), _sequence(q), _sequence(gy), lg.contiguous(), b.contiguous()
     sizes, block, widths = _plan(q, u, C)
@@ -127,7 +127,7 @@ def backward(lg, b, u, k, q, T, QK, F, f, E, S, lengths, C, gy, gS, initial):
     dR, dS = torch.empty_like(E), torch.empty_like(S)
     new = lambda *shape, dtype=torch.float32: torch.empty(*shape, device=u.device, dtype=dtype)  # noqa: E731
     dS0 = new(B, H, N, P) if initial else None
-    dq, dk = (new(B, L, H, N, dtype=torch.float32 if G < H else q.dtype) for _ in range(2))
+    dq, dk = (new(B, L, H, N, dtype=torch.float32 if G < H else dtype) for _ in range(2))
     du, db, dlg = new(B, L, H, P, dtype=u.dtype), new(parts, B, L, H), new(parts, B, L, H)
     unit = _unit(q, k, u, gy)
     widths |= dict(UNIT=unit, P=P)
@@ -142,7 +142,7 @@ def backward(lg, b, u, k, q, T, QK, F, f, E, S, lengths, C, gy, gS, initial):
             MIN_LOG_GATE=MIN_LOG_GATE, **widths, **block["gradients"],
         )  # fmt: skip
     if G < H:
-        dk, dq = (x.unflatten(2, (G, H // G)).sum(3).to(q.dtype) for x in (dk, dq))
+        dk, dq = (x.unflatten(2, (G, H // G)).sum(3).to(dtype) for x in (dk, dq))
     db, dlg = (x[0] if parts == 1 else x.sum(0) for x in (db, dlg))
     return dlg, db, du, dk, dq, dS0
 
@@ -151,8 +151,8 @@ class _DeltaScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, lg, b, u, k, q, S0, lengths, C):
         y, S, *saved = forward(lg, b, u, k, q, S0, lengths, C)
-        ctx.save_for_backward(lg, b, u, k, q, *saved, lengths)
-        ctx.C, ctx.initial = C, S0 is not None
+        ctx.save_for_backward(lg, b, u, *saved, lengths)
+        ctx.C, ctx.dtype, ctx.initial = C, k.dtype, S0 is not None
         ctx.set_materialize_grads(False)
         return y, S
 
@@ -162,7 +162,7 @@ class _DeltaScan(torch.autograd.Function):
         u = ctx.saved_tensors[2]
         gy = torch.zeros_like(u, dtype=torch.float32) if gy is None else gy
         gS = None if gS is None else gS.contiguous()
-        grads = backward(*ctx.saved_tensors, C=ctx.C, gy=gy, gS=gS, initial=ctx.initial)
+        grads = backward(*ctx.saved_tensors, C=ctx.C, gy=gy, gS=gS, dtype=ctx.dtype, initial=ctx.initial)
         return *grads, None, None
 
 
@@ -179,8 +179,9 @@ def delta_scan(lg, b, u, k, q, S0=None, *, lengths=None, chunk=0):
         return delta.delta_scan(lg, b, u, k, q, S0, lengths=lengths)  # a token of decoding
     lengths = None if lengths is None else lengths.to(u.device).clamp(0, L).contiguous()
     dtype = torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
-    lg, b = lg.to(torch.float32), b.to(torch.float32)
-    u, k, q = u.to(dtype), k.to(dtype), q.to(dtype)
+    u, lg, b = u.to(dtype), lg.to(torch.float32), b.to(torch.float32)
+    if k.dtype != dtype or q.dtype != dtype:  # from fp32 a kernel rounds them
+        k, q = k.to(torch.float32), q.to(torch.float32)
     S0 = None if S0 is None else S0.to(torch.float32).contiguous()
     run: Any = _uncompiled() if torch.compiler.is_compiling() else _DeltaScan.apply
     return run(lg, b, u, k, q, S0, lengths, chunk_size(chunk, dtype))

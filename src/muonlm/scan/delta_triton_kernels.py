@@ -128,21 +128,26 @@ def _merge(T, X, c, size: tl.constexpr, EXACT: tl.constexpr):
 
 @jit
 def squares(
-    q, k, lg, b, T_out, P_out, F_out, f_out, lengths, L, n, q_sb, q_st, q_sh, k_sb, k_st, k_sh,
+    q, k, lg, b, q_out, k_out, T_out, P_out, F_out, f_out, lengths, L, n, q_sb, q_st, q_sh, k_sb, k_st, k_sh,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
     MIN_LOG_GATE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """(1). Grid (n, B·H)."""
+    """(1), and q and k in DT, (B,L,H/R,N), where q_out and k_out are given. Grid (n, B·H)."""
     j, r = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row, h, length = _place(r, lengths, L, H)
     left, c = length - j * C, tl.arange(0, C)
-    DT: tl.constexpr = k.dtype.element_ty
+    DT: tl.constexpr = T_out.dtype.element_ty
     q += (row * q_sb + h // R * q_sh + j * C * q_st) * UNIT
     k += (row * k_sb + h // R * k_sh + j * C * k_st) * UNIT
     KK, QK = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     for start in range(0, N, BN):
         lane = start + tl.arange(0, BN)
-        K, Q = _rows(k, k_st * UNIT, c, left, lane, N), _rows(q, q_st * UNIT, c, left, lane, N)
+        K, Q = _rows(k, k_st * UNIT, c, left, lane, N).to(DT), _rows(q, q_st * UNIT, c, left, lane, N).to(DT)
+        if k_out is not None:
+            if h % R == 0:
+                here, heads = ((row * L + j * C) * (H // R) + h // R) * N, H // R
+                _put_rows(k_out + here, heads * N, c, L - j * C, lane, N, K)
+                _put_rows(q_out + here, heads * N, c, L - j * C, lane, N, Q)
         KK += _dot(K, tl.trans(K), DT, EXACT)
         QK += _dot(Q, tl.trans(K), DT, EXACT)
     token = (row * L + j * C) * H + h
