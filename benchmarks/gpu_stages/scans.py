@@ -2,7 +2,8 @@
 
     longhorn, mamba      MuonLonghorn-97m: D 1344, N 16               (B,L) = 8 x 2048
     mamba2               Mamba-2 130M: 24 heads of 64, N 128, one group
-    delta rule           Gated DeltaNet 170M: 9 heads, N 56, P 112; bf16: the values, as under autocast
+    delta rule           Gated DeltaNet 170M: 9 heads, N 56, P 112
+    … bf16               with values in bf16, as under autocast
     muon …               with momentum 0.9; velocity: the delta rule with a normalised velocity
 
 All else in fp32, which is what the mixers hand over under autocast too.
@@ -37,6 +38,8 @@ FORMS = {
     "muon mamba": Form("diag_scan", 0, 1, 16, 1344, MUON),
     "mamba2": Form("scalar_scan", 24, 1, 128, 64),
     "muon mamba2": Form("scalar_scan", 24, 1, 128, 64, MUON),
+    "mamba2 bf16": Form("scalar_scan", 24, 1, 128, 64, dtype=torch.bfloat16),
+    "muon mamba2 bf16": Form("scalar_scan", 24, 1, 128, 64, MUON, dtype=torch.bfloat16),
     "delta rule": Form("delta_scan", 9, 9, 56, 112),
     "delta rule bf16": Form("delta_scan", 9, 9, 56, 112, dtype=torch.bfloat16),
     "muon delta rule": Form("delta_momentum_scan", 9, 9, 56, 112, MUON),

@@ -69,6 +69,9 @@ FORMS = {
 BF16_FACTORS = {("scalar_scan", "triton"): 1e-2, ("delta_scan", "triton"): 1e-2}  # -> their tolerance of outputs
 
 
+BF16_VALUES = {"scalar_scan": 1, "delta_scan": 2}  # where among the tensors a mixer in bf16 hands such values over
+
+
 @dataclass(frozen=True)
 class Size:
     """Rows, heads, groups of heads, widths of keys and values; diag_scan has heads x P channels."""
@@ -313,7 +316,7 @@ def test_the_chunked_form_in_fp64_which_judges_long_rows_equals_the_loop(form, w
 @pytest.mark.parametrize("letter", [x for x, entry in MIXERS.items() if issubclass(entry.load(), Recurrent)])
 def test_under_autocast_a_mixer_hands_its_scan_fp32_and_gets_what_the_loop_gives(letter, monkeypatch, within):
     """What is really called: each layer's scan is run again by the loop in fp64, on the very tensors it was given.
-    All are fp32, but on a GPU the values u of the plain delta rule: they tell that products may take bf16 factors."""
+    All are fp32, but on a GPU the values of some: they tell that products may take bf16 factors."""
     calls, run_scan = [], dispatch._run
 
     def listen(name, backend, value, k, *tensors, **options):
@@ -333,9 +336,9 @@ def test_under_autocast_a_mixer_hands_its_scan_fp32_and_gets_what_the_loop_gives
     for name, backend, tensors, options, outputs in calls:
         gate, *others = tensors
         flat = [*(gate if isinstance(gate, tuple) else (gate,)), *others]
-        u = tensors[2] if name == "delta_scan" and DEVICE.type == "cuda" else None
-        assert u is None or u.dtype == torch.bfloat16
-        assert {x.dtype for x in [*flat, *outputs] if x is not None and x is not u} == {torch.float32}
+        values = tensors[BF16_VALUES[name]] if name in BF16_VALUES and DEVICE.type == "cuda" else None
+        assert values is None or values.dtype == torch.bfloat16
+        assert {x.dtype for x in [*flat, *outputs] if x is not None and x is not values} == {torch.float32}
         wide = [x if x is None else x.double() for x in flat]
         if isinstance(gate, tuple):
             wide = [tuple(wide[: len(gate)]), *wide[len(gate) :]]

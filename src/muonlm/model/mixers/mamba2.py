@@ -9,7 +9,8 @@
 Letters  B batch, L time, d model width, D inner width, H = D/P heads of value width P, G groups, N state width, W taps
 Shapes   x_in, y (B,L,d) · u, w (B,L,H,P) · k, q (B,L,G,N) · lg (B,L,H) · mask (B,L) bool, True = real token
 State    (conv (B,W−1,D+2GN), S (B,H,N,P)), and M (B,H,N,P) if γ > 0. Masked tokens are deleted; their outputs are 0.
-Dtypes   everything between the convolution and W_out is fp32 (fp64 stays), also under autocast; so are S and M.
+Dtypes   everything between the convolution and W_out is fp32 (fp64 stays), also under autocast; so are S and M. But on
+         a GPU w is handed over in bf16 if activations are: the scan's kernels then take bf16 factors of products.
 Cost     d(2D+2GN+H) + (W+1)(D+2GN) + 3H + D + Dd parameters
 Init     A_log = log of uniform(1, 16), D = 1, dt_bias = softplus⁻¹ of steps log-uniform in [0.001, 0.1]
 Source   Dao & Gu 2024 (2405.21060). The Muon form is ours: MuonSSM (2606.30461) has no Mamba-2
@@ -104,6 +105,8 @@ class Mamba2(ConvRecurrent):
             s = F.softplus(at_least_fp32(dt) + at_least_fp32(self.dt_bias))
             lg = -s * torch.exp(at_least_fp32(self.A_log))
             w = self._normed(s.unsqueeze(-1) * u, k)
+            if w.is_cuda and z.dtype == torch.bfloat16:
+                w = w.bfloat16()  # elsewhere the scan is fp32 throughout, and this would be a loss for nothing
             y, S, M = scalar_scan(lg, w, k, q, S, M, **self.writes.momentum, **self.how(lengths))
             y = torch.addcmul(y, u, at_least_fp32(self.D)[:, None]).flatten(-2) * F.silu(z)
             y = self._norm(y)
