@@ -1,25 +1,25 @@
 """The Triton form of scalar_scan where the tests of every backend (test_device.py) do not look: widths of several
 tiles, several programs a group, gradients of closed gates.
 
-Under Triton's interpreter (TRITON_INTERPRET=1), which must be chosen before anyone imports triton: so one test runs
-this file again in a process of its own, and only there do the others exist.
-To see them one by one: TRITON_INTERPRET=1 pytest tests/scan/test_scalar_triton.py
+Tests that call kernels are marked `cuda`: MUONLM_REHEARSE=1 TRITON_INTERPRET=1 pytest runs them interpreted.
 """
 
 import importlib.util
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from muonlm.scan import reference, scalar_scan
+from muonlm.scan import scalar_triton as gpu
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TRITON = importlib.util.find_spec("triton") is not None
-if TRITON:
-    from muonlm.scan import scalar_triton as gpu
+DEVICE = "cpu" if os.environ.get("MUONLM_REHEARSE") == "1" else "cuda"
+NEEDS_TRITON = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="the package triton is not installed")
+
+
+def kernels(test):
+    return pytest.mark.cuda(NEEDS_TRITON(test))
+
 
 # Relative Frobenius error of outputs and states, and of gradients. 3e-7 was seen in both.
 FP32 = (1e-5, 1e-5)
@@ -27,7 +27,7 @@ FP32 = (1e-5, 1e-5)
 
 def problem(L=37, *, B=2, H=4, G=2, N=6, P=5, seed=0) -> dict:
     draw = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=draw)  # noqa: E731
+    normal = lambda *shape: torch.randn(*shape, generator=draw).to(DEVICE)  # noqa: E731
     return dict(
         lg=-0.3 * normal(B, L, H).abs(),
         w=normal(B, L, H, P),
@@ -44,7 +44,7 @@ def run(given: dict, gamma: float, function=scalar_scan, **how) -> dict:
     found = function(**leaves, gamma=gamma, alpha=0.7, **how)
     outputs = {name: x for name, x in zip("ySM", found) if x is not None}
     draw = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=draw).to(x.dtype) for x in outputs.values()]
+    weights = [torch.randn(x.shape, generator=draw).to(x) for x in outputs.values()]
     grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), weights)
     return {name: x.detach() for name, x in outputs.items()} | {f"d_{n}": g for n, g in zip(leaves, grads)}
 
@@ -61,27 +61,32 @@ def agree(given: dict, gamma: float, *, chunk: int = 16, lengths=None) -> dict:
 momenta = pytest.mark.parametrize("gamma", [0.0, 0.9])
 
 
+@kernels
 @momenta
 @pytest.mark.parametrize("N, P", [(6, 5), (16, 32), (37, 33), (130, 16)])
 def test_keys_and_values_of_several_tiles_equal_the_loop(gamma, N, P):
     agree(problem(19, B=1, H=2, G=1, N=N, P=P), gamma)
 
 
+@kernels
 @momenta
 @pytest.mark.parametrize("chunk", [1, 16, 24, 0, 100])
 def test_no_chunk_length_changes_the_result(gamma, chunk):
-    agree(problem(), gamma, chunk=chunk, lengths=torch.tensor([37, 21]))
+    agree(problem(), gamma, chunk=chunk, lengths=torch.tensor([37, 21], device=DEVICE))
 
 
+@kernels
 @momenta
 @pytest.mark.parametrize("strength", [5.0, 13.7, 20.0, 79.0])
 def test_the_gradient_of_nearly_closed_gates_is_not_lost(gamma, strength):
     """It is e⁻²⁰ of what a token's own write, which passes no gate, contributes to y."""
     given = problem(33, B=1)
-    given["lg"] = -strength * (0.9 + 0.2 * torch.rand(given["lg"].shape, generator=torch.Generator().manual_seed(2)))
+    spread = torch.rand(given["lg"].shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    given["lg"] = -strength * (0.9 + 0.2 * spread)
     agree(given, gamma)
 
 
+@kernels
 @momenta
 def test_gates_below_the_lowest_have_no_gradient(gamma):
     given = problem(21, B=1)
@@ -90,14 +95,16 @@ def test_gates_below_the_lowest_have_no_gradient(gamma):
     assert got["d_lg"][:, 3:17].eq(0).all() and got["d_lg"][:, 17:].ne(0).all()
 
 
+@kernels
 @momenta
 def test_weak_gates_after_a_strong_one_are_summed_exactly(gamma):
     """Sums of 800 beside differences of 0.01: fp32 has steps of 6e-5 there."""
     given = problem(32, B=1)
-    given["lg"][:, :10], given["lg"][:, 10:] = -80.0, -0.01 * torch.rand(1, 22, 4)
+    given["lg"][:, :10], given["lg"][:, 10:] = -80.0, -0.01 * torch.rand(1, 22, 4, device=DEVICE)
     agree(given, gamma, chunk=32)
 
 
+@kernels
 @momenta
 def test_a_groups_heads_may_be_added_by_several_programs(gamma, monkeypatch):
     """Each writes its part of dk and dq, the last one less; a head of two pieces may be cut. Bits repeat."""
@@ -110,6 +117,7 @@ def test_a_groups_heads_may_be_added_by_several_programs(gamma, monkeypatch):
         assert (one[name] - want[name]).norm() <= 1e-6 * want[name].norm(), name
 
 
+@kernels
 def test_a_nan_among_the_gates_is_seen():
     given = problem(19, B=1)
     given["lg"][0, 4, 1] = torch.nan
@@ -117,6 +125,7 @@ def test_a_nan_among_the_gates_is_seen():
     assert y[0, 4:, 1].isnan().all() and y[0, :, [0, 2, 3]].isfinite().all()
 
 
+@NEEDS_TRITON
 def test_one_program_adds_all_heads_of_a_group_where_that_keeps_the_device_busy(monkeypatch):
     device = type("Device", (), {"multi_processor_count": 100})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
@@ -125,17 +134,3 @@ def test_one_program_adds_all_heads_of_a_group_where_that_keeps_the_device_busy(
     assert gpu.pieces_each(200, 24, cuda) == 12  # two programs a group: four an SM
     assert gpu.pieces_each(3, 24, cuda) == 1  # no more than there are pieces
     assert gpu.pieces_each(3, 24, torch.device("cpu")) == 24
-
-
-@pytest.mark.skipif(not TRITON, reason="the package triton is not installed")
-def test_the_kernels_pass_their_tests_under_the_interpreter():
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=500)
-    assert run.returncode == 0 and "passed" in run.stdout, run.stdout + run.stderr
-
-
-# Tests that call kernels exist only where they are interpreted; the one that starts a process, everywhere but there.
-for name, value in list(globals().items()):
-    if name.startswith("test_") and INTERPRETED == ("subprocess" in value.__code__.co_names):
-        del globals()[name]
