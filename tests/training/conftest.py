@@ -25,10 +25,11 @@ OTHERS = {
     "long rows": {},  # whose attention has many blocks of keys, whose sums a GPU may add in any order
     "reset": {"model.pattern": "MA", "data.reset": True},
 }
+SMALL = {"optim.lr": 2e-3, "muon.adamw_lr": 3e-4, "muon.head_lr": 3e-4}  # of a DPO loss near 0 little can be compared
 OBJECTIVES = {
     "grokking": {},
     "sft": {"model.pattern": "MA", "train.objective": "sft", "data.template": "qa"},
-    "dpo": {"model.pattern": "MA", "train.objective": "dpo", "data.template": "qa"},
+    "dpo": {"model.pattern": "MA", "train.objective": "dpo", "data.template": "qa"} | SMALL,
 }
 CASES = LETTERS | LOOPED | HYBRID | OTHERS | OBJECTIVES
 ROWS = {"long rows": 1024, "gdn_velocity_ns": 64}  # tokens in a row on a GPU; else 160: some chunks and a rest
@@ -46,7 +47,7 @@ def files(text, tmp_path_factory):
     sft, dpo = [], []
     for _ in range(100):
         a, b = draw.randrange(100), draw.randrange(10 ** draw.randrange(1, 4))
-        question, right, wrong = f"What is {a} + {b}?", f"It is {a + b}.", f"It is {a + b + draw.choice([-1, 1])}."
+        question, right, wrong = f"What is {a} + {b}?", f"It is {a + b}.", f"Perhaps {a + b + draw.choice([-1, 1])}?"
         sft.append({"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": right}]})
         dpo.append({"prompt": question, "chosen": right, "rejected": wrong})
     found = {"text": text}
