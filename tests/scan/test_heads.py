@@ -140,6 +140,15 @@ def test_a_chunk_of_closed_gates_is_finite_and_equal_to_the_loop(form, gamma, lg
     agree(form, gamma, tensors, forward, backward, loop={n: t.double() for n, t in tensors.items()}, chunk=8)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+@pytest.mark.parametrize("strength", [5.0, 13.7, 20.0])
+def test_the_gradient_of_nearly_closed_gates_is_not_lost(gamma, strength):
+    """It is e^−strength of what a token's own write, which passes no gate, contributes to y."""
+    tensors = inputs("scalar", 40, dtype=torch.float32)
+    tensors["lg"] = -strength * (0.9 + 0.2 * torch.rand(B, 40, H, generator=torch.Generator().manual_seed(2)))
+    agree("scalar", gamma, tensors, 1e-5, 1e-5, loop={n: t.double() for n, t in tensors.items()}, chunk=16)
+
+
 @each_form
 def test_zero_keys_have_finite_gradients(form, gamma):
     tensors = inputs(form, 20)

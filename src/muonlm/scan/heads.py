@@ -6,12 +6,15 @@ with Res, F, g, Mom, Mc of chunks.py. Backward (a bar: gradient; P = Res ⊙ Q K
               S̄₀ = F_C S̄₁ + Qᵀ(F ⊙ Ȳ)        M̄₀ = Mc_C M̄₁ + g_C S̄₁ + Qᵀ(g ⊙ Ȳ)                              (3)
               W̄  = Pᵀ Ȳ + Res[C,:] ⊙ (K S̄₁) + Mom[C,:] ⊙ (K M̄₁)                                             (4)
               Q̄  = (F ⊙ Ȳ) S₀ᵀ + (g ⊙ Ȳ) M₀ᵀ + Σ (P̄ ⊙ Res) K,   K̄ likewise from (2)                        (5)
-              lg: (3) of chunks.py, where what ends at t is ⟨Ȳ_t, Y_t⟩, what starts at s is ⟨W̄_s, W_s⟩ without
-              momentum, else column s of Dec ⊙ (R̄es (diag(p) Mom)ᵀ + ḡ (p ⊙ Mc)ᵀ), what leaves ⟨S̄₁, S₁⟩       (6)
+              lg: (3) of chunks.py. Of X = strict lower(Dec ⊙ D̄ec) what ends at t is row t, and F_t ⟨Ȳ_t, (Q S₀)_t⟩,
+              what starts at s is column s; what leaves is F_C ⟨S̄₁, S₀⟩. D̄ec is R̄es without momentum, else
+              R̄es (diag(p) Mom)ᵀ + ḡ (p ⊙ Mc)ᵀ; R̄es = P̄ ⊙ Q Kᵀ, and ⟨W, K S̄₁⟩ of each token in row C         (6)
+A token's own write passes no gate: where the diagonal of X were kept, it would be taken from itself, and the gradients
+of closed gates, e⁻²⁰ of it, would be lost in its rounding.
 A CPU walks the chunks one by one, so that a chunk's W, Y and states stay in its cache; elsewhere all go at once.
 velocity_scan is nonlinear: a loop over time. The delta rules: delta.py.
 
-Memory   O(B L D) + O(B L N D/C): scalar_scan saves its inputs, y, and S, M at chunk starts; velocity_scan inputs and
+Memory   O(B L D) + O(B L N D/C): scalar_scan saves its inputs, and S, M at chunk starts; velocity_scan inputs and
          S, M at chunk starts; the rest is computed again in the backward pass
 Chunk    64, which chunk=0 means too: measured on a CPU, 32 and 128 are slower or as fast
 Source   Mamba-2 2405.21060 (the chunk form); MuonSSM 2606.30461 (the velocity)
@@ -199,12 +202,12 @@ class _ScalarChunks(torch.autograd.Function):
                 if gamma:
                     out = out.addcmul_((Q @ m[:, :-1].flatten(0, 1)).view_as(W), _along(g))
                 tile.put_sum(y[:, :, tile.heads], out, (Q @ s[:, :-1].flatten(0, 1)).view_as(W), _along(Fc))
-        ctx.save_for_backward(lg, w, k, q, y, Ss, Ms)
+        ctx.save_for_backward(lg, w, k, q, Ss, Ms)
         return y, Ss[:, :, -1].clone(), Ms[:, :, -1].clone() if gamma else None
 
     @staticmethod
     def backward(ctx, dy, dS, dM):
-        lg, w, k, q, y, Ss, Ms = ctx.saved_tensors
+        lg, w, k, q, Ss, Ms = ctx.saved_tensors
         gamma, lengths, C = ctx.const
         B, L, H, P = w.shape
         dlg, dw, dk, dq = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (lg, w, k, q))
@@ -214,7 +217,7 @@ class _ScalarChunks(torch.autograd.Function):
         with full_precision(w.device):
             for tile in reversed(ctx.tiles):
                 K, Q, W = tile.cut(k[:, :, tile.g]), tile.cut(q[:, :, tile.g]), tile.cut(w[:, :, tile.heads])
-                Y, dY = tile.cut(y[:, :, tile.heads]), tile.cut(dy[:, :, tile.heads])
+                dY = tile.cut(dy[:, :, tile.heads])
                 gates = _gates(tile, lg, real, gamma)
                 Dec, Fc, Res, g, p, Mom, mom_last, Mc = gates
                 s, m = tile.states(Ss), tile.states(Ms) if gamma else None
@@ -222,7 +225,7 @@ class _ScalarChunks(torch.autograd.Function):
                 at_S, at_M = (None if x is None else x[tile.rows, tile.g] for x in (dS, dM))
                 ds, dm, at_S = _walk_back(tile, gates, Q, dYF, dYg, at_S, at_M)
                 starts = s[:, :-1].flatten(0, 1)
-                leaving = _dots(ds, s[:, 1:].flatten(0, 1), P)
+                leaving = _dots(ds, starts, P) * Fc[..., -1]
                 last = _along(Res[..., -1, :])
                 QK, reached = (Q @ K.mT).unsqueeze(1), (K @ ds).view_as(W)
                 Pmat = Res * QK
@@ -230,27 +233,24 @@ class _ScalarChunks(torch.autograd.Function):
                 dP = dY.transpose(1, 2) @ W.transpose(1, 2).mT
                 dQ = dYF @ starts.mT
                 dK = (W * last).flatten(2) @ ds.mT
+                dDec = dP * QK  # with momentum of Res, which comes first
+                dDec[..., -1, :] += (reached * W).sum(-1).transpose(1, 2)
                 if gamma:
                     m, last_m = m[:, :-1].flatten(0, 1), mom_last[..., None, None]
                     dW = dW.addcmul_((K @ dm).view_as(W), last_m)
                     dK.baddbmm_((W * last_m).flatten(2), dm.mT)
                     dQ.baddbmm_(dYg, m.mT)
-                    dRes = dP * QK
-                    dRes[..., -1, :] += (reached * W).sum(-1).transpose(1, 2)
                     dg = (dY * (Q @ m).view_as(W)).sum(-1).transpose(1, 2)
                     dg[..., -1] += _dots(ds, m, P)
-                    dDec = (dRes.flatten(1, 2) @ Mom.mT).view_as(Dec)
+                    dDec = (dDec.flatten(1, 2) @ Mom.mT).view_as(Dec)
                     dDec += dg.unsqueeze(-1) * (p * Mc)[:, None, None]
                 tile.put_sum(dw[:, :, tile.heads], dW, reached, last)
-                if gamma:
-                    entering = dDec.mul_(Dec).sum(-2)
-                else:
-                    entering = (tile.cut(dw[:, :, tile.heads]) * W).sum(-1).transpose(1, 2)
+                across = dDec.mul_(Dec).tril_(-1)
+                ends = (dYF * (Q @ starts)).view_as(W).sum(-1).transpose(1, 2) + across.sum(-1)
                 dQK = dP.mul_(Res).sum(1)
                 dQ.baddbmm_(dQK, K)
                 dK.baddbmm_(dQK.mT, Q)
-                ends = (dY * Y).sum(-1).transpose(1, 2)
-                tile.put(dlg[..., tile.heads], suffix_sum(ends, entering, leaving).transpose(1, 2))
+                tile.put(dlg[..., tile.heads], suffix_sum(ends, across.sum(-2), leaving).transpose(1, 2))
                 tile.put(dk[:, :, tile.g], dK)
                 tile.put(dq[:, :, tile.g], dQ)
                 dS[tile.rows, tile.g] = at_S  # last: the end of the last chunk is this storage too
