@@ -308,3 +308,30 @@ def test_rope_depends_on_relative_position_only():
     at = lambda t, i: attention.rotate(t, cos[i : i + 1], sin[i : i + 1])  # noqa: E731
     assert torch.allclose((at(q, 9) * at(k, 4)).sum(), (at(q, 45) * at(k, 40)).sum(), rtol=1e-12)
     assert not torch.allclose((at(q, 9) * at(k, 4)).sum(), (at(q, 9) * at(k, 5)).sum(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["one step", "two micro-batches", "recomputed"])
+def test_repeatable_attention_orders_its_own_backward_alone(kind):
+    """Long rows, as SDPA has them on a CPU: torch's switch is on in SDPA's backward pass, and off before and after."""
+    model = build_model(ModelConfig(n_layer=2, d_model=32, n_head=4, vocab_size=50, block_size=192), seed=1)
+    tokens = torch.arange(193).remainder(7)[None].expand(2, -1)
+    seen = []
+    for block in model.blocks:
+        block.mixer.repeatable = True
+        block.mixer.qkv.register_full_backward_pre_hook(
+            lambda *_: seen.append(torch.are_deterministic_algorithms_enabled())
+        )
+    model.recompute = kind == "recomputed"
+    switched, real = [], torch.use_deterministic_algorithms
+
+    def switch(on):
+        switched.append(on)
+        real(on)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "use_deterministic_algorithms", switch)
+        for part in tokens.split(1 if kind == "two micro-batches" else 2):
+            model(part[:, :-1], part[:, 1:]).backward()
+    steps = 2 if kind == "two micro-batches" else 1
+    assert switched == [True, False] * 2 * steps and seen == [False] * 2 * steps
+    assert not torch.are_deterministic_algorithms_enabled()

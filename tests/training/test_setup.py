@@ -20,6 +20,7 @@ from muonlm.training.resolve import check
         ({"data.source": "modular", "train.objective": "sft"}, ["conversations are needed", "`source` FILE.jsonl"]),
         ({"train.global_batch": "100"}, ["not a multiple of model.block_size"]),
         ({"model.pattern": "M", "model.scan": "triton", "train.device": "cpu"}, ["needs a CUDA device", "use auto"]),
+        ({"train.repeatable": True, "train.compile": True}, ["leave one out", "--train.compile false"]),
         ({"sched.warmup": "300", "train.steps": "200"}, ["300 does not fit into 200 steps"]),
     ],
 )

@@ -216,6 +216,9 @@ class TrainConfig(Section):
     recompute: bool = False
     """Keep only the input of each block and run the block again in the backward pass: long rows in little memory, for a
     third more time."""
+    repeatable: bool = False
+    """On a GPU: sums of attention's backward pass in one order, so that a resumed run repeats the unbroken one bit for
+    bit whatever the length of its rows; attention takes longer. A CPU always does so."""
     save_every: Annotated[int, Ge(0)] = 0
     """Steps between checkpoints. 0 = only at the end (and when interrupted)."""
     keep: Annotated[int, Ge(1)] = 2

@@ -95,6 +95,15 @@ def start(device: str = "auto"):
             dist.destroy_process_group()
 
 
+def repeat(model: nn.Module) -> None:
+    """Attention of `model` shall give the same gradients each time, to the bit."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has no such form
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # which finds bugs and takes time
+    for module in model.modules():
+        if hasattr(module, "repeatable"):
+            setattr(module, "repeatable", True)
+
+
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

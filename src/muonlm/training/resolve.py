@@ -26,6 +26,11 @@ def check(cfg: Config) -> None:
             f"train.objective = {name} trains a model.kind = {objective.model}, and this one is {kind}; "
             f"add --train.objective {fits}, or --model.kind {objective.model}."
         )
+    if cfg.train.repeatable and cfg.train.compile:
+        raise UserError(
+            "train.repeatable = true orders sums that train.compile = true fuses as it likes; "
+            "leave one out: --train.compile false, or --train.repeatable false."
+        )
     source_of(cfg.data.source, objective.data)
     rows = rows_per_step(cfg, world=1)
     if steps := cfg.train.fixed_steps(rows * cfg.model.block_size):

@@ -83,6 +83,8 @@ def setup(cfg: Config, out: str | Path | None, dist: Dist, *, resume: bool, json
     saved = last_checkpoint(path, log) if started else None
     model = build_model(cfg.model, dist.device, cfg.seed)
     model.recompute = cfg.train.recompute
+    if cfg.train.repeatable and dist.device.type == "cuda":
+        parallel.repeat(model)
     if cfg.init_from and saved is None:  # also a run that was killed before its first checkpoint
         tensors, _, _ = checkpoint.read(Path(cfg.init_from), state=False)
         checkpoint.load_weights(model, tensors, cfg.init_from)

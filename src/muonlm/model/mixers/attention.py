@@ -101,11 +101,30 @@ def max_logits(q: Tensor, k: Tensor, visible: Tensor | None = None, *, scale: fl
     return at_least_fp32(torch.stack(tops).amax(0)) * scale
 
 
+def in_one_order(y: Tensor) -> Tensor:
+    """y of SDPA on a GPU, whose backward then adds up the gradients of q block by block, not as blocks come to an end.
+
+    torch has one switch for all operations, and cannot run others of ours with it: it is on for this one alone.
+    """
+    node = y.grad_fn
+    for _ in range(3):  # SDPA pads odd widths of a head, and cuts its result
+        if node is None or "ScaledDotProduct" in node.name():
+            break
+        node = node.next_functions[0][0] if node.next_functions else None
+    else:
+        node = None  # written out by torch, in products: always in one order
+    if node is not None:
+        node.register_prehook(lambda grads: torch.use_deterministic_algorithms(True))
+        node.register_hook(lambda *grads: torch.use_deterministic_algorithms(False))
+    return y
+
+
 class Heads(Mixer):
     """What attention at one resolution and at several share: the widths of the heads, and their rotation."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__(cfg)
+        self.repeatable = False  # on a GPU, in training: the same gradients to the bit each time
         self.heads, self.kv_heads, self.width = cfg.n_head, cfg.n_kv_head or cfg.n_head, cfg.d_model // cfg.n_head
         self.rotary_width = rotary_width(cfg)
 
@@ -136,9 +155,8 @@ class Heads(Mixer):
         dropout, cap = self.cfg.dropout if self.training else 0.0, self.cfg.attn_softcap
         grouped = self.heads != self.kv_heads
         if not cap and not (q.device.type == "cpu" and k.shape[2] <= EXPLICIT_UP_TO.get(q.dtype, 0)):
-            return F.scaled_dot_product_attention(
-                q, k, v, visible, dropout, is_causal=visible is None, enable_gqa=grouped
-            )
+            y = F.scaled_dot_product_attention(q, k, v, visible, dropout, is_causal=visible is None, enable_gqa=grouped)
+            return in_one_order(y) if self.repeatable else y
         if grouped:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
         bias = causal_bias(q.shape[2], q.device, q.dtype) if visible is None else _as_bias(visible, q.dtype)
