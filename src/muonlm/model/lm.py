@@ -48,8 +48,7 @@ class LM(nn.Module):
         assert cfg.vocab_size > 0, "vocab_size is derived from the tokenizer before the model is built"
         self.cfg = cfg
         self.recompute = False  # keep only the input of each block for the backward pass, which runs the block again
-        self.run_block = run_block  # these three as training without packed rows calls them
-        self.chunk_loss, self.nats_and_gradient = LM._chunk_loss, loss.nats_and_gradient
+        self.run_block, self.chunk_loss = run_block, LM._chunk_loss  # as training without packed rows calls them
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.conv = ShortConv(cfg.d_model, cfg.embed_conv) if cfg.embed_conv else None
         self.conv_norm = RMSNorm(cfg.d_model, eps=cfg.norm_eps, gain=False) if cfg.embed_conv else None
@@ -70,14 +69,13 @@ class LM(nn.Module):
         return self.cfg.schedule
 
     def compile(self, **options) -> None:
-        """Let torch.compile (with its `options`) run what training repeats: a graph for all blocks of a kind, one for
-        the loss. That takes a fraction of the time that a graph of the whole model takes. Evaluation, generation and
-        packed rows, whose shapes change all the time, run as before.
+        """Let torch.compile (with its `options`) run what training repeats: a graph for all blocks of a kind, and one
+        for the loss where that is no kernel already (loss.py). It takes a fraction of the time that a graph of the
+        whole model takes. Evaluation, generation and packed rows, whose shapes change all the time, run as before.
         """
         keep_out_of_graphs()
         self.run_block = torch.compile(run_block, **options)
         self.chunk_loss = torch.compile(LM._chunk_loss, **options)
-        self.nats_and_gradient = torch.compile(loss.nats_and_gradient, **options)
 
     def forward(
         self,
@@ -177,8 +175,7 @@ class LM(nn.Module):
             kept, targets = torch.cat([kept, kept[:1].expand(more)]), F.pad(targets[kept], (0, more), value=-100)
             x = x.index_select(0, kept)
         if loss.in_one_pass(x.device) and torch.is_grad_enabled() and not (per_token or self.cfg.logit_softcap):
-            piece = loss.nats_and_gradient if sparse else self.nats_and_gradient
-            return loss.OnePass.apply(x, self._head, targets, piece, loss.logits_at_a_time(x.device))
+            return loss.OnePass.apply(x, self._head, targets, loss.logits_at_a_time(x.device))
         most = LOGITS_PER_CHUNK if x.device.type == "cpu" else loss.logits_at_a_time(x.device)
         rows = max(1, most // self.cfg.vocab_size)
         run = self.chunk_loss if torch.is_grad_enabled() and not sparse else LM._chunk_loss

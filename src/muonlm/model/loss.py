@@ -15,12 +15,11 @@ There is no second derivative.
 # autograd.Function.backward is declared with *grads.
 # pyright: reportIncompatibleMethodOverride=false
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import kernels
 from .norm import wide
 
 LARGEST = 1 << 28  # logits at a time, of up to 16 B each
@@ -53,22 +52,21 @@ def padded(weight: Tensor, unused: int) -> tuple[Tensor, Tensor | None]:
 
 
 def nats_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """L (), at least fp32, and G in the dtype of the logits (n,V)."""
+    """L (), at least fp32, and G in the dtype of the logits (n,V), which may be overwritten."""
+    if kernels.available(logits):
+        return kernels.cross_entropy(logits, targets)
     log_p = torch.log_softmax(logits, -1, dtype=wide(logits.dtype))
     trained, index = targets >= 0, targets.clamp(min=0)[:, None]
     nats = -torch.where(trained, log_p.gather(1, index).squeeze(1), 0).sum()
-    if torch.compiler.is_compiling():  # one kernel
-        columns = torch.arange(logits.shape[1], device=logits.device)
-        return nats, ((log_p.exp() - (columns == index).to(log_p.dtype)) * trained[:, None]).to(logits.dtype)
     G = log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
     return nats, torch.mul(G, trained[:, None], out=torch.empty_like(logits))
 
 
 class OnePass(torch.autograd.Function):
-    """OnePass.apply(x, W, targets, nats_and_gradient, logits at a time) -> L."""
+    """OnePass.apply(x, W, targets, logits at a time) -> L."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, piece: Callable, most: int) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, most: int) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         with torch.autocast(kind, enabled=False):
@@ -76,10 +74,10 @@ class OnePass(torch.autograd.Function):
             h, dx = x.to(dtype), torch.empty_like(x)
             nats, dW = 0.0, None
             parts = max(1, -(-len(x) * len(W) // most))
-            rows = max(1, -(-len(x) // parts))  # equal ones: a compiled piece has one shape
+            rows = max(1, -(-len(x) // parts))
             for at in range(0, max(len(x), 1), rows):
                 part = slice(at, at + rows)
-                some, G = piece(F.linear(h[part], W, bias), targets[part])
+                some, G = nats_and_gradient(F.linear(h[part], W, bias), targets[part])
                 nats, dx[part] = nats + some, G @ W
                 product = (G.mT @ h[part]).to(wide(dtype))
                 dW = product if dW is None else dW.add_(product)
@@ -90,4 +88,4 @@ class OnePass(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g: Tensor):
         dx, dW = ctx.grads
-        return dx * g, dW * g, None, None, None
+        return dx * g, dW * g, None, None
