@@ -129,12 +129,12 @@ def collect(paths: list[str]) -> list[str]:
 
 def run_tests(stage: Stage, paths: list[str], *, workers: int, seconds: float) -> None:
     """Run the `cuda` tests of `paths` for at most `seconds`; a row for each test function, and for each failure."""
+    end = time.monotonic() + seconds
     tests = collect(paths)
     share = [tests[i::workers] for i in range(min(workers, len(tests)))]
     team = [Worker(stage.out / f"{stage.name}-{i}.tests.jsonl", part, paths) for i, part in enumerate(share)]
     for one in team:
         one.start()
-    end = time.monotonic() + seconds
     busy = list(team)
     while busy and time.monotonic() < end:
         time.sleep(0.1)

@@ -28,9 +28,8 @@ FEW = os.environ.get("MUONLM_REHEARSE") == "1"  # a rehearsal tries the code of 
 # Relative, of fp32. Sums in another order and functions rounded otherwise are noise of 1e-7 in every number. A CPU run
 # with noise of 1e-7 on all weights, other micro-batches and other chunks differs from the one without, over all cases,
 # by at most 1.3e-7 in the first loss, 1.4e-6 in a gradient, 2.2e-6 in a loss of 20 steps, to which Newton-Schulz and
-# the steps amplify it. A device has some twenty times that: its exponentials are off by 2 ulp, SDPA adds three products
-# of TF32.
-FIRST, GRADIENT, LATER = 2e-6, 3e-5, 5e-5
+# the steps amplify it. An H200 differs by no more (7e-8, 7e-7, 1.4e-6); ten times that is allowed.
+FIRST, GRADIENT, LATER = 1e-6, 1e-5, 2e-5
 
 
 def on_cpu(cfg):
@@ -79,23 +78,61 @@ def traced(cfg, out, fault=lambda model: None) -> dict:
     return found | {"losses": losses(out), "val": [line["val_loss"] for line in metrics(out) if "val_loss" in line]}
 
 
-def test_the_device_trains_as_the_cpu_does(config, tmp_path, monkeypatch, within, case):
-    """20 steps of Muon in fp32, at the tolerances above."""
-    cfg, found = config(case), {}
-    for where, run, fault in (("device", cfg, [plant]), ("cpu", on_cpu(cfg), [])):
-        monkeypatch.setenv("MUONLM_CACHE", str(tmp_path / where / "cache"))  # DPO's reference is computed on each
-        found[where] = traced(run, tmp_path / where / "run", *fault)
-    mine, theirs = found["device"], found["cpu"]
-    assert mine["weights"].keys() == theirs["weights"].keys()
-    assert all(torch.equal(mine["weights"][n], w) for n, w in theirs["weights"].items()), "other weights at step 0"
-    within("loss of step 1", far([mine["first"]], [theirs["first"]]), FIRST)
-    whole = norm(theirs["gradients"])
-    assert mine["gradients"].keys() == theirs["gradients"].keys() and whole > 0
-    for key, g in theirs["gradients"].items():
-        error = norm({key: mine["gradients"][key] - g}) / max(norm({key: g}), 1e-2 * whole)
-        within(f"gradient of {key}", error, GRADIENT)
-    within("losses of all steps", far(mine["losses"], theirs["losses"]), LATER)
-    within("held-out loss after them", far(mine["val"], theirs["val"]), LATER)
+@pytest.fixture
+def group(device):
+    """A process group of this process alone."""
+    if device.type == "cuda":
+        torch.cuda.set_device(0)
+    kind = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(kind, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield parallel.Dist(0, 1, torch.device("cuda:0" if device.type == "cuda" else "cpu"), grouped=True)
+    torch.distributed.destroy_process_group()
+
+
+def test_one_rank_with_all_collectives_trains_as_without(config, group, tmp_path, monkeypatch, within):
+    """DDP, Muon with owners, sums, broadcasts, barriers and the gathered state, over NCCL on a GPU.
+
+    What one rank sums and gathers are its own numbers; DDP's buckets do not change them.
+    """
+    monkeypatch.setattr(Owners, "of", classmethod(lambda cls, named, grads: cls(torch.distributed.group.WORLD, grads)))
+    cfg = config("hybrid", **{"train.micro_batch": 1})
+    job = setup(cfg, tmp_path / "group", group, resume=False, json_mode=True)
+    assert isinstance(job.net, torch.nn.parallel.DistributedDataParallel) and job.optimizer.replicas
+    loop(job)
+    monkeypatch.undo()
+    del job
+    train(cfg, tmp_path / "alone", json_mode=True)
+    within("losses", far(losses(tmp_path / "group"), losses(tmp_path / "alone")), 1e-6)
+    mine, theirs = (
+        load_file(tmp_path / f"{run}/checkpoints/step-{cfg.train.steps:08}/state.safetensors")
+        for run in ("group", "alone")
+    )
+    assert mine.keys() == theirs.keys()
+
+
+@pytest.mark.parametrize("name", ["attention", "mamba"][: 1 if FEW else None])
+def test_a_compiled_model_trains_to_the_same_losses_on_the_device(config, device, tmp_path, monkeypatch, within, name):
+    """Fused kernels round differently. Rehearsed without making them, which takes a CPU a minute."""
+    if device.type == "cpu":
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    flags = {"train.steps": 5, "model.n_layer": 1, "eval.rows": 2, "train.global_batch": 320, "model.block_size": 160}
+    eager, compiled = (config(name, **flags, **{"train.compile": compile}) for compile in (False, True))
+    train(eager, tmp_path / "eager", json_mode=True)
+    torch._dynamo.utils.counters.clear()
+    train(compiled, tmp_path / "compiled", json_mode=True)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
+    within("losses", far(losses(tmp_path / "compiled"), losses(tmp_path / "eager")), LATER)
+
+
+@pytest.mark.parametrize(
+    "name", ["sft", "hybrid", "attention", "window_attention", "muon_gated_deltanet"][: 2 if FEW else None]
+)
+def test_recomputed_blocks_change_no_bit_on_the_device(config, tmp_path, name):
+    """The same operations on the same numbers, twice."""
+    for recompute in (False, True):
+        flags = {"train.recompute": recompute, "train.dtype": "bfloat16", "train.steps": 4}
+        train(config(name, **flags), tmp_path / str(recompute), json_mode=True)
+    assert losses(tmp_path / "True") == losses(tmp_path / "False")
 
 
 def test_a_run_in_bf16_learns_and_a_resumed_one_repeats_it_to_the_bit(config, tmp_path, cut_back, case):
@@ -134,58 +171,20 @@ def test_a_checkpoint_of_one_device_goes_on_on_the_other(config, device, tmp_pat
     within("losses after the move", far(losses(cut), losses(whole)), LATER)
 
 
-@pytest.mark.parametrize("name", ["attention", "mamba"][: 1 if FEW else None])
-def test_a_compiled_model_trains_to_the_same_losses_on_the_device(config, device, tmp_path, monkeypatch, within, name):
-    """Fused kernels round differently. Rehearsed without making them, which takes a CPU a minute."""
-    if device.type == "cpu":
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    flags = {"train.steps": 5, "model.n_layer": 1, "eval.rows": 2, "train.global_batch": 320, "model.block_size": 160}
-    eager, compiled = (config(name, **flags, **{"train.compile": compile}) for compile in (False, True))
-    train(eager, tmp_path / "eager", json_mode=True)
-    torch._dynamo.utils.counters.clear()
-    train(compiled, tmp_path / "compiled", json_mode=True)
-    assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
-    within("losses", far(losses(tmp_path / "compiled"), losses(tmp_path / "eager")), LATER)
-
-
-@pytest.mark.parametrize(
-    "name", ["sft", "hybrid", "attention", "window_attention", "muon_gated_deltanet"][: 2 if FEW else None]
-)
-def test_recomputed_blocks_change_no_bit_on_the_device(config, tmp_path, name):
-    """The same operations on the same numbers, twice."""
-    for recompute in (False, True):
-        flags = {"train.recompute": recompute, "train.dtype": "bfloat16", "train.steps": 4}
-        train(config(name, **flags), tmp_path / str(recompute), json_mode=True)
-    assert losses(tmp_path / "True") == losses(tmp_path / "False")
-
-
-@pytest.fixture
-def group(device):
-    """A process group of this process alone."""
-    if device.type == "cuda":
-        torch.cuda.set_device(0)
-    kind = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(kind, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield parallel.Dist(0, 1, torch.device("cuda:0" if device.type == "cuda" else "cpu"), grouped=True)
-    torch.distributed.destroy_process_group()
-
-
-def test_one_rank_with_all_collectives_trains_as_without(config, group, tmp_path, monkeypatch, within):
-    """DDP, Muon with owners, sums, broadcasts, barriers and the gathered state, over NCCL on a GPU.
-
-    What one rank sums and gathers are its own numbers; DDP's buckets do not change them.
-    """
-    monkeypatch.setattr(Owners, "of", classmethod(lambda cls, named, grads: cls(torch.distributed.group.WORLD, grads)))
-    cfg = config("hybrid", **{"train.micro_batch": 1})
-    job = setup(cfg, tmp_path / "group", group, resume=False, json_mode=True)
-    assert isinstance(job.net, torch.nn.parallel.DistributedDataParallel) and job.optimizer.replicas
-    loop(job)
-    monkeypatch.undo()
-    del job
-    train(cfg, tmp_path / "alone", json_mode=True)
-    within("losses", far(losses(tmp_path / "group"), losses(tmp_path / "alone")), 1e-6)
-    mine, theirs = (
-        load_file(tmp_path / f"{run}/checkpoints/step-{cfg.train.steps:08}/state.safetensors")
-        for run in ("group", "alone")
-    )
-    assert mine.keys() == theirs.keys()
+def test_the_device_trains_as_the_cpu_does(config, tmp_path, monkeypatch, within, case):
+    """20 steps of Muon in fp32, at the tolerances above."""
+    cfg, found = config(case), {}
+    for where, run, fault in (("device", cfg, [plant]), ("cpu", on_cpu(cfg), [])):
+        monkeypatch.setenv("MUONLM_CACHE", str(tmp_path / where / "cache"))  # DPO's reference is computed on each
+        found[where] = traced(run, tmp_path / where / "run", *fault)
+    mine, theirs = found["device"], found["cpu"]
+    assert mine["weights"].keys() == theirs["weights"].keys()
+    assert all(torch.equal(mine["weights"][n], w) for n, w in theirs["weights"].items()), "other weights at step 0"
+    within("loss of step 1", far([mine["first"]], [theirs["first"]]), FIRST)
+    whole = norm(theirs["gradients"])
+    assert mine["gradients"].keys() == theirs["gradients"].keys() and whole > 0
+    for key, g in theirs["gradients"].items():
+        error = norm({key: mine["gradients"][key] - g}) / max(norm({key: g}), 1e-2 * whole)
+        within(f"gradient of {key}", error, GRADIENT)
+    within("losses of all steps", far(mine["losses"], theirs["losses"]), LATER)
+    within("held-out loss after them", far(mine["val"], theirs["val"]), LATER)
