@@ -1,8 +1,8 @@
 """The real training step of six recipes at their own sizes: tokens/s, MFU, memory, where the time goes.
 
 Each recipe is a process of its own that holds a Setup and runs `training.loop.loop` on synthetic tokens; the loop is
-stopped after some steps by its data. All start and compile side by side, then they are measured one after another: none
-shares the device while another is timed.
+stopped after some steps by its data. All start and compile side by side, which takes a minute; then they are measured
+one after another: none shares the device while another is timed.
 
     step        the recipe's own model, block, micro-batch and optimizer. A global batch of more than MICRO_BATCHES
                 micro-batches is cut to them; "n of N × r rows" says so. The optimizer's share is then larger than in
@@ -66,22 +66,16 @@ FAULTY = {"exception": "minimind", "nan": "mamba_slm"}  # planted fault: the rec
 
 
 def run(stage: Stage) -> None:
-    """Eager figures of all first, then compiled ones, then the largest micro-batches, as time allows."""
-    if not stage.figures:
-        return
+    """Figures of all compiled, then eager ones, then the largest micro-batches, as time allows."""
     benches = {name: Process(name, stage) for name in CASES if not (stage.rehearse and name in VARIANTS)}
     try:
-        until = time.monotonic() + min(90.0, 0.5 * stage.left())
-        for name, bench in benches.items():
-            if not stage.part(f"{name}: start", partial(bench.answer, stage, until)):
-                bench.end()
+        prepare(stage, benches)
         stage.part("attention of keller/gpt", partial(attention, stage))
-        for name, bench in alive(benches):
-            stage.part(f"{name} eager", partial(tell, stage, bench, name, "eager"), seconds=5)
-        compile_all(stage, alive(benches))
         for name, bench in alive(benches):
             if bench.compiled:
                 stage.part(f"{name} compiled", partial(tell, stage, bench, name, "compiled"), seconds=5)
+        for name, bench in alive(benches):
+            stage.part(f"{name} eager", partial(tell, stage, bench, name, "eager"), seconds=5)
         for name, bench in alive(benches):
             bench.end() if name in VARIANTS else bench.ask("park")
         for name, bench in alive(benches):
@@ -98,16 +92,24 @@ def alive(benches: dict[str, "Process"]) -> list[tuple[str, "Process"]]:
     return [(name, bench) for name, bench in benches.items() if bench.process.is_alive()]
 
 
-def compile_all(stage: Stage, benches: list[tuple[str, "Process"]]) -> None:
-    """Side by side."""
+def prepare(stage: Stage, benches: dict[str, "Process"]) -> None:
+    """Start and compile all side by side. Nothing is timed before the last is ready: who is late is ended."""
+    until = time.monotonic() + min(120.0, 0.6 * stage.left())
+    for name, bench in benches.items():
+        if not stage.part(f"{name}: start", partial(bench.answer, stage, until)):
+            bench.end()
+        elif name in REHEARSED or not stage.rehearse:
+            bench.ask("compile")
+            bench.compiled = True
     if stage.rehearse:
-        benches = [(name, bench) for name, bench in benches if name in REHEARSED]
         stage.not_run("compiled: the other recipes", "a rehearsal makes the graphs of two, without kernels")
-    until = time.monotonic() + min(110.0, 0.6 * stage.left())  # nothing is timed while one of them compiles
-    for _, bench in benches:
-        bench.ask("compile")
-    for name, bench in benches:
-        bench.compiled = stage.part(f"{name}: compile", partial(bench.answer, stage, until))
+    took = {}
+    for name, bench in alive(benches):
+        if bench.compiled:
+            took[name] = stage.part(f"{name}: compile", partial(bench.answer, stage, until))
+            bench.compiled = took[name] is not None
+    note = ", ".join(f"{name} {seconds:.0f}" for name, seconds in took.items() if seconds is not None)
+    stage.row("compiling and a first step", max([t for t in took.values() if t], default=None), "s", note=note, **took)
 
 
 def attention(stage: Stage) -> None:
@@ -140,7 +142,7 @@ def attention(stage: Stage) -> None:
 
 
 def tell(stage: Stage, bench: "Process", name: str, how: str) -> None:
-    bench.ask("measure", how == "compiled")
+    bench.ask("measure", how)
     found = bench.answer(stage) | {"how": how}
     found |= compared(stage, found["flops_per_s"])
     shares = " ".join(f"{part} {100 * found['shares'][part]:.0f}" for part in PARTS)
@@ -190,7 +192,7 @@ class Process:
         self.process = spawn.Process(target=serve, args=(theirs, name, where, stage.rehearse))
         self.process.start()
         theirs.close()
-        self.compiled: bool | None = False
+        self.compiled = False
 
     def ask(self, question: str, *args) -> None:
         with contextlib.suppress(OSError):  # it has died, as its answer will tell
@@ -252,7 +254,8 @@ class Bench:
         cfg, self.own_rows = config(name, where, rehearse)
         dist = stack.enter_context(parallel.start(cfg.train.device))
         self.name, self.job = name, setup(cfg, where / "run", dist, resume=False, json_mode=True)
-        self.device, self.eager = dist.device, None
+        self.device = dist.device
+        self.forms = {}
         self.milliseconds = 100 if rehearse else 1200  # of steps that are timed
         if planted("nan", name):
             next(self.job.model.parameters()).data.fill_(float("nan"))
@@ -273,15 +276,21 @@ class Bench:
     def ready(self) -> bool:
         return True
 
-    def compile(self) -> bool:
-        """One compiled step. What does not fit into memory beside the others is tried again when it is measured."""
+    def compile(self) -> float:
+        """Seconds of a first compiled step. What does not fit into memory beside the others is tried again later."""
+        began = time.monotonic()
         model = self.job.model
-        self.eager = model.run_block, model.chunk_loss
+        eager = model.run_block, model.chunk_loss
         model.compile()
+        self.forms = {"eager": eager, "compiled": (model.run_block, model.chunk_loss)}
         micro_batch = self.job.cfg.train.micro_batch
         with contextlib.suppress(torch.OutOfMemoryError):
             steps(self.sized(micro_batch, micro_batch), 1)
-        return True
+        return time.monotonic() - began
+
+    def take(self, how: str) -> None:
+        model = self.job.model
+        model.run_block, model.chunk_loss = self.forms.get(how, (model.run_block, model.chunk_loss))
 
     def park(self) -> bool:
         """Leave the device's memory to the others."""
@@ -293,14 +302,16 @@ class Bench:
         for p in self.job.model.parameters():
             p.data = p.data.to(device)
 
-    def measure(self, compiled: bool) -> dict:
+    def measure(self, how: str) -> dict:
         if planted("exception", self.name):
             raise RuntimeError("a planted exception")
+        self.take(how)
         job = self.as_cut()
         warm = steps(job, 2)
         count = int(min(20, max(3, self.milliseconds / between(warm[-1][0], warm[-1][-1]))))
         reset_peak(self.device)
-        marks = steps(job, count)
+        with collections() as collected:
+            marks = steps(job, count)
         ms = float(np.median([between(step[0], step[-1]) for step in marks]))
         found = self.speed(job, ms) | {"peak_gib": peak_bytes(self.device) / 2**30, "steps": count}
         times = defaultdict(float)
@@ -316,6 +327,7 @@ class Bench:
             "own_micro_batches": -(-own // job.cfg.train.micro_batch),
             "shares": {part: times[part] / sum(times.values()) for part in PARTS},
             "part_ms": dict(times),
+            "python_gc_ms": sum(collected) / count,
             "own_tokens_per_s": rate,
         }
         return found | profiled(job, ms)
@@ -328,8 +340,7 @@ class Bench:
     def largest(self) -> dict:
         """The peaks of two sizes give a line; where it meets the limit, and a little below, is tried."""
         self.move(self.device)
-        if self.eager:
-            self.job.model.run_block, self.job.model.chunk_loss = self.eager
+        self.take("eager")
         limit = free_bytes(self.device)
         small = self.job.cfg.train.micro_batch
         low, high = (self.peak(rows) for rows in (small, 2 * small))
@@ -463,6 +474,25 @@ def between(begin: Mark, end: Mark) -> float:
     if isinstance(begin[1], float):
         return 1e3 * (end[1] - begin[1])
     return begin[1].elapsed_time(end[1])
+
+
+@contextlib.contextmanager
+def collections():
+    """Milliseconds of each run of Python's collector of cycles: a step waits for it."""
+    found, began = [], 0.0
+
+    def note(phase: str, info: dict) -> None:
+        nonlocal began
+        if phase == "start":
+            began = time.perf_counter()
+        else:
+            found.append(1e3 * (time.perf_counter() - began))
+
+    gc.callbacks.append(note)
+    try:
+        yield found
+    finally:
+        gc.callbacks.remove(note)
 
 
 def profiled(job: Setup, ms: float) -> dict:
