@@ -76,5 +76,16 @@ def test_rotation_and_its_gradient_are_those_of_fp64(dtype, device, within):
     assert found[0].dtype == found[1].dtype == dtype
 
 
-def test_cpus_and_graphs_do_without_the_kernels():
+def test_cpus_do_without_the_kernels():
     assert not kernels.available(torch.zeros(2))
+
+
+def test_a_gpu_on_which_triton_cannot_run_does_without_the_kernels(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(kernels, "cross_entropy", fails)
+    monkeypatch.setattr(kernels.torch, "zeros", lambda *shape, device, **options: torch.empty(shape, **options))
+    monkeypatch.setattr(kernels, "triton", object())
+    with pytest.warns(UserWarning, match="C compiler"):
+        assert not kernels._launches.__wrapped__()

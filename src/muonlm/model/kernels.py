@@ -10,7 +10,9 @@ Shapes   logits (n,V), targets (n,) int64 · x (B,T,H,K), the last dimension con
 Dtypes   fp32, bf16 or fp16; arithmetic in fp32
 """
 
+import warnings
 from contextlib import nullcontext
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +31,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def available(x: Tensor) -> bool:
     """Whether a kernel can run on x, and should."""
-    return x.is_cuda and triton is not None and x.dtype in DTYPES and not torch.compiler.is_compiling()
+    return x.is_cuda and x.dtype in DTYPES and not torch.compiler.is_compiling() and _launches()
+
+
+@cache
+def _launches() -> bool:
+    """Triton may be there without the C compiler that it needs, or without a driver for this card: tried once."""
+    if triton is None:
+        return False
+    try:
+        cross_entropy(torch.zeros(1, 128, device="cuda"), torch.zeros(1, dtype=torch.long, device="cuda"))
+        return True
+    except Exception as error:  # whatever it is, PyTorch can do without
+        warnings.warn(f"Triton cannot run here ({error}); training is slower without its kernels", stacklevel=2)
+        return False
 
 
 @jit
