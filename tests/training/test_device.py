@@ -81,11 +81,10 @@ def traced(cfg, out, fault=lambda model: None) -> dict:
 @pytest.fixture
 def group(device):
     """A process group of this process alone."""
-    if device.type == "cuda":
-        torch.cuda.set_device(0)
-    kind = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(kind, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield parallel.Dist(0, 1, torch.device("cuda:0" if device.type == "cuda" else "cpu"), grouped=True)
+    there = torch.device("cuda:0" if device.type == "cuda" else "cpu")
+    named = {"backend": "nccl", "device_id": there} if device.type == "cuda" else {"backend": "gloo"}
+    torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1, **named)
+    yield parallel.Dist(0, 1, there, grouped=True)
     torch.distributed.destroy_process_group()
 
 
@@ -140,6 +139,8 @@ def test_a_run_in_bf16_learns_and_a_resumed_one_repeats_it_to_the_bit(config, tm
     flags = {"train.dtype": "bfloat16", "muon.ns_dtype": "auto", "muon.ns_method": "auto", "train.keep": 2}
     if FEW and case not in ("muon_mamba", "qk_clip", "reset", "grokking", "sft", "dpo"):
         pytest.skip("a rehearsal tries the code of the tests, not all that they test")
+    if case in ("learned positions", "qk_clip"):  # drawn from the step's number; a GPU draws others than a CPU
+        flags["model.dropout"] = 0.2
     cfg = config(case, **flags)
     half = cfg.train.steps // 2
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, save_every=half))

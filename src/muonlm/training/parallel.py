@@ -87,7 +87,8 @@ def start(device: str = "auto"):
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if world > 1:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        cuda = place.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=place if cuda else None)  # or barriers warn
     try:
         yield Dist(rank, world, place, grouped=world > 1)
     finally:
