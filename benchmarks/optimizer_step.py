@@ -350,6 +350,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 def begin(arm: Arm, workload: Workload, device: torch.device) -> tuple[torch.optim.Optimizer, int, int]:
     """(the optimizer after two steps, bytes of state, peak temporary bytes)."""
     made = []
+    gc.collect()  # what others left is not to be freed while this one is measured
 
     def first_steps():
         made.append(workload.build(arm))

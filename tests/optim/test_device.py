@@ -5,6 +5,7 @@ device, and a step that cannot be captured is called again instead.
 """
 
 import contextlib
+import gc
 import os
 import sys
 
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from muonlm.config.schema import ModelConfig
 from muonlm.model import build_model
 from muonlm.optim import Muon, build_optimizer, build_watch, named_state, route
-from muonlm.optim.muon import update
+from muonlm.optim.muon import fused, symmetric, update
 from muonlm.optim.muon.choices import COEFFICIENTS
 from muonlm.optim.muon.distributed import Owners
 from muonlm.optim.muon.newton_schulz import check_method, newton_schulz, orthogonalise
@@ -47,9 +48,11 @@ KINDS = {  # settings of Muon that take different ways through a step
 
 
 @pytest.fixture(autouse=True)
-def as_on_a_gpu(device, monkeypatch):
-    """A rehearsal takes the GPU's way through the code, too."""
+def as_on_a_gpu(request, device, monkeypatch):
+    """A rehearsal takes the GPU's way through the code, too; the kernels, slowly interpreted, where that says most."""
     monkeypatch.setattr(update, "NARROW_ON", (device.type,))
+    if device.type == "cpu" and not request.node.name.startswith(("test_steps_agree", "test_the_kernels")):
+        monkeypatch.setattr(fused, "works", lambda device: False)
 
 
 M = 128 if torch.cuda.is_available() else 32  # rows of the matrices
@@ -154,6 +157,49 @@ def test_newton_schulz_agrees_with_fp64(device, within, coefficients, method, dt
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["wide", "tall", "square"])
+def test_half_of_a_symmetric_product_is_the_whole(device, within, kind):
+    """On a CPU Triton's interpreter, in fp32."""
+    if symmetric.triton is None or device.type == "cpu" and not symmetric.INTERPRETED:
+        pytest.skip("needs Triton, and on a CPU TRITON_INTERPRET=1")
+    dtype, tolerance = (torch.bfloat16, 4e-3) if device.type == "cuda" else (torch.float32, 1e-6)
+    X = torch.randn(3, 256, 320 if kind == "wide" else 256, generator=torch.Generator().manual_seed(0)).to(
+        device, dtype
+    )
+    X = X.mT.contiguous().mT if kind == "tall" else X
+    exact = X.double() @ X.double().mT
+    R = symmetric.symmetric(X, X, out=torch.full((3, 256, 256), torch.nan, dtype=dtype, device=device))
+    within(f"{kind}, X Xᵀ", worst([R], [exact]), tolerance)
+    assert torch.equal(R, R.mT)
+    R = (R / 512).contiguous()
+    exact = -2.0 * R.double() + 0.5 * R.double() @ R.double()
+    within(f"{kind}, b R + c R R", worst([symmetric.symmetric(R, R, R, -2.0, 0.5)], [exact]), tolerance)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_kernels_do_what_they_can_do(device, monkeypatch, dtype):
+    """Every block of the default step but those that do not lie in one piece; a rehearsal has no symmetric products."""
+    if fused.triton is None or device.type == "cpu" and not fused.INTERPRETED:
+        pytest.skip("needs Triton, and on a CPU TRITON_INTERPRET=1")
+    taken = {"directions": 0, "change": 0, "symmetric": 0}
+    for module, name in ((fused, "directions"), (fused, "change"), (symmetric, "symmetric")):
+        whole = getattr(module, name)
+
+        def counted(first, *others, name=name, whole=whole, **options):
+            taken[name] += len(first)
+            return whole(first, *others, **options)
+
+        monkeypatch.setattr(module, name, counted)
+    params, optimizer = matrices(device, getattr(torch, dtype), **BF16)
+    feed(params, 0)
+    optimizer.step()
+    apart = 1  # the columns of a split matrix
+    assert taken["directions"] == taken["change"] == optimizer.ns_calls - apart
+    assert device.type == "cpu" or taken["symmetric"] > 0
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("ns", [EXACT, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -161,7 +207,7 @@ def test_steps_agree_with_fp64_on_the_cpu(device, within, kind, ns, dtype):
     """Three steps from the same rounded weights and gradients; bf16 weights keep their mantissa."""
     dtype = getattr(torch, dtype)
     params, optimizer = matrices(device, dtype, **KINDS[kind], **ns)
-    expected, reference = matrices(device, dtype, exact=True, **KINDS[kind])
+    expected, reference = matrices(device, dtype, exact=True, **KINDS[kind], ns_method="direct")
     before = [p.detach().clone() for p in params]
     for step in range(3):
         feed(params, step)
@@ -171,7 +217,7 @@ def test_steps_agree_with_fp64_on_the_cpu(device, within, kind, ns, dtype):
         reference.step()
     products, matrix = optimizer.param_groups[0]["ns_dtype"], slice(None if dtype == torch.float32 else -1)
     found, wanted = moved(before, weights_of(optimizer, params).values()), moved(before, expected)
-    tolerance = {"float32": 2e-3, "bfloat16": 0.1}[products]
+    tolerance = {"float32": 2e-3, "bfloat16": 0.12}[products]
     if kind == "adamuon":  # after one step entries of O count by their sign: those near 0 may have the other
         tolerance *= 5
     if kind == "classical":  # momentum in 8 bits
@@ -184,8 +230,9 @@ def test_steps_agree_with_fp64_on_the_cpu(device, within, kind, ns, dtype):
 
 @pytest.mark.cuda
 def test_every_step_of_a_routed_model_agrees_with_fp64_on_the_cpu(device, within):
-    model, optimizer = whole_model(device, per_head=True, cautious=True, momentum_warmup="0.85:0.95:4", **EXACT)
-    reference, exact = whole_model(torch.device("cpu"), per_head=True, cautious=True, momentum_warmup="0.85:0.95:4")
+    settings = {"per_head": True, "cautious": True, "momentum_warmup": "0.85:0.95:4"}
+    model, optimizer = whole_model(device, **settings, **EXACT)
+    reference, exact = whole_model(torch.device("cpu"), **settings, ns_method="direct")
     reference.double()  # the same Parameters: the optimizer follows
     before = [p.detach().clone() for p in model.parameters()]
     for step in range(3):
@@ -342,8 +389,13 @@ def captured(step, device):
         return step
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    gc.collect()  # what is freed during a capture, by chance, may end it
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+    finally:
+        gc.enable()
     return graph.replay
 
 

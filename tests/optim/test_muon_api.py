@@ -251,8 +251,8 @@ def test_an_explicit_setting_wins_over_a_stored_choice(explicit):
     optimizer.param_groups[0]["ns_chosen"] = {"24x64": "hybrid bfloat16"}
     seen = []
     original = update.orthogonalise
-    update.orthogonalise = lambda U, c, s, method, dtype: (
-        seen.append((method, dtype)) or original(U, c, s, method, dtype)
+    update.orthogonalise = lambda U, c, s, method, dtype, norm: (
+        seen.append((method, dtype)) or original(U, c, s, method, dtype, norm)
     )
     try:
         drive(optimizer, [a], 1)

@@ -149,7 +149,8 @@ def check_group(group: dict) -> None:
     need(group["momentum_form"] in MOMENTUM_FORMS, "momentum_form", " or ".join(MOMENTUM_FORMS))
     need(callable(group["lr_mode"]) or group["lr_mode"] in LR_MODES, "lr_mode", f"one of {', '.join(LR_MODES)}")
     need(math.isfinite(group["rms_target"]) and group["rms_target"] > 0.0, "rms_target", "a number > 0, e.g. 0.2")
-    need(group["max_batch_bytes"] > 0, "max_batch_bytes", "a number of bytes > 0")
+    limit = group["max_batch_bytes"]
+    need(limit is None or limit > 0, "max_batch_bytes", "a number of bytes > 0")
     need(group["variant"] in VARIANTS, "variant", f"one of {', '.join(VARIANTS)}")
     need(0.0 <= group["beta2"] < 1.0, "beta2", "a number in [0, 1), e.g. 0.95")
     need(group["none_grad"] in ("skip", "zero"), "none_grad", '"skip" or "zero"')

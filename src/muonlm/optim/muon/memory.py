@@ -2,7 +2,7 @@
 
     bf16 parameter p, int16 `mantissa`     p holds the upper 16 bits of the master, rounded; mantissa what that took
 
-The master itself exists during a step only: as many at a time as `max_batch_bytes` holds.
+The master itself exists during a step only: as many at a time as `batch_bytes` holds.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,6 +13,11 @@ from torch import Tensor
 from ..tensors import Kept, like, local
 from .blocks import block_shapes
 from .variants import second_momentum_size
+
+
+def batch_bytes(group: dict, device: torch.device) -> int:
+    """fp32 bytes of a batch: `max_batch_bytes`, or what suits the device. A GPU waits for launches below 256 MiB."""
+    return group["max_batch_bytes"] or (2**28 if device.type == "cuda" else 2**26)
 
 
 def matrix_layout(p: Tensor, split: dict | None, group: dict) -> dict[str, Kept]:
@@ -55,12 +60,12 @@ def round_master(p: Tensor, mantissa: Tensor, master: Tensor) -> None:
 
 
 def chunks(group: dict, found: list[tuple]) -> Iterator[list[tuple]]:
-    """Parameters with fp32 copies (16-bit weights or momentum), as many at once as max_batch_bytes holds; else all."""
+    """Parameters with fp32 copies (16-bit weights or momentum), as many at once as `batch_bytes` holds; else all."""
     chunk, size = [], 0
     for item in found:
         copied = min(item[0].element_size(), 2 if group["state_dtype"] in ("bfloat16", "float16") else 4) < 4
         copies = 4 * item[0].numel() if copied else 0
-        if chunk and size + copies > group["max_batch_bytes"]:
+        if chunk and size + copies > batch_bytes(group, item[0].device):
             yield chunk
             chunk, size = [], 0
         chunk.append(item)

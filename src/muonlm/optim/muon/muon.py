@@ -25,7 +25,8 @@ Blocks   2-D: one matrix · 3-D (E, A, B): E matrices · 4-D and above (convolut
          beside "split" leaves those slices to AdamW, by group["slices"] = dict(lr_ratio=..., betas=..., eps=...,
          weight_decay=...). Blocks of equal shape share one batched Newton-Schulz, within `max_batch_bytes`.
 Memory   a step needs, beyond the state, about 4 x max_batch_bytes (8 x with 16-bit weights or momentum, which are
-         widened as many at a time), or as many fp32 copies of the largest parameter, if that is more
+         widened as many at a time), or as many fp32 copies of the largest parameter, if that is more. It is 64 MiB
+         unless given; on a GPU 256 MiB, of which a step in bfloat16 needs twice as much
 State    Muon: `momentum_buffer` (fp32, or `state_dtype`; fp64 for fp64 parameters), variants `second_momentum`; bf16
          parameters `mantissa`, the 16 bits that make them as exact as fp32 ones (param_dtype_comp=False: rounded each
          step instead). AdamW: `exp_avg`, `exp_avg_sq`, `step`. In the group: `step`, `ns_chosen` {"128x512": "hybrid
@@ -107,7 +108,7 @@ class Muon(torch.optim.Optimizer):
         beta2: float = 0.95,
         adamuon_sign: bool = True,
         batch_by_shape: bool = True,
-        max_batch_bytes: int = 64 * 2**20,
+        max_batch_bytes: int | None = None,
         compile: bool = False,
         state_dtype: str | torch.dtype | None = None,
         param_dtype_comp: bool = True,

@@ -41,6 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import fused, symmetric
 from .choices import COEFFICIENTS, METHODS, SAFETY, WHOLE, Triple
 
 SCHATTEN_MARGIN = 1.01  # for the rounding of R R to bfloat16
@@ -115,13 +116,22 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _gram(X: Tensor, out: Tensor | None = None) -> Tensor:
-    product = torch.mm if X.ndim == 2 else torch.bmm
-    return product(X.mT, X, out=out) if _tall(X) else product(X, X.mT, out=out)
+    A = X.mT if _tall(X) else X
+    if symmetric.fits(A):
+        return symmetric.symmetric(A, A, out=out)
+    return (torch.mm if X.ndim == 2 else torch.bmm)(A, A.mT, out=out)
 
 
 def _axpby(Y: Tensor, P: Tensor, Q: Tensor, beta: float, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
     """beta Y + alpha P Q."""
     return (torch.addmm if Y.ndim == 2 else torch.baddbmm)(Y, P, Q, beta=beta, alpha=alpha, out=out)
+
+
+def _polynomial(Y: Tensor, P: Tensor, Q: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
+    """beta Y + alpha P Q, all three polynomials of one symmetric matrix."""
+    if symmetric.fits(P):
+        return symmetric.symmetric(P, Q, Y, beta, alpha)
+    return _axpby(Y, P, Q, beta=beta, alpha=alpha)
 
 
 def _times(P: Tensor, X: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
@@ -137,12 +147,17 @@ def power_of_two(X: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(min=-limit))[:, None, None]
 
 
-def normalise(X: Tensor, c0: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-    """X / (c0 ||X||_F) per matrix of a batch (N, A, B), no float16, in `dtype`. X itself is overwritten."""
+def normalise(X: Tensor, c0: float = 1.0, dtype: torch.dtype | None = None, norm: Tensor | None = None) -> Tensor:
+    """X / (c0 ||X||_F) per matrix of a batch (N, A, B), no float16, in `dtype`. X itself is overwritten.
+
+    norm   ||X||_F (N,) where fused.py has found it
+    """
     assert X.ndim == 3 and X.is_contiguous() and X.dtype != torch.float16  # whose range is too small for any scale
+    if norm is not None:
+        return fused.divide(X, norm, c0).to(dtype or X.dtype)
     X.mul_(power_of_two(X))
-    norm = torch.linalg.vector_norm(X.flatten(1), dim=1, dtype=_wide(X.dtype))[:, None, None]
-    return X.div_(norm.masked_fill_(norm == 0, 1.0).mul_(c0)).to(dtype or X.dtype)
+    length = torch.linalg.vector_norm(X.flatten(1), dim=1, dtype=_wide(X.dtype))[:, None, None]
+    return X.div_(length.masked_fill_(length == 0, 1.0).mul_(c0)).to(dtype or X.dtype)
 
 
 def iterate(X: Tensor, steps: list[Triple]) -> Tensor:
@@ -150,7 +165,7 @@ def iterate(X: Tensor, steps: list[Triple]) -> Tensor:
     R, Y = None, torch.empty_like(X)  # buffers for X are made once, not in each step
     for a, b, c in steps:
         R = _gram(X, out=R)
-        X, Y = _times(_axpby(R, R, R, beta=b, alpha=c), X, beta=a, out=Y), X
+        X, Y = _times(_polynomial(R, R, R, beta=b, alpha=c), X, beta=a, out=Y), X
     return X
 
 
@@ -169,12 +184,12 @@ def _gram_form(X: Tensor, steps: list[Triple]) -> Tensor:
     """The triples applied to normalised X through polynomials of one Gram matrix: X <- (q I + Q) X at the end."""
     R, q, Q = _gram(X), 1.0, None
     for i, (a, b, c) in enumerate(steps):
-        Z = _axpby(R, R, R, beta=b, alpha=c)
-        Q = Z if Q is None else _axpby((a * Q).add_(Z, alpha=q), Q, Z, beta=1.0)
+        Z = _polynomial(R, R, R, beta=b, alpha=c)
+        Q = Z if Q is None else _polynomial((a * Q).add_(Z, alpha=q), Q, Z, beta=1.0)
         q *= a
         if i + 1 < len(steps):
-            Y = _axpby(R, R, Z, beta=a)
-            R = _axpby(Y, Y, Z, beta=a)
+            Y = _polynomial(R, R, Z, beta=a)
+            R = _polynomial(Y, Y, Z, beta=a)
     assert Q is not None  # there is a step
     return _times(Q, X, beta=q)
 
@@ -190,20 +205,33 @@ def _cayley(X: Tensor, solves: int) -> Tensor:
     return X
 
 
-def orthogonalise(U: Tensor, coefficients: str | list[Triple], steps: int, method: str, dtype: torch.dtype) -> Tensor:
-    """Approximate polar factors of a batch (N, A, B), no float16, as a batch in `dtype`. U itself is overwritten."""
+def orthogonalise(
+    U: Tensor,
+    coefficients: str | list[Triple],
+    steps: int,
+    method: str,
+    dtype: torch.dtype,
+    norm: Tensor | None = None,
+) -> Tensor:
+    """Approximate polar factors of a batch (N, A, B), no float16, as a batch in `dtype`. U itself is overwritten.
+
+    norm   ||U||_F (N,) where fused.py has found it
+    """
     with torch.autocast(U.device.type, enabled=False):  # a step inside autocast keeps the precision it chose
-        return _orthogonalise(U, coefficients, steps, method, dtype)
+        return _orthogonalise(U, coefficients, steps, method, dtype, norm)
 
 
-def _orthogonalise(U: Tensor, coefficients: str | list[Triple], steps: int, method: str, dtype: torch.dtype) -> Tensor:
+def _orthogonalise(
+    U: Tensor, coefficients: str | list[Triple], steps: int, method: str, dtype: torch.dtype, norm: Tensor | None
+) -> Tensor:
     if method == "cayley":
-        return _cayley(normalise(U, dtype=dtype), steps)
+        return _cayley(normalise(U, 1.0, dtype, norm), steps)
     schedule = triples(coefficients, steps)
     if coefficients == "polar_express4":
-        X = _scaled_first_step(U.mul_(power_of_two(U)).to(dtype), schedule.pop(0))
+        scaled = U.mul_(power_of_two(U)).to(dtype) if norm is None else normalise(U, 1.0, dtype, norm)
+        X = _scaled_first_step(scaled, schedule.pop(0))
     else:
-        X = normalise(U, SAFETY.get(coefficients, 1.0) if isinstance(coefficients, str) else 1.0, dtype)
+        X = normalise(U, SAFETY.get(coefficients, 1.0) if isinstance(coefficients, str) else 1.0, dtype, norm)
     if method == "gram":
         for section in sections(schedule):
             X = _gram_form(X, section)

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import fused
+from .memory import batch_bytes
 from .newton_schulz import iterate, orthogonalise, triples
-from .probe import choose
+from .probe import Choice, choose
 from .variants import adapt, stay_on_sphere
 
 
@@ -56,37 +58,63 @@ def update(group: dict, pieces: list[Piece], observe: Observer | None = None) ->
     observe   called with every batch before its weights change; not with compat="torch"
     """
     decay = decay_rate(group)
-    if decays(decay) and not group["cautious"]:
-        torch._foreach_mul_([piece.weight for piece in pieces], 1.0 - _rate(group) * decay)
     buckets = defaultdict(list)
     for piece in pieces:
         key = (*piece.weight.shape, piece.factor, piece.transposed, piece.momentum.dtype, piece.momentum.device)
         buckets[key if group["batch_by_shape"] else len(buckets)].append(piece)
     for bucket in buckets.values():
         entries = bucket[0].weight.numel() * bucket[0].momentum.element_size()
-        per_batch = max(1, group["max_batch_bytes"] // entries)
+        per_batch = max(1, batch_bytes(group, bucket[0].momentum.device) // entries)
         for i in range(0, len(bucket), per_batch):
             batch = bucket[i : i + per_batch]
-            O = (
-                _torch_orthogonalise(batch, group)
-                if group["compat"]
-                else _direction(batch, group, len(bucket), observe)
-            )
-            _move(batch, group, O, decay if group["cautious"] else 0.0)
+            way = None if group["compat"] else _choice(batch, group, len(bucket))
+            at_once = way is not None and _at_once(batch, group, way[1], decay)
+            if decays(decay) and not group["cautious"] and not at_once:
+                torch._foreach_mul_([piece.weight for piece in batch], 1.0 - _rate(group) * decay)
+            if way is None:
+                O = _torch_orthogonalise(batch, group)
+            else:
+                O = _direction(batch, group, way, at_once, observe)
+            if at_once and not isinstance(decay, Tensor):
+                weights = [piece.weight for piece in batch]
+                factor = 1.0 if group["variant"] == "adamuon" else batch[0].factor
+                fused.change(weights, O, group["lr"], decay, factor, group["cautious"])
+            else:
+                _move(batch, group, O, decay if group["cautious"] else 0.0)
     return len(pieces)
 
 
-def _direction(batch: list[Piece], group: dict, count: int, observe: Observer | None) -> Tensor:
-    """O (N, A, B) of a batch, one of a bucket of `count` pieces, after the variant (hyperball: before it)."""
-    first, variant = batch[0], group["variant"]
-    (A, B), wide, device = first.weight.shape, first.momentum.dtype, first.momentum.device
-    method, dtype = choose(group, A, B, count, wide, device)
-    U = _stack(batch, group, dtype if dtype == torch.bfloat16 and device.type in NARROW_ON else wide)
+def _choice(batch: list[Piece], group: dict, count: int) -> Choice:
+    """Method and dtype of a batch, one of a bucket of `count` pieces."""
+    (A, B), momentum = batch[0].weight.shape, batch[0].momentum
+    return choose(group, A, B, count, momentum.dtype, momentum.device)
+
+
+def _at_once(batch: list[Piece], group: dict, dtype: torch.dtype, decay: float | Tensor) -> bool:
+    """Whether the kernels of fused.py do the elementwise work of a batch."""
+    plain = (
+        group["variant"] != "hyperball" and group["nesterov"] and not (group["compile"] or isinstance(decay, Tensor))
+    )
+    narrow = dtype == torch.bfloat16 and batch[0].momentum.device.type in NARROW_ON
+    return plain and narrow and fused.fits([t for piece in batch for t in (piece.weight, piece.grad, piece.momentum)])
+
+
+def _direction(batch: list[Piece], group: dict, way: Choice, at_once: bool, observe: Observer | None) -> Tensor:
+    """O (N, A, B) of a batch after the variant (hyperball: before it)."""
+    first, variant, (method, dtype) = batch[0], group["variant"], way
+    wide, device = first.momentum.dtype, first.momentum.device
+    if at_once:
+        mu, grads, momenta = group["momentum"], [piece.grad for piece in batch], [piece.momentum for piece in batch]
+        U, norm = fused.directions(grads, momenta, mu / (1.0 - mu) if group["momentum_form"] == "ema" else mu)
+    else:
+        U = _stack(batch, group, dtype if dtype == torch.bfloat16 and device.type in NARROW_ON else wide)
+        norm = None
     before = U.to(wide, copy=True) if observe else None
     if variant == "adamuon" and group["adamuon_sign"]:
         U.sign_()
+        norm = None
     polar = _compiled() if group["compile"] else orthogonalise
-    O = polar(U, group["coefficients"], group["ns_steps"], method, dtype)
+    O = polar(U, group["coefficients"], group["ns_steps"], method, dtype, norm)
     O = U.copy_(O) if O.dtype != U.dtype else O
     if observe and before is not None:
         observe(_observation(batch, group, before, O.to(wide)))
