@@ -37,7 +37,7 @@ Source   Mamba-2 2405.21060 (the chunk form), MuonSSM 2606.30461 (the velocity);
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,33 +49,44 @@ from .reference import MIN_LOG_GATE
 from .scalar_triton_kernels import gate_rows, key_gradients, outputs, token_gradients, triton, walk
 
 
-def _launch(warps: int, stages: int) -> dict[str, int]:
-    return dict(num_warps=warps, num_stages=stages)
+class Blocks(NamedTuple):
+    """Of a kernel: keys and values at a time, warps, and stages, by how many blocks its loads run ahead."""
+
+    BN: int
+    BP: int
+    warps: int
+    stages: int
+
+    def over(self, N: int, P: int) -> tuple[dict[str, int], int, int]:
+        """The kernel's arguments, pieces of P values, blocks of N keys. tl.dot asks for powers of two from 16 on."""
+        BN, BP = (min(most, max(16, triton.next_power_of_2(n))) for most, n in ((self.BN, N), (self.BP, P)))
+        arguments = dict(BN=BN, BP=BP, num_warps=self.warps, num_stages=self.stages)
+        return arguments, triton.cdiv(P, BP), triton.cdiv(N, BN)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one precision: what is stored between kernels, and the largest tiles that 255 registers of sm_90 hold."""
+    """Of one precision: what is stored between kernels, tokens of a chunk, blocks that 255 registers of sm_90 hold."""
 
     precision: str
     kept: torch.dtype  # states at chunk starts, their gradients, and Ȳ Wᵀ ⊙ Res
     C: int
-    BN: int
-    BP: int
-    walk: dict[str, int]  # warps, and stages: by how much loads run ahead
-    outputs: dict[str, int]
-    token_gradients: dict[str, int]
-    key_gradients: dict[str, int]
+    walk: Blocks
+    outputs: Blocks
+    tokens: Blocks
+    keys: Blocks  # the values of `tokens`
 
-    def tile(self, chunk: int, N: int, P: int) -> dict[str, int]:
-        """C, BN, BP: tokens of a chunk, keys and values at a time, powers of two from 16 on, as tl.dot asks."""
-        limits = {"C": (self.C, chunk or self.C), "BN": (self.BN, N), "BP": (self.BP, P)}
-        return {name: min(most, max(16, triton.next_power_of_2(n))) for name, (most, n) in limits.items()}
+    def chunk(self, wanted: int) -> int:
+        return min(self.C, max(16, triton.next_power_of_2(wanted or self.C)))
 
 
 # No tensor core multiplies fp32: three products of TF32 tiles are fp32 to rounding, their factors held twice.
-EXACT = Plan("tf32x3", torch.float32, 32, 16, 32, _launch(4, 2), _launch(4, 1), _launch(4, 1), _launch(4, 1))
-ROUNDED = Plan("bf16", torch.bfloat16, 64, 64, 64, _launch(4, 2), _launch(4, 2), _launch(8, 1), _launch(8, 2))
+EXACT = Plan(
+    "tf32x3", torch.float32, 32, Blocks(64, 32, 4, 2), Blocks(16, 64, 2, 1), Blocks(16, 32, 2, 1), Blocks(64, 32, 4, 1)
+)
+ROUNDED = Plan(
+    "bf16", torch.bfloat16, 64, Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 1), Blocks(64, 64, 4, 1)
+)
 
 
 def plan(w: Tensor) -> Plan:
@@ -112,25 +123,26 @@ def forward(lg, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
     M = torch.empty_like(S) if velocity else None
     S0, M0 = _state(S0, S), _state(M0, S) if velocity else None
     how = plan(w)
-    form = how.tile(chunk, N, P)
-    C, chunks, pieces = form["C"], triton.cdiv(L, form["C"]), triton.cdiv(P, form["BP"])
+    C = how.chunk(chunk)
+    chunks = triton.cdiv(L, C)
     Sc = S.new_empty(B, H, chunks, N, P, dtype=how.kept)
     Mc = torch.empty_like(Sc) if velocity else None
     rows, y = S.new_empty(B, H, chunks, 5, C), S.new_empty(B, L, H, P)
     log2_gamma = math.log2(gamma) if velocity else 0.0
-    sizes = (L, H, N, P, H // G, chunks, pieces)
-    common = dict(VELOCITY=velocity, PRECISION=how.precision, **form)
+    sizes, common = (L, H, N, P, H // G, chunks), dict(VELOCITY=velocity, PRECISION=how.precision, C=C)
     with on_device(device):
         gate_rows[B * H, chunks](
             lg, rows, lengths, log2_gamma, L, H, chunks, *_strides(lg),
             VELOCITY=velocity, LOWEST=MIN_LOG_GATE, C=C, num_warps=4,
         )  # fmt: skip
-        walk[B * H * pieces, triton.cdiv(N, form["BN"])](
-            w, k, rows, S0, M0, Sc, Mc, S, M, lengths, log2_gamma, alpha, *sizes, *_strides(w, k),
-            REVERSE=False, **how.walk, **common,
+        block, pieces, wide = how.walk.over(N, P)
+        walk[B * H * pieces, wide](
+            w, k, rows, S0, M0, Sc, Mc, S, M, lengths, log2_gamma, alpha, *sizes, pieces, *_strides(w, k),
+            REVERSE=False, **common, **block,
         )  # fmt: skip
+        block, pieces, _ = how.outputs.over(N, P)
         outputs[B * H * pieces, chunks](
-            w, k, q, rows, Sc, Mc, y, lengths, log2_gamma, alpha, *sizes, *_strides(w, k, q), **how.outputs, **common
+            w, k, q, rows, Sc, Mc, y, lengths, log2_gamma, alpha, *sizes, pieces, *_strides(w, k, q), **common, **block
         )
     return y, S, M, rows, Sc, Mc
 
@@ -143,32 +155,33 @@ def backward(lg, w, k, q, rows, Sc, Mc, gamma, alpha, lengths, chunk, dy, dS, dM
     dM0 = torch.empty_like(dS0) if velocity else None
     dS, dM = _state(dS, dS0), _state(dM, dS0) if velocity else None
     how = plan(w)
-    form = how.tile(chunk, N, P)
-    C, chunks, pieces = form["C"], Sc.shape[2], triton.cdiv(P, form["BP"])
+    C, chunks, r = how.chunk(chunk), Sc.shape[2], H // G
+    by_token, pieces, _ = how.tokens.over(N, P)
+    by_key, same, wide = how.keys.over(N, P)
+    assert pieces == same, how
     dSc = torch.empty_like(Sc)
     dMc = torch.empty_like(Sc) if velocity else None
-    wide, r = triton.cdiv(N, form["BN"]), H // G
     each = pieces_each(B * G * chunks * wide, r * pieces, device)
     blocks = triton.cdiv(r * pieces, each)
     dQKs = Sc.new_empty(B, H, chunks, pieces, C, C)
     dlg, dw = dS0.new_empty(pieces, B, L, H), torch.empty(B, L, H, P, device=device, dtype=w.dtype)
     dk, dq = (dS0.new_empty(blocks, B, L, G, N) for _ in range(2))
     log2_gamma = math.log2(gamma) if velocity else 0.0
-    sizes = (L, H, N, P, r, chunks, pieces)
+    sizes, common = (L, H, N, P, r, chunks), dict(VELOCITY=velocity, PRECISION=how.precision, C=C)
     kept = (rows, Sc, Mc, dSc, dMc, dQKs)
-    common = dict(VELOCITY=velocity, PRECISION=how.precision, **form)
     with on_device(device):
-        walk[B * H * pieces, wide](
-            dy, q, rows, dS, dM, dSc, dMc, dS0, dM0, lengths, log2_gamma, 1.0, *sizes, *_strides(dy, q),
-            REVERSE=True, **how.walk, **common,
+        block, across, down = how.walk.over(N, P)
+        walk[B * H * across, down](
+            dy, q, rows, dS, dM, dSc, dMc, dS0, dM0, lengths, log2_gamma, 1.0, *sizes, across, *_strides(dy, q),
+            REVERSE=True, **common, **block,
         )  # fmt: skip
         token_gradients[B * H * pieces, chunks](
-            lg, w, k, q, dy, *kept, dlg, dw, lengths, log2_gamma, alpha, B, *sizes, *_strides(lg, w, k, q, dy),
-            LOWEST=MIN_LOG_GATE, **how.token_gradients, **common,
+            lg, w, k, q, dy, *kept, dlg, dw, lengths, log2_gamma, alpha, B, *sizes, pieces,
+            *_strides(lg, w, k, q, dy), LOWEST=MIN_LOG_GATE, **common, **by_token,
         )  # fmt: skip
         key_gradients[B * G * blocks, chunks, wide](
-            w, k, q, dy, *kept, dk, dq, lengths, log2_gamma, alpha, B, *sizes, each, *_strides(w, k, q, dy),
-            **how.key_gradients, **common,
+            w, k, q, dy, *kept, dk, dq, lengths, log2_gamma, alpha, B, *sizes, pieces, each, *_strides(w, k, q, dy),
+            **common, **by_key,
         )  # fmt: skip
     dlg, dk, dq = (x[0] if len(x) == 1 else x.sum(0) for x in (dlg, dk, dq))
     return dlg.to(lg.dtype), dw, dk, dq, dS0, dM0

@@ -272,8 +272,7 @@ def token_gradients(
     if VELOCITY:
         pMom, pMc = _pMom(row, real, log2_gamma), _pMc(row, real, log2_gamma)
         dRes = tl.where(row[:, None] >= row[None, :], dDec, 0.0)
-        dDec = of_g[:, None] * pMc[None, :]
-        dDec = _dot(dRes, tl.trans(pMom), dDec, PRECISION)
+        dDec = _dot(dRes, tl.trans(pMom), of_g[:, None] * pMc[None, :], PRECISION)
         Res = _dot(Dec, pMom, none, PRECISION)
     across = row[:, None] > row[None, :]
     X = tl.where(across, Dec * dDec, 0.0)
@@ -314,14 +313,12 @@ def key_gradients(
     j = tl.program_id(1).to(tl.int64)
     row, n = tl.arange(0, C), tl.program_id(2) * BN + tl.arange(0, BN)
     real = _real(lengths, b, j, L, C)
-    dQK = tl.zeros((C, C), tl.float32)
     dQ = tl.zeros((C, BN), tl.float32)
     dK = tl.zeros((C, BN), tl.float32)
     for piece in range(block * each, tl.minimum((block + 1) * each, r * PB)):
         h, p = g * r + piece // PB, (piece % PB) * BP + tl.arange(0, BP)
         here = (b * H + h) * chunks + j
         state, of = here * N * P, rows + here * 5 * C + row
-        dQK += _tile(dQKs + (here * PB + piece % PB) * C * C, row, C, row, C, C)
         dY = _tile(dy + b * y_sb + j * C * y_st + h * y_sh, row, y_st, p, real, P)
         from_S, S = tl.load(of + 2 * C)[:, None] * dY, _tile(Sc + state, n, P, p, N, P)
         dQ = _dot(from_S, tl.trans(S), dQ, PRECISION)
@@ -333,6 +330,10 @@ def key_gradients(
             dQ = _dot(from_M, tl.trans(M), dQ, PRECISION)
             to_M, dM = (alpha * _last_Mom(row, real, log2_gamma))[:, None] * W, _tile(dMc + state, n, P, p, N, P)
             dK = _dot(to_M, tl.trans(dM), dK, PRECISION)
+    dQK = tl.zeros((C, C), tl.float32)
+    for piece in range(block * each, tl.minimum((block + 1) * each, r * PB)):
+        here = (b * H + g * r + piece // PB) * chunks + j
+        dQK += _tile(dQKs + (here * PB + piece % PB) * C * C, row, C, row, C, C)
     K = _tile(k + b * k_sb + j * C * k_st + g * k_sg, row, k_st, n, real, N)
     dQ = _dot(dQK, K, dQ, PRECISION)
     Q = _tile(q + b * q_sb + j * C * q_st + g * q_sg, row, q_st, n, real, N)
