@@ -6,6 +6,7 @@ worker ends, and another goes on with the tests that have no result.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -127,11 +128,24 @@ def collect(paths: list[str]) -> list[str]:
     return tests
 
 
+def shared_out(tests: list[str], workers: int) -> list[list[str]]:
+    """A share for each worker. Tests of the same parameters, but for a number at their end, compile the same kernels:
+    one process does them all, the others that are left go where least is."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for test in tests:
+        found = re.search(r"\[([^\]]*?)(-\d+)?\]$", test)
+        alike[found[1] if found else test].append(test)
+    shares: list[list[str]] = [[] for _ in range(min(workers, len(alike)))]
+    for group in sorted(alike.values(), key=len, reverse=True):
+        min(shares, key=len).extend(group)
+    return shares
+
+
 def run_tests(stage: Stage, paths: list[str], *, workers: int, seconds: float) -> None:
     """Run the `cuda` tests of `paths` for at most `seconds`; a row for each test function, and for each failure."""
     end = time.monotonic() + seconds
     tests = collect(paths)
-    share = [tests[i::workers] for i in range(min(workers, len(tests)))]
+    share = shared_out(tests, workers)
     team = [Worker(stage.out / f"{stage.name}-{i}.tests.jsonl", part, paths) for i, part in enumerate(share)]
     for one in team:
         one.start()
