@@ -66,7 +66,7 @@ def launches(name: str, dtype: torch.dtype = torch.float32, B: int = 8, L: int =
                 for key, kernel in kernels.items():
                     stack.enter_context(mock.patch.object(module, key, Noted(kernel, found)))
                 if hasattr(module, "workers"):
-                    stack.enter_context(mock.patch.object(module, "workers", lambda *_, n=workers: n))
+                    stack.enter_context(mock.patch.object(module, "workers", lambda *_, n=workers, **__: n))
                 given = tensors(name, B, L, torch.device("meta"))
                 narrow = {key for key, x in given.items() if key != "A" and x.dtype == torch.float32}
                 cast = {k: x.detach().to(dtype).requires_grad_() if k in narrow else x for k, x in given.items()}

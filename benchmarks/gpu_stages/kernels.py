@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -52,6 +53,8 @@ def run(stage: Stage) -> None:
         return
     stage.part("ratios", lambda: ratios(stage, times))
     stage.part("fla", lambda: beside_fla(stage, times))
+    if os.environ.get("MUONLM_EXPLORE") == "1" and not stage.rehearse:
+        stage.part("workers", lambda: shared_rows(stage), seconds=20)
 
 
 # ------------------------------------------------------------------------------------------------------------ compiling
@@ -192,6 +195,19 @@ def ratios(stage: Stage, times: dict) -> None:
         traffic = 1e-3 * ours.median * copy / must_move(given)[1]
         note = "time × copy speed / bytes that must move; no counter is read"
         stage.row("muon longhorn, traffic", traffic, target=2.0, note=note)
+
+
+def shared_rows(stage: Stage) -> None:
+    """Rows: what the diagonal scan takes when 1 (the sequential form), 2, … programs share a row's chunks."""
+    from muonlm.scan import diagonal_triton
+
+    for name in ("muon longhorn", "mamba"):
+        works, found = passes(name, "triton", tensors(name, B, L, stage.device)), []
+        for count in (1, 2, 4, 8, 16, 32):
+            with mock.patch.object(diagonal_triton, "workers", lambda *_, n=count, **__: n):
+                one, both = (median_ms(work, stage.device, seconds=0.1).median for work in works)
+            found.append(f"{count}: {one:.3f}, {both:.3f}")
+        stage.row(f"{name}, programs a row: forward, both", "; ".join(found), "ms")
 
 
 # ---------------------------------------------------------------------------------------------------------------- peers

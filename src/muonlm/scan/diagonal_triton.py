@@ -66,18 +66,19 @@ def tile(N: int) -> tuple[int, int, int]:
     return block, max(1, BN * block // 512), max(1, BN * block // 256)
 
 
-def workers(programs: int, warps: int, chunks: int, device: torch.device) -> int:
+def workers(programs: int, warps: int, chunks: int, device: torch.device, enough: int = 4) -> int:
     """Programs that share one row's chunks: 1 is the sequential form, more the three-pass form.
 
-    A walk over time waits for memory and for its own last token, so an SM wants about 8 warps to choose from. Three
-    passes move about 2.3 times the bytes (see above): by that count, which no timing has checked yet, they win where
-    the sequential form gives an SM fewer than 8 / 2.3, say 4, warps.
+    A walk over time waits for memory and for its own last token, so an SM wants all the warps that its registers hold,
+    8 at 250 a lane. The first pass costs as much as a walk forward, and a quarter of one backward: by that count, which
+    no timing has checked yet, three passes win where the sequential form gives an SM fewer than `enough` warps, 4
+    forward and 6 backward.
     """
     if device.type != "cuda" or chunks < 4:
         return 1
     SMs = torch.cuda.get_device_properties(device).multi_processor_count
     busy = programs * warps
-    return 1 if busy >= 4 * SMs else min(chunks, triton.cdiv(8 * SMs, busy))
+    return 1 if busy >= enough * SMs else min(chunks, triton.cdiv(8 * SMs, busy))
 
 
 def _sequence(x: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ def backward(delta, A, w, k, q, Sc, Mc, gamma, alpha, lengths, chunk, gy, gS, gM
 
     block, _, warps = tile(N)
     blocks = triton.cdiv(D, block)
-    parts = workers(B * blocks, warps, chunks, device)
+    parts = workers(B * blocks, warps, chunks, device, enough=6)
     new = dS.new_empty if lengths is None else dS.new_zeros
     d_delta, dw = new(B, L, D, dtype=delta.dtype), new(B, L, D, dtype=w.dtype)
     dk, dq = new(blocks, B, L, N), new(blocks, B, L, N)

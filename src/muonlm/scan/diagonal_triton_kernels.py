@@ -5,6 +5,7 @@ Letters  b row of the batch, c channels (BD lanes), n states (BN), t token, j ch
          b and t. b and j are int64, and t with them, since offsets may pass 2³¹
 """
 
+import inspect
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +17,33 @@ except ImportError:  # the module imports without Triton; diagonal_triton.availa
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 jit: Any = triton.jit if triton else lambda kernel: kernel  # reads TRITON_INTERPRET now: set it before this import
+# What changes from call to call: Triton would compile again where one of them is 1, or begins to be a multiple of 16.
+RUNTIME = ["L", "B", "chunk", "chunks", "workers", "rungs_each", *(f"{x}_sb" for x in ("delta", "w", "k", "q", "g"))]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # when the kernels below were decorated
 RUNG = 4  # tokens between two rungs; backward_kernel spells out four
+
+
+def launched(kernel) -> Any:
+    names = [name for name in RUNTIME if name in inspect.signature(kernel).parameters]
+    return triton.jit(do_not_specialize=names)(kernel) if triton else kernel
 
 
 @jit
 def _row(base, t, end, stride, lanes, width):
     """What a (B,L,width) sequence has at token t, in fp32; 0 from `end` on. `base` points at its row of the batch."""
     return tl.load(base + t * stride + lanes, mask=lanes < tl.where(t < end, width, 0), other=0.0).to(tl.float32)
+
+
+@jit
+def _four(base, t, end, stride, lanes, width):
+    """_row at t to t + 3. Loops over tokens take four at a time and load the next four meanwhile: of one at a time, the
+    registers that a load fills are moved at the end of the same turn, which waits for memory at every token."""
+    return (
+        _row(base, t, end, stride, lanes, width),
+        _row(base, t + 1, end, stride, lanes, width),
+        _row(base, t + 2, end, stride, lanes, width),
+        _row(base, t + 3, end, stride, lanes, width),
+    )
 
 
 @jit
@@ -48,6 +68,14 @@ def _advance(S, M, d, w, k, A, gamma, alpha, MAMBA: tl.constexpr, VELOCITY: tl.c
 
 
 @jit
+def _summed(S, M, F, G, power, d, w, k, A, gamma, alpha, MAMBA: tl.constexpr, VELOCITY: tl.constexpr):
+    """_advance, and what the chunk has done so far to the S and the M that entered it."""
+    S, M = _advance(S, M, d, w, k, A, gamma, alpha, MAMBA, VELOCITY)
+    f = _gate(d, k, A, MAMBA)
+    return S, M, f * F, f * G + power, power * gamma
+
+
+@launched
 def summarize(
     delta, A, w, k, F_out, G_out, S_out, M_out, lengths, gamma, alpha, L, D, N, chunk, chunks, workers,
     delta_sb, delta_st, w_sb, w_st, k_sb, k_st,
@@ -61,22 +89,31 @@ def summarize(
     cell, in_tile = n[:, None] * D + c[None, :], in_n[:, None] & in_c[None, :]
     A_tile = tl.load(A + c[None, :] * N + n[:, None], mask=in_tile, other=0.0) if MAMBA else 0.0
     length = tl.minimum(tl.load(lengths + b), L)
+    delta, w, k = delta + b * delta_sb, w + b * w_sb, k + b * k_sb
     for j in range(tl.program_id(2).to(tl.int64), chunks, workers):
         S = tl.zeros((BN, BD), tl.float32)
         M = tl.zeros((BN, BD), tl.float32)
         F = tl.full((BN, BD), 1.0, tl.float32)
         G = tl.zeros((BN, BD), tl.float32)
         power = gamma  # γ^(1 + tokens done): what is left of the velocity that entered
-        end = tl.minimum((j + 1) * chunk, length)
-        for t in range(j * chunk, end):
-            d = _row(delta + b * delta_sb, t, end, delta_st, c, D)
-            w_t = _row(w + b * w_sb, t, end, w_st, c, D)
-            k_t = _row(k + b * k_sb, t, end, k_st, n, N)
-            S, M = _advance(S, M, d, w_t, k_t, A_tile, gamma, alpha, MAMBA, VELOCITY)
-            f = _gate(d, k_t, A_tile, MAMBA)
-            F = f * F
-            G = f * G + power
-            power = power * gamma
+        start, end = j * chunk, tl.minimum((j + 1) * chunk, length)
+        rest = start + tl.maximum(end - start, 0) // 4 * 4
+        d0, d1, d2, d3 = _four(delta, start, end, delta_st, c, D)
+        w0, w1, w2, w3 = _four(w, start, end, w_st, c, D)
+        k0, k1, k2, k3 = _four(k, start, end, k_st, n, N)
+        for t in range(start, rest, 4):
+            e0, e1, e2, e3 = _four(delta, t + 4, end, delta_st, c, D)
+            v0, v1, v2, v3 = _four(w, t + 4, end, w_st, c, D)
+            l0, l1, l2, l3 = _four(k, t + 4, end, k_st, n, N)
+            S, M, F, G, power = _summed(S, M, F, G, power, d0, w0, k0, A_tile, gamma, alpha, MAMBA, VELOCITY)
+            S, M, F, G, power = _summed(S, M, F, G, power, d1, w1, k1, A_tile, gamma, alpha, MAMBA, VELOCITY)
+            S, M, F, G, power = _summed(S, M, F, G, power, d2, w2, k2, A_tile, gamma, alpha, MAMBA, VELOCITY)
+            S, M, F, G, power = _summed(S, M, F, G, power, d3, w3, k3, A_tile, gamma, alpha, MAMBA, VELOCITY)
+            d0, d1, d2, d3, w0, w1, w2, w3, k0, k1, k2, k3 = e0, e1, e2, e3, v0, v1, v2, v3, l0, l1, l2, l3
+        for t in range(rest, end):
+            d = _row(delta, t, end, delta_st, c, D)
+            w_t, k_t = _row(w, t, end, w_st, c, D), _row(k, t, end, k_st, n, N)
+            S, M, F, G, power = _summed(S, M, F, G, power, d, w_t, k_t, A_tile, gamma, alpha, MAMBA, VELOCITY)
         here = (b * chunks + j) * N * D + cell
         tl.store(F_out + here, F, mask=in_tile)
         tl.store(S_out + here, S, mask=in_tile)
@@ -86,6 +123,14 @@ def summarize(
 
 
 @jit
+def _summed_back(Lam, Pi, F, G, d, g, k, q, A, gamma, MAMBA: tl.constexpr):
+    """What leaves a token on its left, of the adjoints that came from the right and of those of its own."""
+    Lam += q[:, None] * g[None, :]
+    f = _gate(d, k, A, MAMBA)
+    return f * Lam, gamma * (Pi + Lam), f * F, gamma * (G + F)
+
+
+@launched
 def summarize_back(
     delta, A, k, q, g, F_out, G_out, S_out, M_out, lengths, gamma, L, D, N, chunk, chunks, workers,
     delta_sb, delta_st, k_sb, k_st, q_sb, q_st, g_sb, g_st,
@@ -99,24 +144,36 @@ def summarize_back(
     cell, in_tile = n[:, None] * D + c[None, :], in_n[:, None] & in_c[None, :]
     A_tile = tl.load(A + c[None, :] * N + n[:, None], mask=in_tile, other=0.0) if MAMBA else 0.0
     length = tl.minimum(tl.load(lengths + b), L)
+    delta, k, q, g = delta + b * delta_sb, k + b * k_sb, q + b * q_sb, g + b * g_sb
     for j in range(tl.program_id(2).to(tl.int64), chunks, workers):
         Lam = tl.zeros((BN, BD), tl.float32)
         Pi = tl.zeros((BN, BD), tl.float32)
         F = tl.full((BN, BD), 1.0, tl.float32)
         G = tl.zeros((BN, BD), tl.float32)
-        end = tl.minimum((j + 1) * chunk, length)
-        for i in range(j * chunk, end):
-            t = j * chunk + end - 1 - i
-            d = _row(delta + b * delta_sb, t, end, delta_st, c, D)
-            g_t = _row(g + b * g_sb, t, end, g_st, c, D)
-            k_t = _row(k + b * k_sb, t, end, k_st, n, N)
-            q_t = _row(q + b * q_sb, t, end, q_st, n, N)
-            Lam += q_t[:, None] * g_t[None, :]
-            Pi = gamma * (Pi + Lam)
-            G = gamma * (G + F)
-            f = _gate(d, k_t, A_tile, MAMBA)
-            Lam = f * Lam
-            F = f * F
+        start, end = j * chunk, tl.minimum((j + 1) * chunk, length)
+        rest = start + tl.maximum(end - start, 0) // 4 * 4
+        for i in range(rest, end):  # the last tokens come first, until four at a time are left
+            t = rest + end - 1 - i
+            d, g_t = _row(delta, t, end, delta_st, c, D), _row(g, t, end, g_st, c, D)
+            k_t, q_t = _row(k, t, end, k_st, n, N), _row(q, t, end, q_st, n, N)
+            Lam, Pi, F, G = _summed_back(Lam, Pi, F, G, d, g_t, k_t, q_t, A_tile, gamma, MAMBA)
+        first = tl.maximum(rest - 4, 0)  # where no token is left it loads what nobody uses
+        d0, d1, d2, d3 = _four(delta, first, rest, delta_st, c, D)
+        g0, g1, g2, g3 = _four(g, first, rest, g_st, c, D)
+        k0, k1, k2, k3 = _four(k, first, rest, k_st, n, N)
+        q0, q1, q2, q3 = _four(q, first, rest, q_st, n, N)
+        for i in range(start, rest, 4):
+            t = tl.maximum(start + rest - 8 - i, 0)  # the four before these
+            e0, e1, e2, e3 = _four(delta, t, rest, delta_st, c, D)
+            h0, h1, h2, h3 = _four(g, t, rest, g_st, c, D)
+            l0, l1, l2, l3 = _four(k, t, rest, k_st, n, N)
+            r0, r1, r2, r3 = _four(q, t, rest, q_st, n, N)
+            Lam, Pi, F, G = _summed_back(Lam, Pi, F, G, d3, g3, k3, q3, A_tile, gamma, MAMBA)
+            Lam, Pi, F, G = _summed_back(Lam, Pi, F, G, d2, g2, k2, q2, A_tile, gamma, MAMBA)
+            Lam, Pi, F, G = _summed_back(Lam, Pi, F, G, d1, g1, k1, q1, A_tile, gamma, MAMBA)
+            Lam, Pi, F, G = _summed_back(Lam, Pi, F, G, d0, g0, k0, q0, A_tile, gamma, MAMBA)
+            d0, d1, d2, d3, g0, g1, g2, g3 = e0, e1, e2, e3, h0, h1, h2, h3
+            k0, k1, k2, k3, q0, q1, q2, q3 = l0, l1, l2, l3, r0, r1, r2, r3
         here = (b * chunks + j) * N * D + cell
         tl.store(F_out + here, F, mask=in_tile)
         tl.store(S_out + here, Lam, mask=in_tile)
@@ -125,7 +182,7 @@ def summarize_back(
             tl.store(M_out + here, Pi, mask=in_tile)
 
 
-@jit
+@launched
 def boundaries(
     S_in, M_in, F, G, Sc, Mc, S_out, M_out, powers, lengths, L, cells, chunk, chunks,
     REVERSE: tl.constexpr, VELOCITY: tl.constexpr, BLOCK: tl.constexpr,
@@ -164,7 +221,7 @@ def boundaries(
         tl.store(M_out + b * cells + cell, M, mask=inside)
 
 
-@jit
+@launched
 def forward_kernel(
     delta, A, w, k, q, S_in, M_in, y, S_out, M_out, Sc, Mc, lengths, gamma, alpha, L, D, N, chunk, chunks, workers,
     delta_sb, delta_st, w_sb, w_st, k_sb, k_st, q_sb, q_st,
@@ -178,6 +235,7 @@ def forward_kernel(
     cell, in_tile = n[:, None] * D + c[None, :], in_n[:, None] & in_c[None, :]
     A_tile = tl.load(A + c[None, :] * N + n[:, None], mask=in_tile, other=0.0) if MAMBA else 0.0
     length = tl.minimum(tl.load(lengths + b), L)
+    delta, w, k, q, y = delta + b * delta_sb, w + b * w_sb, k + b * k_sb, q + b * q_sb, y + b * L * D + c
     S = tl.zeros((BN, BD), tl.float32)
     M = tl.zeros((BN, BD), tl.float32)
     if not PARALLEL:
@@ -195,18 +253,31 @@ def forward_kernel(
             if VELOCITY:
                 tl.store(Mc + here, M, mask=in_tile)
         start, end = j * chunk, tl.minimum((j + 1) * chunk, length)
-        d_next = _row(delta + b * delta_sb, start, end, delta_st, c, D)
-        w_next = _row(w + b * w_sb, start, end, w_st, c, D)
-        k_next = _row(k + b * k_sb, start, end, k_st, n, N)
-        q_next = _row(q + b * q_sb, start, end, q_st, n, N)
-        for t in range(start, end):
-            d, w_t, k_t, q_t = d_next, w_next, k_next, q_next
-            d_next = _row(delta + b * delta_sb, t + 1, end, delta_st, c, D)  # in flight while this token is done
-            w_next = _row(w + b * w_sb, t + 1, end, w_st, c, D)
-            k_next = _row(k + b * k_sb, t + 1, end, k_st, n, N)
-            q_next = _row(q + b * q_sb, t + 1, end, q_st, n, N)
+        rest = start + tl.maximum(end - start, 0) // 4 * 4
+        d0, d1, d2, d3 = _four(delta, start, end, delta_st, c, D)
+        w0, w1, w2, w3 = _four(w, start, end, w_st, c, D)
+        k0, k1, k2, k3 = _four(k, start, end, k_st, n, N)
+        q0, q1, q2, q3 = _four(q, start, end, q_st, n, N)
+        for t in range(start, rest, 4):
+            e0, e1, e2, e3 = _four(delta, t + 4, end, delta_st, c, D)
+            v0, v1, v2, v3 = _four(w, t + 4, end, w_st, c, D)
+            l0, l1, l2, l3 = _four(k, t + 4, end, k_st, n, N)
+            r0, r1, r2, r3 = _four(q, t + 4, end, q_st, n, N)
+            S, M = _advance(S, M, d0, w0, k0, A_tile, gamma, alpha, MAMBA, VELOCITY)
+            tl.store(y + t * D, tl.sum(q0[:, None] * S, axis=0), mask=in_c)
+            S, M = _advance(S, M, d1, w1, k1, A_tile, gamma, alpha, MAMBA, VELOCITY)
+            tl.store(y + (t + 1) * D, tl.sum(q1[:, None] * S, axis=0), mask=in_c)
+            S, M = _advance(S, M, d2, w2, k2, A_tile, gamma, alpha, MAMBA, VELOCITY)
+            tl.store(y + (t + 2) * D, tl.sum(q2[:, None] * S, axis=0), mask=in_c)
+            S, M = _advance(S, M, d3, w3, k3, A_tile, gamma, alpha, MAMBA, VELOCITY)
+            tl.store(y + (t + 3) * D, tl.sum(q3[:, None] * S, axis=0), mask=in_c)
+            d0, d1, d2, d3, w0, w1, w2, w3 = e0, e1, e2, e3, v0, v1, v2, v3
+            k0, k1, k2, k3, q0, q1, q2, q3 = l0, l1, l2, l3, r0, r1, r2, r3
+        for t in range(rest, end):
+            d, w_t = _row(delta, t, end, delta_st, c, D), _row(w, t, end, w_st, c, D)
+            k_t, q_t = _row(k, t, end, k_st, n, N), _row(q, t, end, q_st, n, N)
             S, M = _advance(S, M, d, w_t, k_t, A_tile, gamma, alpha, MAMBA, VELOCITY)
-            tl.store(y + (b * L + t) * D + c, tl.sum(q_t[:, None] * S, axis=0), mask=in_c)
+            tl.store(y + t * D, tl.sum(q_t[:, None] * S, axis=0), mask=in_c)
     if not PARALLEL:
         tl.store(S_out + b * N * D + cell, S, mask=in_tile)
         if VELOCITY:
@@ -244,7 +315,7 @@ def _retreat(
     return Lam, Pi, dA
 
 
-@jit
+@launched
 def backward_kernel(
     delta, A, w, k, q, g, Sc, Mc, S_grad, M_grad, dS, dM, d_delta, dw, dk, dq, dA_out, rungs, lengths,
     gamma, alpha, B, L, D, N, chunk, chunks, workers, rungs_each,
@@ -286,23 +357,29 @@ def backward_kernel(
         M = tl.zeros((BN, BD), tl.float32)
         if VELOCITY:
             M = tl.load(Mc + here, mask=in_tile, other=0.0)
-        d_next = _row(delta, start, end, delta_st, c, D)
-        w_next = _row(w, start, end, w_st, c, D)
-        g_next = _row(g, start, end, g_st, c, D)
-        k_next = _row(k, start, end, k_st, n, N)
-        for t in range(start, end):
-            d, w_t, g_t, k_t = d_next, w_next, g_next, k_next
-            d_next = _row(delta, t + 1, end, delta_st, c, D)
-            w_next = _row(w, t + 1, end, w_st, c, D)
-            g_next = _row(g, t + 1, end, g_st, c, D)
-            k_next = _row(k, t + 1, end, k_st, n, N)
-            if (t - start) % 4 == 0:
-                r = (t - start) // 4
-                tl.store(rung_S + r * (BN * BD), S)
-                if VELOCITY:
-                    tl.store(rung_M + r * (BN * BD), M)
-            S, M = _advance(S, M, d, w_t, k_t, A_tile, gamma, alpha, MAMBA, VELOCITY)
-            tl.store(dq + t * N, tl.sum(S * g_t[None, :], axis=1), mask=in_n)
+        d0, d1, d2, d3 = _four(delta, start, end, delta_st, c, D)
+        w0, w1, w2, w3 = _four(w, start, end, w_st, c, D)
+        g0, g1, g2, g3 = _four(g, start, end, g_st, c, D)
+        k0, k1, k2, k3 = _four(k, start, end, k_st, n, N)
+        for t in range(start, end, 4):
+            e0, e1, e2, e3 = _four(delta, t + 4, end, delta_st, c, D)
+            v0, v1, v2, v3 = _four(w, t + 4, end, w_st, c, D)
+            h0, h1, h2, h3 = _four(g, t + 4, end, g_st, c, D)
+            l0, l1, l2, l3 = _four(k, t + 4, end, k_st, n, N)
+            r = (t - start) // 4
+            tl.store(rung_S + r * (BN * BD), S)
+            if VELOCITY:
+                tl.store(rung_M + r * (BN * BD), M)
+            S, M = _advance(S, M, d0, w0, k0, A_tile, gamma, alpha, MAMBA, VELOCITY)
+            tl.store(dq + t * N, tl.sum(S * g0[None, :], axis=1), mask=in_n)
+            S, M = _advance(S, M, d1, w1, k1, A_tile, gamma, alpha, MAMBA, VELOCITY)
+            tl.store(dq + (t + 1) * N, tl.sum(S * g1[None, :], axis=1), mask=n < tl.where(t + 1 < end, N, 0))
+            S, M = _advance(S, M, d2, w2, k2, A_tile, gamma, alpha, MAMBA, VELOCITY)
+            tl.store(dq + (t + 2) * N, tl.sum(S * g2[None, :], axis=1), mask=n < tl.where(t + 2 < end, N, 0))
+            S, M = _advance(S, M, d3, w3, k3, A_tile, gamma, alpha, MAMBA, VELOCITY)
+            tl.store(dq + (t + 3) * N, tl.sum(S * g3[None, :], axis=1), mask=n < tl.where(t + 3 < end, N, 0))
+            d0, d1, d2, d3, w0, w1, w2, w3 = e0, e1, e2, e3, v0, v1, v2, v3
+            g0, g1, g2, g3, k0, k1, k2, k3 = h0, h1, h2, h3, l0, l1, l2, l3
         tl.debug_barrier()  # a rung may be read by other threads than wrote it
 
         # Down: four tokens from each rung; past the end of the chunk they load zeros, which change nothing.
@@ -317,16 +394,11 @@ def backward_kernel(
             M0 = S0
             if VELOCITY:
                 M0 = tl.load(rung_M + r * (BN * BD))
-            d0, d1 = _row(delta, u, end, delta_st, c, D), _row(delta, u + 1, end, delta_st, c, D)
-            d2, d3 = _row(delta, u + 2, end, delta_st, c, D), _row(delta, u + 3, end, delta_st, c, D)
-            w0, w1 = _row(w, u, end, w_st, c, D), _row(w, u + 1, end, w_st, c, D)
-            w2, w3 = _row(w, u + 2, end, w_st, c, D), _row(w, u + 3, end, w_st, c, D)
-            g0, g1 = _row(g, u, end, g_st, c, D), _row(g, u + 1, end, g_st, c, D)
-            g2, g3 = _row(g, u + 2, end, g_st, c, D), _row(g, u + 3, end, g_st, c, D)
-            k0, k1 = _row(k, u, end, k_st, n, N), _row(k, u + 1, end, k_st, n, N)
-            k2, k3 = _row(k, u + 2, end, k_st, n, N), _row(k, u + 3, end, k_st, n, N)
-            q0, q1 = _row(q, u, end, q_st, n, N), _row(q, u + 1, end, q_st, n, N)
-            q2, q3 = _row(q, u + 2, end, q_st, n, N), _row(q, u + 3, end, q_st, n, N)
+            d0, d1, d2, d3 = _four(delta, u, end, delta_st, c, D)
+            w0, w1, w2, w3 = _four(w, u, end, w_st, c, D)
+            g0, g1, g2, g3 = _four(g, u, end, g_st, c, D)
+            k0, k1, k2, k3 = _four(k, u, end, k_st, n, N)
+            q0, q1, q2, q3 = _four(q, u, end, q_st, n, N)
             S1, M1 = _advance(S0, M0, d0, w0, k0, A_tile, gamma, alpha, MAMBA, VELOCITY)
             S2, M2 = _advance(S1, M1, d1, w1, k1, A_tile, gamma, alpha, MAMBA, VELOCITY)
             S3, M3 = _advance(S2, M2, d2, w2, k2, A_tile, gamma, alpha, MAMBA, VELOCITY)
