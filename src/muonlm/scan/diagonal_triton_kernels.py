@@ -236,8 +236,7 @@ def forward_kernel(
     A_tile = tl.load(A + c[None, :] * N + n[:, None], mask=in_tile, other=0.0) if MAMBA else 0.0
     length = tl.minimum(tl.load(lengths + b), L)
     delta, w, k, q, y = delta + b * delta_sb, w + b * w_sb, k + b * k_sb, q + b * q_sb, y + b * L * D + c
-    S = tl.zeros((BN, BD), tl.float32)
-    M = tl.zeros((BN, BD), tl.float32)
+    S, M = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BD), tl.float32)
     if not PARALLEL:
         S = tl.load(S_in + b * N * D + cell, mask=in_tile, other=0.0)
         if VELOCITY:
