@@ -82,8 +82,9 @@ def launcher(name: str, launch: tuple, variant: dict, keys: int, values: int):
         "gradients": lambda: (n, rows, parts["N"]),
     }[name]()
     if name == "gradients":
-        for place in (kernel.arg_names.index("db"), kernel.arg_names.index("dlg")):
-            args[place] = torch.empty(parts["N"], ROWS, TOKENS, HEADS, device="cuda")
+        args[kernel.arg_names.index("dlg")] = torch.empty(parts["N"], ROWS, TOKENS, HEADS, device="cuda")
+    if name == "walk_back":
+        args[kernel.arg_names.index("ends")] = torch.empty(parts["P"], rows, n, named["C"] + keys, device="cuda")
     return lambda: kernel[grid](*args, **named)
 
 

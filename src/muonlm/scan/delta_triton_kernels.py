@@ -1,11 +1,11 @@
 # type: ignore  (the language is Triton's: Python's types do not apply)
 """The Triton kernels of delta_triton.py, whose equations (1) to (5) they refer to.
 
-    squares      (1)  A⁻¹, P, F, f, of each chunk by itself
-    walk         (2)  chunk after chunk: E, the states before each chunk, the last state
+    squares      (1)  Z, P, F, f, of each chunk by itself
+    walk         (2)  chunk after chunk: V, the states between chunks, the last state
     outputs      (3)  Y, of each chunk by itself
-    walk_back    (4)  chunk before chunk: R̄, the gradients of the states after each chunk, that of the first
-    gradients    (5)  of each chunk by itself
+    walk_back    (4)  chunk before chunk: R̄, Ū, the gradients of the states between chunks, that of the first state
+    gradients    (5)  the others, of each chunk by itself
 
 Letters  r = b H + h row of batch and head, j of n chunks, c token of a chunk (C), n key (N), p value (P): BN, BP wide
          blocks of them; R heads share a key; q_sb, q_st, q_sh: strides of q in batch, time, head, in UNITs
@@ -97,38 +97,39 @@ def _decays(lg, c, left, H, C: tl.constexpr, MIN_LOG_GATE: tl.constexpr):
 
 
 @jit
-def _inverse(X, c, C: tl.constexpr, EXACT: tl.constexpr):
-    """(I + X)⁻¹ of X (C,C), strictly lower: substitution inside 16 × 16 blocks, which are then merged pairwise.
+def _solved(X, beta, c, C: tl.constexpr, EXACT: tl.constexpr):
+    """Z of (1) for X (C,C), strictly lower: substitution inside 16 × 16 blocks, which are then merged pairwise.
 
-    [A 0; B D]⁻¹ = [A⁻¹ 0; −D⁻¹ B A⁻¹, D⁻¹]. No powers of X: equal keys make them binomials, which cancel.
+    No powers of X: equal keys make them binomials, which cancel.
     """
     block, i = tl.arange(0, C // 16), tl.arange(0, 16)
     diagonal = block[:, None, None, None] == block[None, None, :, None]
-    D = tl.sum(tl.where(diagonal, tl.reshape(X, (C // 16, 16, C // 16, 16)), 0.0), 2)
-    T = tl.zeros((C // 16, 16, 16), tl.float32) + tl.where(i[:, None] == i[None, :], 1.0, 0.0)[None, :, :]
+    Z = tl.sum(tl.where(diagonal, tl.reshape(X, (C // 16, 16, C // 16, 16)), 0.0), 2)
+    Xb = Z * tl.reshape(beta, (C // 16, 16))[:, None, :]
     for step in range(1, 16):
         here = i[None, :, None] == step
-        row = tl.sum(tl.where(here, D, 0.0), 1)
-        T = tl.where(here, T - tl.sum(row[:, :, None] * T, 1)[:, None, :], T)
-    T = tl.reshape(tl.where(diagonal, T[:, :, None, :], 0.0), (C, C))
+        row = tl.sum(tl.where(here, Xb, 0.0), 1)
+        Z = tl.where(here, Z - tl.sum(row[:, :, None] * Z, 1)[:, None, :], Z)
+    Z = tl.reshape(tl.where(diagonal, Z[:, :, None, :], 0.0), (C, C))
     if C > 16:
-        T = _merge(T, X, c, 16, EXACT)
+        Z = _merged(Z, X, beta, c, 16, EXACT)
     if C > 32:
-        T = _merge(T, X, c, 32, EXACT)
-    return T
+        Z = _merged(Z, X, beta, c, 32, EXACT)
+    return Z
 
 
 @jit
-def _merge(T, X, c, size: tl.constexpr, EXACT: tl.constexpr):
+def _merged(Z, X, beta, c, size: tl.constexpr, EXACT: tl.constexpr):
+    """Z of blocks twice as long: Z + (I − Z diag(b)) Y (I − diag(b) Z), Y of X what lies between the two halves."""
     pair, side = c // (2 * size), c // size
-    between = (pair[:, None] == pair[None, :]) & (side[:, None] > side[None, :])
-    TX = tl.dot(T, tl.where(between, X, 0.0), input_precision=EXACT)
-    return T - tl.dot(TX, T, input_precision=EXACT)
+    Y = tl.where((pair[:, None] == pair[None, :]) & (side[:, None] > side[None, :]), X, 0.0)
+    Y -= tl.dot(Z * beta[None, :], Y, input_precision=EXACT)
+    return Z + Y - tl.dot(Y * beta[None, :], Z, input_precision=EXACT)
 
 
 @jit
 def squares(
-    q, k, lg, b, q_out, k_out, T_out, P_out, F_out, f_out, lengths, L, n, q_sb, q_st, q_sh, k_sb, k_st, k_sh,
+    q, k, lg, b, q_out, k_out, Z_out, P_out, F_out, f_out, lengths, L, n, q_sb, q_st, q_sh, k_sb, k_st, k_sh,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
     MIN_LOG_GATE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +137,7 @@ def squares(
     j, r = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row, h, length = _place(r, lengths, L, H)
     left, c = length - j * C, tl.arange(0, C)
-    DT: tl.constexpr = T_out.dtype.element_ty
+    DT: tl.constexpr = Z_out.dtype.element_ty
     q += (row * q_sb + h // R * q_sh + j * C * q_st) * UNIT
     k += (row * k_sb + h // R * k_sh + j * C * k_st) * UNIT
     KK, QK = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
@@ -153,18 +154,18 @@ def squares(
     token = (row * L + j * C) * H + h
     Dec, F, f = _decays(lg + token, c, left, H, C, MIN_LOG_GATE)
     beta = _numbers(b + token, H, c, left)
-    X = tl.where(c[:, None] > c[None, :], beta[:, None] * KK * Dec, 0.0)
+    X = tl.where(c[:, None] > c[None, :], KK * Dec, 0.0)
     chunk = r * n + j
     square = chunk * C * C + c[:, None] * C + c[None, :]
     tl.store(P_out + square, (QK * Dec).to(DT))
     tl.store(F_out + chunk * C + c, F)
     tl.store(f_out + chunk * C + c, f)
-    tl.store(T_out + square, _inverse(X, c, C, EXACT).to(DT))
+    tl.store(Z_out + square, _solved(X, beta, c, C, EXACT).to(DT))
 
 
 @jit
 def walk(
-    k, u, b, T, F, f, S0, E_out, S_out, S_end, lengths, L, n, k_sb, k_st, k_sh, u_sb, u_st, u_sh,
+    k, u, b, Z_in, F, f, S0, V_out, S_out, S_end, lengths, L, n, k_sb, k_st, k_sh, u_sb, u_st, u_sh,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
     BN: tl.constexpr, BP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -184,14 +185,14 @@ def walk(
         left, chunk = length - j * C, r * n + j
         K = _rows(k, k_st * UNIT, c, left, lane, N)
         U = _rows(u, u_st * UNIT, c, left, p, P)
-        A_inv = tl.load(T + chunk * C * C + c[:, None] * C + c[None, :])
+        Z = tl.load(Z_in + chunk * C * C + c[:, None] * C + c[None, :])
         beta = _numbers(b + (row * L + j * C) * H + h, H, c, left)
         F_c, f_c = tl.load(F + chunk * C + c), tl.load(f + chunk * C + c)
         tl.store(S_out + chunk * N * P + cell, S.to(DT), mask=in_tile)
-        right = beta[:, None] * U - (beta * F_c)[:, None] * _dot(K, S, DT, EXACT)
-        E = _dot(A_inv, right, DT, EXACT)
-        _put_rows(E_out + chunk * C * P, P, c, C, p, P, E.to(DT))
-        S = tl.load(F + chunk * C + C - 1) * S + _dot(tl.trans(K), f_c[:, None] * E, DT, EXACT)
+        W = U - F_c[:, None] * _dot(K, S, DT, EXACT)
+        V = W - _dot(Z, beta[:, None] * W, DT, EXACT)
+        _put_rows(V_out + chunk * C * P, P, c, C, p, P, V.to(DT))
+        S = tl.load(F + chunk * C + C - 1) * S + _dot(tl.trans(K), (beta * f_c)[:, None] * V, DT, EXACT)
         k += C * k_st * UNIT
         u += C * u_st * UNIT
     tl.store(S_end + r * N * P + cell, S, mask=in_tile)
@@ -199,7 +200,7 @@ def walk(
 
 @jit
 def outputs(
-    q, P_in, F, S, E, y, lengths, L, n, q_sb, q_st, q_sh,
+    q, b, P_in, F, S, V, y, lengths, L, n, q_sb, q_st, q_sh,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
     BN: tl.constexpr, BP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -213,23 +214,23 @@ def outputs(
     Y = tl.zeros((C, BP), tl.float32)
     for start in range(0, N, BN):
         lane = start + tl.arange(0, BN)
-        Y += _dot(
-            _rows(q, q_st * UNIT, c, left, lane, N), _rows(S + chunk * N * P, P, lane, N, p, P), DT, EXACT
-        )  # fmt: skip
-    Y = Y * tl.load(F + chunk * C + c)[:, None]
+        S_p = _rows(S + chunk * N * P, P, lane, N, p, P)
+        Y += _dot(_rows(q, q_st * UNIT, c, left, lane, N), S_p, DT, EXACT)
+    beta = _numbers(b + (row * L + j * C) * H + h, H, c, left)
+    E = beta[:, None] * _rows(V + chunk * C * P, P, c, C, p, P)
     QK = tl.load(P_in + chunk * C * C + c[:, None] * C + c[None, :])
-    Y += _dot(QK, _rows(E + chunk * C * P, P, c, C, p, P), DT, EXACT)
+    Y = Y * tl.load(F + chunk * C + c)[:, None] + _dot(QK, E, DT, EXACT)
     _put_rows(y + ((row * L + j * C) * H + h) * P, H * P, c, L - j * C, p, P, Y)
 
 
 @jit
 def walk_back(
-    q, k, b, gy, T, P_in, F, f, gS, dR_out, dS_out, dS_end, lengths, L, n,
+    q, k, b, gy, Z_in, P_in, F, f, S, V, gS, dR_out, dS_out, du, ends, dS_end, lengths, L, n,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, y_sb, y_st, y_sh,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
     BN: tl.constexpr, BP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """(4). Grid (P/BP, B·H); BN ≥ N."""
+    """(4), and in `ends` what ⟨S̄₁, S₁⟩ is the sum of, C + N numbers a chunk and block. Grid (P/BP, B·H); BN ≥ N."""
     r = tl.program_id(1).to(tl.int64)
     row, h, length = _place(r, lengths, L, H)
     c, lane, p = tl.arange(0, C), tl.arange(0, BN), tl.program_id(0) * BP + tl.arange(0, BP)
@@ -250,14 +251,21 @@ def walk_back(
         K = _rows(k, k_st * UNIT, c, left, lane, N)
         Q = _rows(q, q_st * UNIT, c, left, lane, N)
         dY = _rows(gy, y_st * UNIT, c, left, p, P)
-        A_inv, QK = tl.load(T + square), tl.load(P_in + square)
+        Z, QK = tl.load(Z_in + square), tl.load(P_in + square)
         beta = _numbers(b + (row * L + j * C) * H + h, H, c, left)
         F_c, f_c = tl.load(F + chunk * C + c), tl.load(f + chunk * C + c)
+        F_C, S_p = tl.load(F + chunk * C + C - 1), _rows(S + chunk * N * P, P, lane, N, p, P)
+        left_at = ends + ((tl.program_id(0) * tl.num_programs(1) + r) * n + j) * (C + N)
+        tl.store(left_at + C + lane, F_C * tl.sum(dS * S_p, 1), mask=lane < N)
         tl.store(dS_out + chunk * N * P + cell, dS.to(DT), mask=in_tile)
-        dE = _dot(tl.trans(QK), dY, DT, EXACT) + f_c[:, None] * _dot(K, dS, DT, EXACT)
-        dR = _dot(tl.trans(A_inv), dE, DT, EXACT)
+        dE = f_c[:, None] * _dot(K, dS, DT, EXACT)
+        V_p = _rows(V + chunk * C * P, P, c, C, p, P)
+        tl.store(left_at + c, beta * tl.sum(dE * V_p, 1))
+        dE += _dot(tl.trans(QK), dY, DT, EXACT)
+        dR = dE - _dot(tl.trans(Z), beta[:, None] * dE, DT, EXACT)
         _put_rows(dR_out + chunk * C * P, P, c, C, p, P, dR.to(DT))
-        dS = tl.load(F + chunk * C + C - 1) * dS + _dot(tl.trans(Q), F_c[:, None] * dY, DT, EXACT)
+        _put_rows(du + ((row * L + j * C) * H + h) * P, H * P, c, L - j * C, p, P, (beta[:, None] * dR).to(DT))
+        dS = F_C * dS + _dot(tl.trans(Q), F_c[:, None] * dY, DT, EXACT)
         dS -= _dot(tl.trans(K), (beta * F_c)[:, None] * dR, DT, EXACT)
         q -= C * q_st * UNIT
         k -= C * k_st * UNIT
@@ -267,21 +275,14 @@ def walk_back(
 
 
 @jit
-def _put_gates(dlg, lg, net, c, left, rows, H, MIN_LOG_GATE: tl.constexpr):
-    """(3) of chunks.py, of what ends at a token less what starts there; no gradient at padding and beyond the clamp."""
-    d_lg = tl.sum(tl.where(c[:, None] >= c[None, :], net[:, None], 0.0), 0)
-    free = (c < left) & (_numbers(lg, H, c, left) >= MIN_LOG_GATE)
-    tl.store(dlg + c * H, tl.where(free, d_lg, 0.0), mask=c < rows)
-
-
-@jit
 def gradients(
-    q, k, u, lg, b, gy, S, E, dR_in, dS_in, dq, dk, du, db, dlg, lengths, L, n,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sh, u_sb, u_st, u_sh, y_sb, y_st, y_sh,
+    q, k, lg, b, gy, S, V, dR_in, dS_in, ends, dq, dk, db, dlg, lengths, L, n,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, y_sb, y_st, y_sh,
     H: tl.constexpr, R: tl.constexpr, N: tl.constexpr, P: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
-    BN: tl.constexpr, BP: tl.constexpr, MIN_LOG_GATE: tl.constexpr, EXACT: tl.constexpr,
+    BN: tl.constexpr, BP: tl.constexpr, CN: tl.constexpr, ENDS: tl.constexpr, MIN_LOG_GATE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """(5). Grid (n, B·H, N/BN): each for BN keys; the first also gives Ū, and to b̄ what has no keys."""
+    """(5). Grid (n, B·H, N/BN), each for BN keys; the first also gives b̄, and to l̄g the `ends` of ENDS blocks."""
     j, r, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     row, h, length = _place(r, lengths, L, H)
     left, chunk, token = length - j * C, r * n + j, (row * L + j * C) * H + h
@@ -289,45 +290,42 @@ def gradients(
     DT: tl.constexpr = k.dtype.element_ty
     q += (row * q_sb + h // R * q_sh + j * C * q_st) * UNIT
     k += (row * k_sb + h // R * k_sh + j * C * k_st) * UNIT
-    u += (row * u_sb + h * u_sh + j * C * u_st) * UNIT
     gy += (row * y_sb + h * y_sh + j * C * y_st) * UNIT
-    beta = _numbers(b + token, H, c, left)
 
-    dP, dA = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
-    dKb, dKd, dQ = tl.zeros((C, BN), tl.float32), tl.zeros((C, BN), tl.float32), tl.zeros((C, BN), tl.float32)
-    d_beta, leaving = tl.zeros((C,), tl.float32), tl.zeros((BN,), tl.float32)
+    YV, RV = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    read, write, dQ = tl.zeros((C, BN), tl.float32), tl.zeros((C, BN), tl.float32), tl.zeros((C, BN), tl.float32)
     for start in range(0, P, BP):
         p = start + tl.arange(0, BP)
-        dY = _rows(gy, y_st * UNIT, c, left, p, P)
-        Es = _rows(E + chunk * C * P, P, c, C, p, P)
-        dR = _rows(dR_in + chunk * C * P, P, c, C, p, P)
+        dY, dR = _rows(gy, y_st * UNIT, c, left, p, P), _rows(dR_in + chunk * C * P, P, c, C, p, P)
+        V_p = _rows(V + chunk * C * P, P, c, C, p, P)
         S_p = _rows(S + chunk * N * P, P, lane, N, p, P)
         dS_p = _rows(dS_in + chunk * N * P, P, lane, N, p, P)
-        dP += _dot(dY, tl.trans(Es), DT, EXACT)
-        dA -= _dot(dR, tl.trans(Es), DT, EXACT)
-        dKb -= _dot(dR, tl.trans(S_p), DT, EXACT)
-        dKd += _dot(Es, tl.trans(dS_p), DT, EXACT)
+        YV += _dot(dY, tl.trans(V_p), DT, EXACT)
+        RV += _dot(dR, tl.trans(V_p), DT, EXACT)
         dQ += _dot(dY, tl.trans(S_p), DT, EXACT)
-        leaving += tl.sum(S_p.to(tl.float32) * dS_p.to(tl.float32), 1)
-        if part == 0:
-            d_beta += tl.sum(dR.to(tl.float32) * _rows(u, u_st * UNIT, c, left, p, P).to(tl.float32), 1)
-            _put_rows(du + token * P, H * P, c, L - j * C, p, P, (beta[:, None] * dR).to(DT))
+        read += _dot(dR, tl.trans(S_p), DT, EXACT)
+        write += _dot(V_p, tl.trans(dS_p), DT, EXACT)
 
     Dec, F_c, f_c = _decays(lg + token, c, left, H, C, MIN_LOG_GATE)
+    beta = _numbers(b + token, H, c, left)
+    G = YV * Dec * beta[None, :]
+    D = tl.where(c[:, None] > c[None, :], RV * Dec * (-beta[:, None] * beta[None, :]), 0.0)
     K, Q = _rows(k, k_st * UNIT, c, left, lane, N), _rows(q, q_st * UNIT, c, left, lane, N)
-    dQK, dKK = dP * Dec, tl.where(c[:, None] > c[None, :], dA * Dec, 0.0)
-    bD = beta[:, None] * dKK
-    dQ = F_c[:, None] * dQ + _dot(dQK, K, DT, EXACT)
-    read = (beta * F_c)[:, None] * dKb + _dot(bD, K, DT, EXACT)
-    write = _dot(tl.trans(dQK), Q, DT, EXACT) + _dot(tl.trans(bD), K, DT, EXACT)
-    kept = f_c[:, None] * dKd
+    dQ = F_c[:, None] * dQ + _dot(G, K, DT, EXACT)
+    read = (-beta * F_c)[:, None] * read + _dot(D, K, DT, EXACT)
+    write = (beta * f_c)[:, None] * write + _dot(tl.trans(G), Q, DT, EXACT) + _dot(tl.trans(D), K, DT, EXACT)
     _put_rows(dq + token * N, H * N, c, L - j * C, lane, N, dQ)
-    _put_rows(dk + token * N, H * N, c, L - j * C, lane, N, read + write + kept)
+    _put_rows(dk + token * N, H * N, c, L - j * C, lane, N, read + write)
 
-    d_beta += tl.sum((F_c[:, None] * dKb + _dot(dKK, K, DT, EXACT)) * K.to(tl.float32), 1)
-    kept = tl.sum(kept * K.to(tl.float32), 1)
-    net = tl.sum(dQ * Q.to(tl.float32) + (read - write) * K.to(tl.float32), 1) - kept
-    net += tl.where(c == C - 1, tl.sum(kept, 0) + _last(F_c, c, C) * tl.sum(leaving, 0), 0.0)
-    part_token = part.to(tl.int64) * (tl.num_programs(1) // H) * L * H + token
-    tl.store(db + part_token + c * H, d_beta, mask=c < L - j * C)
-    _put_gates(dlg + part_token, lg + token, net, c, left, L - j * C, H, MIN_LOG_GATE)
+    net = tl.sum(dQ * Q.to(tl.float32) + (read - write) * K.to(tl.float32), 1)
+    if part == 0:
+        every, leaving = tl.arange(0, CN), tl.zeros((CN,), tl.float32)
+        for i in range(0, ENDS):
+            here = ends + ((i * tl.num_programs(1) + r) * n + j) * (C + N)
+            leaving += tl.load(here + every, mask=every < C + N, other=0.0)
+        net += tl.where(c == C - 1, tl.sum(leaving, 0), 0.0)
+        tl.store(db + token + c * H, tl.sum(tl.where(c[:, None] == c[None, :], RV, 0.0), 1), mask=c < L - j * C)
+    d_lg = tl.sum(tl.where(c[:, None] >= c[None, :], net[:, None], 0.0), 0)
+    free = (c < left) & (_numbers(lg + token, H, c, left) >= MIN_LOG_GATE)
+    dlg += part.to(tl.int64) * (tl.num_programs(1) // H) * L * H + token
+    tl.store(dlg + c * H, tl.where(free, d_lg, 0.0), mask=c < L - j * C)
