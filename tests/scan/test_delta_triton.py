@@ -125,7 +125,6 @@ def test_bf16_values_make_bf16_factors_enough(size):
 
 
 @kernels
-@kernels
 @pytest.mark.parametrize("N, P", [(1, 1), (24, 40), (40, 24)])
 def test_strong_gates_in_bf16_leave_no_noise_in_their_gradients(N, P):
     """What a chunk adds and forgets again cancels in the gradient of lg only if both are rounded alike. The widths are
@@ -135,6 +134,7 @@ def test_strong_gates_in_bf16_leave_no_noise_in_their_gradients(N, P):
     assert_equals_the_loop(given, BF16)
 
 
+@kernels
 def test_without_states_and_their_gradients_they_are_zeros():
     given = problem(L=20)
     zero = given | dict(S0=torch.zeros_like(given["S0"]))
