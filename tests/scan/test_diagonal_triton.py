@@ -241,8 +241,8 @@ def test_only_rows_that_leave_the_device_idle_are_cut_into_passes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     cuda = torch.device("cuda")
     assert gpu.workers(400, 1, 64, cuda) == 1  # 4 warps an SM
-    assert gpu.workers(400, 1, 64, cuda, enough=6) == 2  # 4 are not enough backward
-    assert gpu.workers(100, 2, 64, cuda) == 4  # 2 an SM, 8 wanted
+    assert gpu.workers(400, 1, 64, cuda, enough=6) == 12  # 4 are not enough backward
+    assert gpu.workers(100, 2, 64, cuda) == 24  # 2 an SM, 48 wanted
     assert gpu.workers(10, 1, 64, cuda) == 64  # no more than there are chunks
     assert gpu.workers(10, 1, 3, cuda) == 1  # too short to cut
     assert gpu.workers(10, 1, 64, torch.device("cpu")) == 1

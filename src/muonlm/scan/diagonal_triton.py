@@ -72,13 +72,13 @@ def workers(programs: int, warps: int, chunks: int, device: torch.device, enough
     A walk over time waits for memory and for its own last token, so an SM wants all the warps that its registers hold,
     8 at 250 a lane. The first pass costs as much as a walk forward, and a quarter of one backward: by that count, which
     no timing has checked yet, three passes win where the sequential form gives an SM fewer than `enough` warps, 4
-    forward and 6 backward.
+    forward and 6 backward. They get six times the warps that fit, so that the SMs end together.
     """
     if device.type != "cuda" or chunks < 4:
         return 1
     SMs = torch.cuda.get_device_properties(device).multi_processor_count
     busy = programs * warps
-    return 1 if busy >= enough * SMs else min(chunks, triton.cdiv(8 * SMs, busy))
+    return 1 if busy >= enough * SMs else min(chunks, 48 * SMs // busy)
 
 
 def _sequence(x: Tensor) -> Tensor:
@@ -94,8 +94,8 @@ def _state(x: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _powers(gamma: float, chunk: int, device) -> Tensor:
-    """γ⁰ … γ^chunk, each rounded once."""
-    return (gamma ** torch.arange(chunk + 1, dtype=torch.float64)).to(device, torch.float32)
+    """γ⁰ … γ^chunk, each rounded once; no copy from the host, which would wait."""
+    return (gamma ** torch.arange(chunk + 1, dtype=torch.float64, device=device)).float()
 
 
 def on_device(device: torch.device):
