@@ -30,6 +30,7 @@ from muonlm.training import parallel
 EXACT = {"ns_method": "direct", "ns_dtype": "float32"}
 BF16 = {"ns_dtype": "bfloat16"}
 LR = 0.02
+WORKS = fused.works  # a rehearsal replaces it
 
 # ------------------------------------------------------------------------------------------------ what is stepped
 
@@ -197,6 +198,14 @@ def test_the_kernels_do_what_they_can_do(device, monkeypatch, dtype):
     apart = 1  # the columns of a split matrix
     assert taken["directions"] == taken["change"] == optimizer.ns_calls - apart
     assert device.type == "cpu" or taken["symmetric"] > 0
+
+
+def test_where_triton_cannot_compile_torchs_own_functions_do_the_work(monkeypatch):
+    monkeypatch.setattr(fused, "INTERPRETED", True)
+    monkeypatch.setattr(fused, "triton", object())
+    monkeypatch.setattr(fused, "divide", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="without its Triton kernels, more slowly: ZeroDivisionError"):
+        assert not WORKS.__wrapped__(torch.device("cpu"))
 
 
 @pytest.mark.cuda

@@ -14,6 +14,7 @@ Shapes   pieces (A, B), contiguous, fp32, at addresses that 16 divides · U, O (
 import functools
 import os
 import warnings
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import torch
@@ -28,6 +29,10 @@ except ImportError:  # `fits` tells
 jit = triton.jit if triton else lambda kernel: kernel
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # when the kernels below were decorated
 BLOCK = 4096  # numbers a program
+TABLES = 64  # weights and momenta stay where they are, gradients often
+
+_tables: OrderedDict[tuple, Tensor] = OrderedDict()  # the tables of addresses used last
+_captured: list[Tensor] = []  # and those that CUDA graphs read, which nobody may free
 
 
 @jit
@@ -117,10 +122,10 @@ def divide(X: Tensor, norm: Tensor, c0: float) -> Tensor:
 
 def change(weights: list[Tensor], O: Tensor, lr: float | Tensor, decay: float, factor: float, cautious: bool) -> None:
     """The equation above, in place; d is `decay`, s is `factor`."""
-    held = isinstance(lr, Tensor)
+    held = isinstance(lr, Tensor) and lr.device == O.device
     size = weights[0].numel()
     change_kernel[(len(weights), -(-size // BLOCK))](
-        *(addresses(weights), O, lr if held else O, 0.0 if held else lr, size, decay, factor),
+        *(addresses(weights), O, lr if held else O, 0.0 if held else float(lr), size, float(decay), float(factor)),
         HELD=held,
         CAUTIOUS=cautious,
         BLOCK=BLOCK,
@@ -131,13 +136,17 @@ def change(weights: list[Tensor], O: Tensor, lr: float | Tensor, decay: float, f
 def addresses(tensors: list[Tensor]) -> Tensor:
     """Where `tensors` are, as int64 on their device, without waiting for it."""
     found, device = tuple(t.data_ptr() for t in tensors), tensors[0].device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # neither the host's memory of a copy nor a table that is kept elsewhere would outlive the graph
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    table = _tables.get((device, found))
+    if table is None and capturing:  # a copy would read the host's memory anew in every replay
         return torch.stack([torch.full((), address, dtype=torch.int64, device=device) for address in found])
-    return _kept(found, device)
-
-
-@functools.lru_cache(maxsize=64)  # weights and momenta stay where they are, gradients often
-def _kept(found: tuple[int, ...], device: torch.device) -> Tensor:
-    host = torch.tensor(found, dtype=torch.int64)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    if table is None:
+        table = torch.tensor(found, dtype=torch.int64)
+        table = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+        _tables[device, found] = table
+        if len(_tables) > TABLES:
+            _tables.popitem(last=False)
+    _tables.move_to_end((device, found))
+    if capturing:
+        _captured.append(table)
+    return table

@@ -75,7 +75,7 @@ def symmetric(
     out = torch.empty(N, m, m, dtype=A.dtype, device=A.device) if out is None else out
     tiles = m // TILE * (m // TILE + 1) // 2
     symmetric_kernel[(tiles, N)](
-        *(A, B, out if C is None else C, out, m, k, *A.stride(), *B.stride(), beta, alpha),
+        *(A, B, out if C is None else C, out, m, k, *A.stride(), *B.stride(), float(beta), float(alpha)),
         ADD=C is not None,
         TILE=TILE,
         DEPTH=DEPTH,
