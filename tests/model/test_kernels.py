@@ -23,6 +23,12 @@ def on_a_gpu(test):
     return pytest.mark.cuda(NEEDS_TRITON(test))
 
 
+def fast():
+    from muonlm.model import triton_kernels
+
+    return triton_kernels
+
+
 def far(found, expected) -> float:
     """The largest difference, over the largest entry."""
     return float((found.double().cpu() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
@@ -42,7 +48,7 @@ def test_cross_entropy_and_its_gradient_are_those_of_fp64(V, dtype, device, with
     nats = F.cross_entropy(true, targets, ignore_index=-100, reduction="sum")
     (gradient,) = torch.autograd.grad(nats, true)
     given = logits.to(device, copy=True)
-    found, G = kernels.cross_entropy(given, targets.to(device))
+    found, G = fast().cross_entropy(given, targets.to(device))
     within("loss", abs(found.item() - nats.item()) / nats.item(), 1e-5)
     within("gradient", far(G, gradient), TOLERANCE[dtype])
     assert G.dtype == dtype and not G[0].any() and G.data_ptr() == given.data_ptr()
@@ -70,22 +76,44 @@ def test_rotation_and_its_gradient_are_those_of_fp64(dtype, device, within):
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
     expected = turned(*(t.double() for t in (fused, dy, cos, sin)), plain)
-    found = turned(*(t.to(device) for t in (fused, dy, cos, sin)), kernels.rotate)
+    found = turned(*(t.to(device) for t in (fused, dy, cos, sin)), fast().rotate)
+    within("output", far(found[0], expected[0]), TOLERANCE[dtype])
+    within("gradient", far(found[1], expected[1]), TOLERANCE[dtype])
+    assert found[0].dtype == found[1].dtype == dtype
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("width", [24, 1100])
+def test_swiglu_and_its_gradient_are_those_of_fp64(width, dtype, device, within):
+    draw = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(2, 5, 2 * width, generator=draw)).to(dtype)
+    dy = torch.randn(5, 2, width, generator=draw).to(dtype).transpose(0, 1)
+
+    def both(x, dy, act):
+        x = x.detach().requires_grad_()
+        y = act(x)
+        y.backward(dy)
+        return y.detach(), x.grad
+
+    def plain(x):
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+
+    expected, found = both(x.double(), dy.double(), plain), both(x.to(device), dy.to(device), fast().swiglu)
     within("output", far(found[0], expected[0]), TOLERANCE[dtype])
     within("gradient", far(found[1], expected[1]), TOLERANCE[dtype])
     assert found[0].dtype == found[1].dtype == dtype
 
 
 def test_cpus_do_without_the_kernels():
-    assert not kernels.available(torch.zeros(2))
+    assert kernels.kernels_for(torch.zeros(2)) is None
 
 
 def test_a_gpu_on_which_triton_cannot_run_does_without_the_kernels(monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(kernels, "cross_entropy", fails)
-    monkeypatch.setattr(kernels.torch, "zeros", lambda *shape, device, **options: torch.empty(shape, **options))
-    monkeypatch.setattr(kernels, "triton", object())
+    monkeypatch.setattr(kernels.torch, "zeros", fails)
     with pytest.warns(UserWarning, match="C compiler"):
-        assert not kernels._launches.__wrapped__()
+        assert kernels._kernels.__wrapped__() is None

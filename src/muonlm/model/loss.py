@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels
+from .kernels import kernels_for
 from .norm import wide
 
 LARGEST = 1 << 28  # logits at a time, of up to 16 B each
@@ -53,8 +53,8 @@ def padded(weight: Tensor, unused: int) -> tuple[Tensor, Tensor | None]:
 
 def nats_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """L (), at least fp32, and G in the dtype of the logits (n,V), which may be overwritten."""
-    if kernels.available(logits):
-        return kernels.cross_entropy(logits, targets)
+    if fast := kernels_for(logits):
+        return fast.cross_entropy(logits, targets)
     log_p = torch.log_softmax(logits, -1, dtype=wide(logits.dtype))
     trained, index = targets >= 0, targets.clamp(min=0)[:, None]
     nats = -torch.where(trained, log_p.gather(1, index).squeeze(1), 0).sum()

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from muonlm.config.schema import ModelConfig
 
+from .kernels import kernels_for
+
 
 class SquaredReLU(torch.autograd.Function):
     """y = max(0, x)², dy/dx = 2·max(0, x). Autograd's own form keeps two tensors and takes three passes more."""
@@ -44,7 +46,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
-        if self.kind == "swiglu":
+        if self.kind == "swiglu" and (fast := kernels_for(x)):
+            x = fast.swiglu(x)
+        elif self.kind == "swiglu":
             gate, x = x.chunk(2, -1)
             x = F.silu(gate) * x
         elif self.kind == "relu2":

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from muonlm.config.schema import ModelConfig
 from muonlm.errors import UserError
 
-from .. import kernels
+from ..kernels import kernels_for
 from ..norm import RMSNorm, at_least_fp32, wide
 from .base import Mixer
 
@@ -62,8 +62,8 @@ def _rope_table(length, width, theta, device, dtype) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first 2·cos.shape[-1] dimensions of x (B, T, heads, K); cos and sin (T, ·) or (B, T, ·)."""
     half = cos.shape[-1]
-    if cos.ndim == 2 and 2 * half == x.shape[-1] and kernels.available(x):
-        return kernels.rotate(x, cos, sin)
+    if cos.ndim == 2 and 2 * half == x.shape[-1] and (fast := kernels_for(x)):
+        return fast.rotate(x, cos, sin)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     turned = [a * cos - b * sin, b * cos + a * sin]
