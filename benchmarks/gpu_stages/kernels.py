@@ -1,6 +1,6 @@
 """The scans: their tests on this device; what the compiler made of the kernels; then time, and bytes against the least.
 
-Checks   the tests of tests/scan that are marked `cuda`
+Checks   the tests of tests/scan and tests/model/test_kernels.py that are marked `cuda`
 ahead    each Triton kernel as training launches it, compiled for sm_90 or for the device's own architecture (ahead.py)
 times    forward, and forward and backward, at the sizes of scans.py, medians. "bytes" are those that must move: inputs
          read once, outputs written once, forward; backward inputs and the gradient of y read, gradients written. GB/s
@@ -43,7 +43,8 @@ def run(stage: Stage) -> None:
         measured = stage.figures and not stage.rehearse
         seconds = min(TEST_SECONDS, stage.left() - FOR_TIMES) if measured else stage.left() - 20
         workers = 2 if stage.rehearse else 14
-        stage.part("tests", lambda: run_tests(stage, ["tests/scan"], workers=workers, seconds=seconds))
+        paths = ["tests/model/test_kernels.py", "tests/scan"]
+        stage.part("tests", lambda: run_tests(stage, paths, workers=workers, seconds=seconds))
     stage.part("ahead of time", lambda: compiled(stage, children))
     times: dict[tuple[str, str], Times] = {}
     for name, backend in arms(stage) if stage.figures else ():

@@ -67,6 +67,8 @@ FAULTY = {"exception": "minimind", "nan": "mamba_slm"}  # planted fault: the rec
 
 def run(stage: Stage) -> None:
     """Figures of all compiled, then eager ones, then the largest micro-batches, as time allows."""
+    if not stage.figures:
+        return
     benches = {name: Process(name, stage) for name in CASES if not (stage.rehearse and name in VARIANTS)}
     try:
         prepare(stage, benches)
