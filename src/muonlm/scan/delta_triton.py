@@ -53,26 +53,38 @@ def power(width: int, most: int) -> int:
     return max(16, min(most, 1 << (width - 1).bit_length()))
 
 
-def blocks(N: int, P: int, half: bool) -> dict[str, dict[str, int]]:
+def blocks(N: int, P: int, half: bool, wide: bool) -> dict[str, dict[str, int]]:
     """Of each kernel: BN keys and BP values a block, warps, and stages, how many chunks its loads run ahead.
 
-    The walks hold all keys.
+    The walks hold all keys. What fits the registers, by compiling for sm_90 and sm_80; `wide`: warps multiply together,
+    from shared memory, and hold fewer factors (sm_90, sm_100).
     """
     keys, all_keys, few = power(N, 64), power(N, 256), power(P, 16)
-    values = power(P, 64 if all_keys <= 128 else 32) if half else few
+    ahead = back = inner = dict(BP=few, num_warps=4, num_stages=2)
+    if half:
+        ahead = ahead | dict(BP=power(P, 64 if all_keys <= 128 else 32))
+        back = back | dict(BP=power(P, min(64, 4096 // all_keys)))
+        inner = dict(BN=keys, BP=power(P, 64), num_warps=4, num_stages=2)
+    if half and not wide:
+        back, inner = dict(BP=power(P, 32), num_warps=8, num_stages=2), inner | dict(BN=power(N, 32), BP=power(P, 32))
     return {
         "squares": dict(BN=keys, num_warps=4, num_stages=2),
-        "walk": dict(BN=all_keys, BP=values, num_warps=4, num_stages=2),
+        "walk": ahead | dict(BN=all_keys),
         "outputs": dict(BN=keys, BP=power(P, 64), num_warps=4, num_stages=2),
-        "walk_back": dict(BN=all_keys, BP=values, num_warps=4, num_stages=2 if half else 1),
-        "gradients": dict(BN=keys if half else 16, BP=power(P, 64) if half else few, num_warps=4, num_stages=2),
+        "walk_back": back | dict(BN=all_keys, num_stages=2 if half else 1),
+        "gradients": inner if half else inner | dict(BN=16),
     }
 
 
 @lru_cache
-def _compiled(N: int, P: int, H: int, G: int, half: bool, C: int) -> dict[str, dict[str, Any]]:
+def _wide(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+@lru_cache
+def _compiled(N: int, P: int, H: int, G: int, half: bool, wide: bool, C: int) -> dict[str, dict[str, Any]]:
     """What each kernel is compiled for, strides aside."""
-    named: dict[str, dict[str, Any]] = {name: {**sizes} for name, sizes in blocks(N, P, half).items()}
+    named: dict[str, dict[str, Any]] = {name: {**sizes} for name, sizes in blocks(N, P, half, wide).items()}
     for name, arguments in named.items():
         arguments |= dict(H=H, R=H // G, N=N, C=C, EXACT=ROUNDED if half else EXACT)
         if name != "squares":
@@ -105,7 +117,7 @@ def forward(lg, b, u, k, q, S0, lengths, C):
     """(1) to (3) -> y (B,L,H,P), S (B,H,N,P), and for backward k, q in u's type, Z, P, F, f, V, S₀ of each chunk."""
     (B, L, H, P), (G, N), n = u.shape, k.shape[2:], -(-u.shape[1] // C)
     u, k, q, lg, b = _sequence(u), _sequence(k), _sequence(q), lg.contiguous(), b.contiguous()
-    how = _compiled(N, P, H, G, u.dtype == torch.bfloat16, C)
+    how = _compiled(N, P, H, G, u.dtype == torch.bfloat16, _wide(u.device), C)
     half = lambda *shape: torch.empty(B * H, *shape, device=u.device, dtype=u.dtype)  # noqa: E731
     full = lambda *shape: torch.empty(*shape, device=u.device, dtype=torch.float32)  # noqa: E731
     Z, QK, V, S = half(n, C, C), half(n, C, C), half(n, C, P), half(n, N, P)
@@ -130,7 +142,7 @@ def backward(lg, b, k, q, Z, QK, F, f, V, S, lengths, C, gy, gS, dtype, initial)
     """(4) and (5), given dL/dy and dL/dS or None -> dlg, db, du, dk and dq of `dtype`, and dS0 if `initial`."""
     (B, L, H, P), (G, N), n = gy.shape, k.shape[2:], V.shape[1]
     gy, lg, b = _sequence(gy), lg.contiguous(), b.contiguous()
-    how = _compiled(N, P, H, G, V.dtype == torch.bfloat16, C)
+    how = _compiled(N, P, H, G, V.dtype == torch.bfloat16, _wide(gy.device), C)
     parts, ends = -(-N // how["gradients"]["BN"]), how["gradients"]["ENDS"]
     new = lambda *shape, dtype=torch.float32: torch.empty(*shape, device=gy.device, dtype=dtype)  # noqa: E731
     dR, dS, left = torch.empty_like(V), torch.empty_like(S), new(ends, B * H, n, C + N)
