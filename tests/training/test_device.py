@@ -139,8 +139,6 @@ def test_recomputed_blocks_change_no_bit_on_the_device(config, tmp_path, name):
 def test_a_run_in_bf16_learns_and_a_resumed_one_repeats_it_to_the_bit(config, tmp_path, cut_back, case):
     """Settings as a user has them (Newton-Schulz's choice is timed once and kept), but for the dtype's name."""
     flags = {"train.dtype": "bfloat16", "muon.ns_dtype": "auto", "muon.ns_method": "auto", "train.keep": 2}
-    if FEW and case not in ("muon_mamba", "qk_clip", "reset", "grokking", "sft", "dpo"):
-        pytest.skip("a rehearsal tries the code of the tests, not all that they test")
     if case in ("learned positions", "qk_clip"):  # drawn from the step's number; a GPU draws others than a CPU
         flags["model.dropout"] = 0.2
     cfg = config(case, **flags)
