@@ -46,6 +46,8 @@ def predicted_rms(group: dict, lr: float, factor: float, n: int, weight_rms: flo
 
 def blocks(t: Tensor, split: dict | None) -> list[Tensor]:
     """The matrices of a parameter (or of its gradient or momentum) as 2-D views, in a fixed order."""
+    if not split and t.ndim == 2:
+        return [t]
     split = split or {}
     if t.ndim > 3 or split.get("flatten"):
         return [t.flatten(1)]

@@ -347,8 +347,9 @@ class Muon(torch.optim.Optimizer):
             M = local(kept["momentum_buffer"])
             stored.append(M)
             wide = M.dtype if M.dtype not in (torch.bfloat16, torch.float16) or group["compat"] else torch.float32
-            momenta.append(M.to(wide))
-            grads.append(local(grad).to(wide))
+            G = local(grad)
+            momenta.append(M if M.dtype == wide else M.to(wide))  # half of the time of .to is finding that out
+            grads.append(G if G.dtype == wide else G.to(wide))
         if coupled:
             grads = list(torch._foreach_add(grads, weights, alpha=group["weight_decay"]))
         if group["momentum_form"] == "ema":

@@ -20,7 +20,7 @@ EPS = 1e-10
 
 def second_momentum_size(variant: str, A: int, B: int) -> int:
     """Entries of a block's state."""
-    return {"muon": 0, "normuon": max(A, B), "adamuon": A * B, "hyperball": 1}[variant]
+    return 0 if variant == "muon" else {"normuon": max(A, B), "adamuon": A * B, "hyperball": 1}[variant]
 
 
 def adapt(
