@@ -43,7 +43,7 @@ def orders(stage: Stage) -> None:
         dtype = torch.float32 if name in FP32 or stage.rehearse else torch.bfloat16
         q, k, v, g = (torch.randn(shape, device=stage.device).to(dtype) for _ in range(4))
         leaves = [t.requires_grad_() for t in (q, k, v)]
-        for ordered in (False, True)[: 1 if name == "cudnn" else 2]:
+        for ordered in (False, True):
 
             def both():
                 with sdpa_kernel(backend):

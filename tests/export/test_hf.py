@@ -204,5 +204,6 @@ def test_an_exported_model_says_the_same_on_the_device(device, pair, within):
     theirs, ours = (copy.deepcopy(model).to(device) for model in pair)
     assert all(torch.equal(a, b) for a, b in zip(to_transformers(ours).parameters(), pair[0].parameters(), strict=True))
     x = tokens(2, 37).to(device)
-    expected = theirs(x).logits
+    with torch.backends.cudnn.flags(enabled=False):  # its convolutions round to TF32
+        expected = theirs(x).logits
     within("logits", float((ours(x)[0] - expected).abs().max() / expected.abs().max()), 1e-5)
