@@ -35,7 +35,7 @@ Source   Mamba-2 2405.21060 (the chunk form), MuonSSM 2606.30461 (the velocity);
 # pyright: reportIncompatibleMethodOverride=false
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -85,12 +85,15 @@ EXACT = Plan(
     "tf32x3", torch.float32, 32, Blocks(64, 32, 4, 2), Blocks(16, 64, 2, 1), Blocks(16, 32, 2, 1), Blocks(64, 32, 4, 1)
 )
 ROUNDED = Plan(
-    "bf16", torch.bfloat16, 64, Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 1), Blocks(64, 64, 4, 1)
+    "bf16", torch.bfloat16, 64, Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1), Blocks(64, 64, 4, 1)
 )
+ROUNDED_WITH_VELOCITY = replace(ROUNDED, tokens=Blocks(64, 64, 8, 1))
 
 
-def plan(w: Tensor) -> Plan:
-    return ROUNDED if w.dtype == torch.bfloat16 else EXACT
+def plan(w: Tensor, velocity: bool) -> Plan:
+    if w.dtype != torch.bfloat16:
+        return EXACT
+    return ROUNDED_WITH_VELOCITY if velocity else ROUNDED
 
 
 def pieces_each(programs: int, pieces: int, device: torch.device) -> int:
@@ -122,7 +125,7 @@ def forward(lg, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
     S = torch.empty(B, H, N, P, device=device, dtype=torch.float32)
     M = torch.empty_like(S) if velocity else None
     S0, M0 = _state(S0, S), _state(M0, S) if velocity else None
-    how = plan(w)
+    how = plan(w, velocity)
     C = how.chunk(chunk)
     chunks = triton.cdiv(L, C)
     Sc = S.new_empty(B, H, chunks, N, P, dtype=how.kept)
@@ -154,7 +157,7 @@ def backward(lg, w, k, q, rows, Sc, Mc, gamma, alpha, lengths, chunk, dy, dS, dM
     dS0 = torch.empty(B, H, N, P, device=device, dtype=torch.float32)
     dM0 = torch.empty_like(dS0) if velocity else None
     dS, dM = _state(dS, dS0), _state(dM, dS0) if velocity else None
-    how = plan(w)
+    how = plan(w, velocity)
     C, chunks, r = how.chunk(chunk), Sc.shape[2], H // G
     by_token, pieces, _ = how.tokens.over(N, P)
     by_key, same, wide = how.keys.over(N, P)
@@ -191,7 +194,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, lg, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
         ctx.dtypes = k.dtype, q.dtype
-        if plan(w) is ROUNDED:  # once, rather than by each head
+        if w.dtype == torch.bfloat16:  # once, rather than by each head
             k, q = k.to(w.dtype), q.to(w.dtype)
         y, S, M, rows, Sc, Mc = forward(lg, w, k, q, S0, M0, gamma, alpha, lengths, chunk)
         ctx.save_for_backward(lg, w, k, q, rows, Sc, Mc, lengths)

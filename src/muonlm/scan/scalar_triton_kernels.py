@@ -108,7 +108,9 @@ def gate_rows(
     tl.store(here, high)
     tl.store(here + C, low)
     tl.store(here + 2 * C, tl.exp(high + low))
-    if VELOCITY:
+    if not VELOCITY:
+        tl.store(here + 3 * C, tl.zeros((C,), tl.float32))
+    else:
         tl.store(here + 3 * C, tl.sum(_decay(high, low, row) * _pMc(row, real, log2_gamma)[None, :], 1))
         last = tl.sum(last[:, None] * _pMom(row, real, log2_gamma), 0)
     tl.store(here + 4 * C, last)
@@ -134,18 +136,23 @@ def walk(
     M = S
     if VELOCITY:
         M = _tile(M_in + whole, n, P, p, N, P)
+    length = tl.minimum(tl.load(lengths + b), L)
+    rows += (b * H + h) * chunks * 5 * C
+    first = rows + ((chunks - 1) * 5 * C if REVERSE else 0)
+    F_next, g_next = tl.load(first + 3 * C - 1), tl.load(first + 4 * C - 1)  # F_C, g_C of the chunk that comes
     for i in range(0, chunks):
-        j = b * 0 + i  # int64
+        j, then = b * 0 + i, tl.minimum(i + 1, chunks - 1)  # int64
         if REVERSE:
-            j = chunks - 1 - j
-        real, here = _real(lengths, b, j, L, C), (b * H + h) * chunks + j
-        of = rows + here * 5 * C
+            j, then = chunks - 1 - j, tl.maximum(chunks - 2 - i, 0)
+        real = tl.minimum(tl.maximum(length - j * C, 0), C).to(tl.int32)
+        here, of = (b * H + h) * chunks + j, rows + j * 5 * C
+        F_C, g_C = F_next, g_next
+        F_next, g_next = tl.load(rows + then * 5 * C + 3 * C - 1), tl.load(rows + then * 5 * C + 4 * C - 1)
         V = alpha * _tile(v + j * C * v_st, row, v_st, p, real, P).to(tl.float32)
         K = tl.trans(_tile(k + j * C * k_st, row, k_st, n, real, N))
-        F_C = tl.load(of + 3 * C - 1)
         _put(Sc + here * N * P, n, P, p, N, P, S)
         if VELOCITY:
-            g_C, Mc_C = tl.load(of + 4 * C - 1), tl.exp2(real.to(tl.float32) * log2_gamma)
+            Mc_C = tl.exp2(real.to(tl.float32) * log2_gamma)
             _put(Mc + here * N * P, n, P, p, N, P, M)
             if REVERSE:
                 M = _dot(K, tl.load(of + 3 * C + row)[:, None] * V, Mc_C * M + g_C * S, PRECISION)
