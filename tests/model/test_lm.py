@@ -336,3 +336,13 @@ def test_repeatable_attention_orders_its_own_backward_alone(kind):
     steps = 2 if kind == "two micro-batches" else 1
     assert switched == [True, False] * 2 * steps and seen == [False] * 2 * steps
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_attention_with_a_mask_is_the_same_in_the_form_that_suits_a_gpu():
+    draw = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 5, 6, dtype=torch.float64, generator=draw)
+    k, v = torch.randn(2, 2, 2, 7, 6, dtype=torch.float64, generator=draw)
+    visible = torch.rand(5, 7, generator=draw) < 0.6
+    visible[:, 0] = True
+    expected = F.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)
+    torch.testing.assert_close(attention.masked_attention(q, k, v, visible, 0.0), expected, rtol=1e-12, atol=1e-12)

@@ -122,6 +122,17 @@ def in_one_order(y: Tensor) -> Tensor:
     return y
 
 
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, dropout: float) -> Tensor:
+    """SDPA as its kernels with a mask want it on a GPU: as many key heads as query heads, widths in eights. Otherwise
+    it writes out the logits, in fp32. q (B,H,T,K), k and v (B,G,S,K) -> (B,H,T,K)."""
+    (H, width), G = q.shape[1::2], k.shape[1]
+    if H != G:
+        k, v = (t.repeat_interleave(H // G, 1) for t in (k, v))
+    if pad := -width % 8:
+        q, k, v = (F.pad(t, (0, pad)) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, visible, dropout, scale=width**-0.5)[..., :width]
+
+
 class Heads(Mixer):
     """What attention at one resolution and at several share: the widths of the heads, and their rotation."""
 
@@ -158,7 +169,11 @@ class Heads(Mixer):
         dropout, cap = self.cfg.dropout if self.training else 0.0, self.cfg.attn_softcap
         grouped = self.heads != self.kv_heads
         if not cap and not (q.device.type == "cpu" and k.shape[2] <= EXPLICIT_UP_TO.get(q.dtype, 0)):
-            y = F.scaled_dot_product_attention(q, k, v, visible, dropout, is_causal=visible is None, enable_gqa=grouped)
+            if visible is not None and q.device.type == "cuda":
+                y = masked_attention(q, k, v, visible, dropout)
+            else:
+                causal = visible is None
+                y = F.scaled_dot_product_attention(q, k, v, visible, dropout, is_causal=causal, enable_gqa=grouped)
             return in_one_order(y) if self.repeatable else y
         if grouped:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
