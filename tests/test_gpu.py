@@ -96,7 +96,7 @@ def test_tests_survive_a_crash_and_each_failure_is_a_row(stage, tmp_path):
     run_tests(stage, [str(tmp_path)], workers=2, seconds=60)
     found = {row["what"]: row for row in rows(tmp_path)}
     assert found["near"]["figure"] == "3/3" and found["near"]["note"] == "worst 2.0e-07 of 1e-06: case 2"
-    assert found["after"]["verdict"] == "ok"
+    assert found["more of test_made_up"]["verdict"] == "ok" and found["more of test_made_up"]["figure"] == "1/1"
     for name, why in {
         "wrong": "assert 1 == 2",
         "poisoned": "illegal memory access",

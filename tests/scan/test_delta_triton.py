@@ -70,24 +70,15 @@ def assert_equals_the_loop(tensors: dict, tolerances=FP32, lengths=None, **how) 
 @pytest.mark.parametrize(
     "size, chunk",
     [
-        (dict(L=150, B=1, N=70, P=70), 0),  # several blocks of keys and of values, the last ones mostly empty
-        (dict(L=131, B=1, H=1, N=130, P=9), 64),  # all keys of a walk in 256
-        (dict(L=70, N=20, P=40), 32),
-        (dict(L=37, H=4, G=2), 16),  # two heads share a key
+        (dict(L=70 if REHEARSAL else 150, B=1, H=1, N=70, P=70), 0),  # several blocks of keys and of values
+        (dict(L=67 if REHEARSAL else 131, B=1, H=1, N=130, P=9), 64),  # all keys of a walk in 256
+        (dict(L=35, B=1, H=1, N=20, P=40) if REHEARSAL else dict(L=70, N=20, P=40), 32),
+        (dict(L=19 if REHEARSAL else 37, B=1, H=4, G=2), 16),  # two heads share a key
         (dict(L=2, B=1, H=1, N=1, P=1), 5),
     ],
 )
 def test_outputs_states_and_gradients_equal_the_loop(size, chunk):
     assert_equals_the_loop(problem(**size), chunk=chunk)
-
-
-@kernels
-def test_padding_has_neither_outputs_nor_gradients():
-    lengths = torch.tensor([20, 0])
-    got = assert_equals_the_loop(problem(), lengths=lengths, chunk=16)
-    for row, real in enumerate(lengths):
-        for name in ("y", "d_lg", "d_b", "d_u", "d_k", "d_q"):
-            assert not got[name][row, real:].any(), f"{name} at padding"
 
 
 @kernels
@@ -113,7 +104,7 @@ def test_equal_keys_whose_triangle_has_no_powers_in_fp32_are_solved(strength):
 
 
 @kernels
-@pytest.mark.parametrize("size", [dict(L=150, B=1, N=70, P=70), dict(L=65, B=1, N=5, P=12)])
+@pytest.mark.parametrize("size", [dict(L=70 if REHEARSAL else 150, B=1, H=1, N=70, P=70), dict(L=65, B=1, N=5, P=12)])
 def test_bf16_values_make_bf16_factors_enough(size):
     """q and k may come in fp32, as from a mixer that normalises them: they are rounded."""
     given = problem(**size, dtype=torch.bfloat16)
@@ -147,20 +138,6 @@ def test_without_states_and_their_gradients_they_are_zeros():
     both = torch.autograd.grad(y.sum() + 0 * S.sum(), list(leaves.values()), retain_graph=True)
     assert all(map(torch.equal, only_y, both))
     torch.autograd.grad(S.sum(), [leaves["u"], leaves["k"]])
-
-
-@kernels
-def test_strided_inputs_equal_contiguous_ones_bit_for_bit():
-    """q and k are slices of one projection, u is transposed, gates are cut from longer rows."""
-    given = problem(L=20, N=8)
-    cut = dict(given)
-    between = torch.full_like(given["k"][..., :3], torch.nan)
-    cut["k"], cut["q"] = torch.cat([given["k"], between, given["q"]], -1).split([8, 3, 8], -1)[::2]
-    cut["u"] = given["u"].mT.contiguous().mT
-    cut["lg"] = torch.cat([given["lg"], torch.full_like(given["lg"], torch.nan)], 1)[:, :20]
-    assert not any(cut[name].is_contiguous() for name in ("k", "q", "u", "lg"))
-    got, want = by_kernels(cut, chunk=16), by_kernels(given, chunk=16)
-    assert all(torch.equal(value, want[name]) for name, value in got.items())
 
 
 def child(*argv: str, **env: str) -> subprocess.CompletedProcess:
