@@ -49,12 +49,12 @@ def run(given: dict, gamma: float, function=scalar_scan, **how) -> dict:
     return {name: x.detach() for name, x in outputs.items()} | {f"d_{n}": g for n, g in zip(leaves, grads)}
 
 
-def agree(given: dict, gamma: float, *, chunk: int = 16, lengths=None) -> dict:
+def agree(given: dict, gamma: float, *, chunk: int = 16, lengths=None, tolerances=FP32) -> dict:
     got = run(given, gamma, backend="triton", chunk=chunk, lengths=lengths)
     want = run({n: x.double() for n, x in given.items()}, gamma, reference.scalar_scan, lengths=lengths)
     for name, exact in want.items():
         error = (got[name].double() - exact).norm() / exact.norm().clamp(min=1e-30)
-        assert error <= FP32[name.startswith("d_")], f"{name}: {error:.1e}"
+        assert error <= tolerances[name.startswith("d_")], f"{name}: {error:.1e}"
     return got
 
 
@@ -66,6 +66,19 @@ momenta = pytest.mark.parametrize("gamma", [0.0, 0.9])
 @pytest.mark.parametrize("N, P", [(6, 5), (16, 32), (37, 33), (130, 16)])
 def test_keys_and_values_of_several_tiles_equal_the_loop(gamma, N, P):
     agree(problem(19, B=1, H=2, G=1, N=N, P=P), gamma)
+
+
+@kernels
+@momenta
+@pytest.mark.parametrize("rounded", ["wkq", "w"])
+def test_bf16_values_ask_for_bf16_factors_whatever_the_keys_are(gamma, rounded):
+    """Two chunks, two blocks of keys, two pieces of values. 4e-3 was seen; without rounding it would be 1e-7."""
+    given = problem(70, B=1, H=2, G=1, N=70, P=68)
+    given |= {name: given[name].bfloat16() for name in rounded}
+    got = agree(given, gamma, chunk=0, tolerances=(1e-2, 2e-2))
+    assert all(got[f"d_{name}"].dtype == x.dtype for name, x in given.items() if gamma or name != "M0")
+    exact = run({name: x.float() for name, x in given.items()}, gamma, backend="triton")
+    assert (got["y"] - exact["y"]).norm() > 1e-4 * exact["y"].norm()
 
 
 @kernels
