@@ -44,7 +44,7 @@ def test_a_stage_that_dies_or_is_late_is_a_failed_row(script, why, gpu, tmp_path
     (tmp_path / "stage.py").write_text(script)
     monkeypatch.setattr(gpu, "__file__", str(tmp_path / "stage.py"))
     monkeypatch.setattr(gpu, "GRACE", 0.0)
-    args = SimpleNamespace(out=tmp_path, text=tmp_path / "text.txt", rehearse=True)
+    args = SimpleNamespace(out=tmp_path, text=tmp_path / "text.txt", rehearse=True, only=None)
     gpu.start(args, "kernels", 1.0)
     (row,) = rows(tmp_path)
     assert (row["verdict"], row["note"]) == ("FAILED", why)

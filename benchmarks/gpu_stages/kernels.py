@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ ONE_OF_EACH = ("muon longhorn", "mamba2", "delta rule", "muon delta rule")  # fo
 def run(stage: Stage) -> None:
     """Children compile while the tests run; nothing else does while times are taken."""
     interpreter.mend()
+    theirs = starting_fla(stage) if stage.figures else None
     children = [*compiling(stage), *(warming(stage) if stage.figures else [])]
     if stage.checks:
         measured = stage.figures and not stage.rehearse
@@ -46,6 +48,7 @@ def run(stage: Stage) -> None:
         paths = ["tests/model/test_kernels.py", "tests/scan"]
         stage.part("tests", lambda: run_tests(stage, paths, workers=workers, seconds=seconds))
     stage.part("ahead of time", lambda: compiled(stage, children))
+    wait_for_fla(stage, theirs)
     times: dict[tuple[str, str], Times] = {}
     for name, backend in arms(stage) if stage.figures else ():
         found = stage.part(f"{name}, {backend}", partial(timed, stage, name, backend), seconds=5)
@@ -53,7 +56,7 @@ def run(stage: Stage) -> None:
     if not stage.figures:
         return
     stage.part("ratios", lambda: ratios(stage, times))
-    stage.part("fla", lambda: beside_fla(stage, times))
+    stage.part("fla", lambda: beside_fla(stage, times, theirs))
     if os.environ.get("MUONLM_EXPLORE") == "1" and not stage.rehearse:
         stage.part("workers", lambda: shared_rows(stage), seconds=20)
 
@@ -214,35 +217,50 @@ def shared_rows(stage: Stage) -> None:
 # ---------------------------------------------------------------------------------------------------------------- peers
 
 
-def beside_fla(stage: Stage, times: dict) -> None:
+def starting_fla(stage: Stage):
+    """fla's kernel in a process of its own, which seeks its block sizes while ours compile and are tested."""
+    if stage.rehearse or importlib.util.find_spec("fla") is None:
+        return None
+    return start(stage, "fla", "-m", "gpu_stages.kernels", "fla", str(stage.out / "fla"))
+
+
+def wait_for_fla(stage: Stage, theirs) -> None:
+    """Until it has its block sizes and is still; killed if that takes too long, for it would disturb the times."""
+    if theirs is None:
+        return
+    while theirs[2].poll() is None and not (stage.out / "fla.ready").exists():
+        if stage.left() < FOR_TIMES - 10:
+            theirs[2].kill()
+        time.sleep(0.1)
+
+
+def beside_fla(stage: Stage, times: dict, theirs) -> None:
     what = "delta rule / fla's kernel, time"
-    if importlib.util.find_spec("fla") is None:
-        return stage.not_run(what, "fla is not installed")
-    if stage.rehearse:
-        return stage.not_run(what, "fla's kernels need a GPU")
-    command = [sys.executable, "-m", "gpu_stages.kernels", "fla"]
-    limit = min(90.0, stage.left() - 5)
-    if limit < 10:
-        return stage.not_run(what, f"no time: {stage.left():.0f} s left")
+    if theirs is None:
+        return stage.not_run(what, "fla's kernels need a GPU" if stage.rehearse else "fla is not installed")
+    _, path, process = theirs
+    (stage.out / "fla.go").touch()  # nothing else runs now
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit)
+        process.wait(timeout=max(1.0, stage.left() - 3))
     except subprocess.TimeoutExpired:
-        return stage.not_run(what, f"fla was not ready after {limit:.0f} s")
-    if done.returncode:
-        return stage.not_run(what, f"fla: {(done.stderr.strip().splitlines() or ['?'])[-1][:120]}")
-    theirs = json.loads(done.stdout.splitlines()[-1])
+        process.kill()
+        return stage.not_run(what, "fla was not ready in the time that the stage has")
+    if process.returncode:
+        lines = path.with_suffix(".err").read_text().strip().splitlines() or ["nothing said"]
+        return stage.not_run(what, f"fla: {lines[-1][:120]}")
+    found = json.loads(path.read_text().splitlines()[-1])
     ours = times.get(("delta rule bf16", "triton"))
     if ours is None:
         return stage.not_run(what, "ours was not timed")
-    note = f"theirs {theirs['both']:.3g} ms, forward {theirs['forward']:.3g} ms, all bf16; ours bf16 values"
-    stage.row(what, ours.median / theirs["both"], target=1.0, note=note, **theirs)
+    note = f"theirs {found['both']:.3g} ms, forward {found['forward']:.3g} ms, all bf16; ours bf16 values"
+    stage.row(what, ours.median / found["both"], target=1.0, note=note, **found)
 
 
 def fla() -> None:
     """In a process of its own: a line of JSON, milliseconds of fla's kernel."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    device = torch.device("cuda")
+    device, signs = torch.device("cuda"), Path(sys.argv[2])
     given = {key: x.detach().bfloat16() for key, x in tensors("delta rule", B, L, device).items()}
     given["lg"] = given["lg"].float()
     lg, b, u, k, q = (x.requires_grad_() for x in given.values())
@@ -256,6 +274,11 @@ def fla() -> None:
         y, _ = chunk_gated_delta_rule(q=q, k=k, v=u, g=lg, beta=b, scale=1.0)
         torch.autograd.grad(y, [lg, b, u, k, q], gy)
 
+    both()
+    torch.cuda.synchronize()
+    signs.with_suffix(".ready").touch()
+    while not signs.with_suffix(".go").exists():
+        time.sleep(0.05)
     print(json.dumps({name: median_ms(f, device).median for name, f in (("forward", forward), ("both", both))}))
 
 
