@@ -342,7 +342,9 @@ def test_attention_with_a_mask_is_the_same_in_the_form_that_suits_a_gpu():
     draw = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 5, 6, dtype=torch.float64, generator=draw)
     k, v = torch.randn(2, 2, 2, 7, 6, dtype=torch.float64, generator=draw)
-    visible = torch.rand(5, 7, generator=draw) < 0.6
-    visible[:, 0] = True
-    expected = F.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)
-    torch.testing.assert_close(attention.masked_attention(q, k, v, visible, 0.0), expected, rtol=1e-12, atol=1e-12)
+    some = torch.rand(5, 7, generator=draw) < 0.6
+    some[:, 0] = True
+    for visible in (some, torch.ones(1, 1, dtype=torch.bool)):  # the second: all keys, as a token of decoding sees them
+        expected = F.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)
+        got = attention.masked_attention(q, k, v, visible, 0.0)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)

@@ -130,6 +130,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, dropout: 
         k, v = (t.repeat_interleave(H // G, 1) for t in (k, v))
     if pad := -width % 8:
         q, k, v = (F.pad(t, (0, pad)) for t in (q, k, v))
+    if visible.shape[-1] != k.shape[2]:  # one entry for all keys: a kernel reads a mask of full width
+        visible = visible.expand(*visible.shape[:-1], k.shape[2]).contiguous()
     return F.scaled_dot_product_attention(q, k, v, visible, dropout, scale=width**-0.5)[..., :width]
 
 
