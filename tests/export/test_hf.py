@@ -53,6 +53,9 @@ def theirs_of(name: str, **changes):
 @pytest.fixture(params=THEIRS)
 def pair(request):
     theirs = theirs_of(request.param)
+    grouped = THEIRS[request.param][1].get("n_groups", 1) > 1
+    if grouped and not hasattr(theirs.backbone.layers[0].mixer.norm, "group_size"):
+        pytest.skip("this transformers normalises over all groups at once, which Mamba-2 does not")
     return theirs, from_transformers(theirs, block_size=128)
 
 
