@@ -18,16 +18,15 @@ import optimizer_step as bench
 import torch
 
 from muonlm.optim import Muon
-from muonlm.optim.muon import fused, newton_schulz
+from muonlm.optim.muon import fused
 
 from .report import Stage
 from .suite import run_tests
 
 MAIN = ("torch", "adamw-fused", "ours", "ours-polar_express4")
 FORMS = ("ours-normuon", "ours-hybrid-bf16", "ours-gram-fp16")
-TRIED = ("captured", "without-kernels", "no-copies", "batch-64", "batch-128", "batch-512")
-SIDE = ("without-kernels", "no-copies")  # measured on every set
-PRODUCTS = ("gemm", "nvjet", "cutlass", "symmetric", "whole")  # in the names of kernels
+TRIED = ("captured", "without-kernels")
+PRODUCTS = ("gemm", "nvjet", "cutlass", "symmetric")  # in the names of kernels
 TARGET = 0.35  # of torch.optim.Muon, GPT-2 124M
 
 
@@ -58,10 +57,6 @@ def arms() -> dict[str, bench.Arm]:
         "ours-gram-fp16": bench.our(ns_method="gram", ns_dtype="float16"),
         "captured": bench.Arm(built(Captured), "", splits=True),
         "without-kernels": bench.Arm(built(Plain), "", splits=True),
-        "no-copies": bench.Arm(built(NoCopies), "", splits=True),
-        "batch-64": bench.our(max_batch_bytes=64 * 2**20),
-        "batch-128": bench.our(max_batch_bytes=128 * 2**20),
-        "batch-512": bench.our(max_batch_bytes=512 * 2**20),
     }
 
 
@@ -106,28 +101,6 @@ class Plain(Muon):
             fused.works = works
 
 
-class NoCopies(Muon):
-    """a X + P X by a kernel that adds without a copy."""
-
-    def __init__(self, groups, lr, wd):
-        super().__init__(groups, lr=lr, weight_decay=wd)
-
-    def step(self, closure=None):
-        from .whole import fits, whole
-
-        times = newton_schulz._times
-
-        def whole_times(P, X, beta, out=None):
-            A, B = (X, P) if X.shape[-2] > X.shape[-1] else (P, X.mT)
-            return whole(A, B, X, beta, out) if X.is_cuda and fits(A, B) else times(P, X, beta, out)
-
-        newton_schulz._times = whole_times
-        try:
-            super().step()
-        finally:
-            newton_schulz._times = times
-
-
 # ------------------------------------------------------------------------------------------------ figures
 
 
@@ -167,7 +140,7 @@ def compare(stage: Stage, key: str, spec: bench.Set, errors: dict[str, str]) -> 
 
 def summary(stage: Stage, key: str, spec: bench.Set) -> None:
     """One line for the set."""
-    found = measured(stage, key, spec, (*MAIN, *SIDE), 6 if key == "e" else 15, 4.0)
+    found = measured(stage, key, spec, (*MAIN, "without-kernels"), 6 if key == "e" else 15, 4.0)
     others = ", ".join(f"{name} {row['ms']:.2f} ms" for name, row in found.items() if name != "ours")
     note = f"{told(stage, found['ours'], '')}; {others}"
     stage.row(f"{spec.title}: Muon", found["ours"]["ms"], "ms", note=note, arms=found)
@@ -184,12 +157,12 @@ def told(stage: Stage, row: dict, error: str) -> str:
 
 
 def busy(stage: Stage, spec: bench.Set) -> None:
-    """Kernels of one step, and where their time goes; every kernel is in the JSON."""
+    """Kernels of one step of ours and of torch's, and where their time goes; every kernel is in the JSON."""
     if stage.device.type != "cuda":
         stage.not_run("busy", "the profiler of a rehearsal sees no device")
         return
     workload, parts, listed = bench.Workload(spec.matrices, stage.device), [], {}
-    for name in ("ours", "no-copies", "torch"):
+    for name in ("ours", "torch"):
         arm = bench.ARMS[name]
         optimizer = workload.build(arm)
         for step in range(3):

@@ -93,13 +93,13 @@ def feed(params, step):
         p.grad.copy_(g)
 
 
-SMALL = {"n_layer": 4, "pattern": "MAGd", "d_model": 64, "n_head": 4, "vocab_size": 50, "block_size": 64}
+SMALL = {"n_layer": 4, "d_model": 64, "n_head": 4, "vocab_size": 50, "block_size": 64}
 SMALL |= {"d_state": 4, "delta_heads": 2, "ssm_head": 16, "window": 5}
 
 
-def whole_model(device, per_head=False, wd=0.1, **settings):
+def whole_model(device, per_head=False, wd=0.1, pattern="MAGd", **settings):
     """(model, routed optimizer) of attention and state spaces: all groups, fused matrices, thin slices among them."""
-    model = build_model(ModelConfig(**SMALL), torch.device("cpu"), 3).to(device)
+    model = build_model(ModelConfig(**SMALL, pattern=pattern), torch.device("cpu"), 3).to(device)
     return model, build_optimizer(route(model, per_head=per_head), lr=LR, wd=wd, adamw_lr=1e-3, **settings)
 
 
@@ -125,7 +125,7 @@ def worst(found, expected):
 
 WAYS = {  # (method, dtype) -> relative error allowed; measured: see the figures that `within` records
     ("direct", "bfloat16"): 0.06,  # small singular values of squares are lifted with their rounding, 3e-3 each
-    ("hybrid", "bfloat16"): 0.12,
+    ("hybrid", "bfloat16"): 0.08,
     ("direct", "float32"): 1e-3,  # slopes of 1000 at 0
     ("hybrid", "float32"): 1e-3,
     ("gram", "float32"): 5e-3,
@@ -169,12 +169,12 @@ def test_half_of_a_symmetric_product_is_the_whole(device, within, kind):
     )
     X = X.mT.contiguous().mT if kind == "tall" else X
     exact = X.double() @ X.double().mT
-    R = symmetric.symmetric(X, X, out=torch.full((3, 256, 256), torch.nan, dtype=dtype, device=device))
+    R = symmetric.symmetric(X, out=torch.full((3, 256, 256), torch.nan, dtype=dtype, device=device))
     within(f"{kind}, X Xᵀ", worst([R], [exact]), tolerance)
     assert torch.equal(R, R.mT)
     R = (R / 512).contiguous()
     exact = -2.0 * R.double() + 0.5 * R.double() @ R.double()
-    within(f"{kind}, b R + c R R", worst([symmetric.symmetric(R, R, R, -2.0, 0.5)], [exact]), tolerance)
+    within(f"{kind}, b R + c R R", worst([symmetric.symmetric(R, R, -2.0, 0.5)], [exact]), tolerance)
 
 
 @pytest.mark.cuda
@@ -529,7 +529,8 @@ def test_collectives_of_one_rank_change_no_bit(device, alone, grads):
 
 @pytest.mark.cuda
 def test_a_model_under_ddp_takes_the_steps_it_takes_alone(device, alone, within):
-    (one, plain), (other, shared) = (whole_model(device, cautious=True, **EXACT) for _ in range(2))
+    # attention: no scan is compiled for this
+    (one, plain), (other, shared) = (whole_model(device, pattern="A", cautious=True, **EXACT) for _ in range(2))
     shared.replicas = Owners(alone, "averaged")
     before = [p.detach().clone() for p in one.parameters()]
     ids = [torch.cuda.current_device()] if device.type == "cuda" else None

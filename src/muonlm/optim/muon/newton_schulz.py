@@ -118,7 +118,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _gram(X: Tensor, out: Tensor | None = None) -> Tensor:
     A = X.mT if _tall(X) else X
     if symmetric.fits(A):
-        return symmetric.symmetric(A, A, out=out)
+        return symmetric.symmetric(A, out=out)
     return (torch.mm if X.ndim == 2 else torch.bmm)(A, A.mT, out=out)
 
 
@@ -127,11 +127,11 @@ def _axpby(Y: Tensor, P: Tensor, Q: Tensor, beta: float, alpha: float = 1.0, out
     return (torch.addmm if Y.ndim == 2 else torch.baddbmm)(Y, P, Q, beta=beta, alpha=alpha, out=out)
 
 
-def _polynomial(Y: Tensor, P: Tensor, Q: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
-    """beta Y + alpha P Q, all three polynomials of one symmetric matrix."""
-    if symmetric.fits(P):
-        return symmetric.symmetric(P, Q, Y, beta, alpha)
-    return _axpby(Y, P, Q, beta=beta, alpha=alpha)
+def _polynomial(R: Tensor, b: float, c: float) -> Tensor:
+    """b R + c R R of a symmetric R."""
+    if symmetric.fits(R):
+        return symmetric.symmetric(R, R, b, c)
+    return _axpby(R, R, R, beta=b, alpha=c)
 
 
 def _times(P: Tensor, X: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
@@ -165,7 +165,7 @@ def iterate(X: Tensor, steps: list[Triple]) -> Tensor:
     R, Y = None, torch.empty_like(X)  # buffers for X are made once, not in each step
     for a, b, c in steps:
         R = _gram(X, out=R)
-        X, Y = _times(_polynomial(R, R, R, beta=b, alpha=c), X, beta=a, out=Y), X
+        X, Y = _times(_polynomial(R, b, c), X, beta=a, out=Y), X
     return X
 
 
@@ -184,12 +184,12 @@ def _gram_form(X: Tensor, steps: list[Triple]) -> Tensor:
     """The triples applied to normalised X through polynomials of one Gram matrix: X <- (q I + Q) X at the end."""
     R, q, Q = _gram(X), 1.0, None
     for i, (a, b, c) in enumerate(steps):
-        Z = _polynomial(R, R, R, beta=b, alpha=c)
-        Q = Z if Q is None else _polynomial((a * Q).add_(Z, alpha=q), Q, Z, beta=1.0)
+        Z = _polynomial(R, b, c)
+        Q = Z if Q is None else _axpby((a * Q).add_(Z, alpha=q), Q, Z, beta=1.0)
         q *= a
         if i + 1 < len(steps):
-            Y = _polynomial(R, R, Z, beta=a)
-            R = _polynomial(Y, Y, Z, beta=a)
+            Y = _axpby(R, R, Z, beta=a)
+            R = _axpby(Y, Y, Z, beta=a)
     assert Q is not None  # there is a step
     return _times(Q, X, beta=q)
 

@@ -81,6 +81,7 @@ def update(group: dict, pieces: list[Piece], observe: Observer | None = None) ->
                 fused.change(weights, O, group["lr"], decay, factor, group["cautious"])
             else:
                 _move(batch, group, O, decay if group["cautious"] else 0.0)
+            del O  # before the next batch needs its memory
     return len(pieces)
 
 
