@@ -16,8 +16,11 @@ from .variants import second_momentum_size
 
 
 def batch_bytes(group: dict, device: torch.device) -> int:
-    """fp32 bytes of a batch: `max_batch_bytes`, or what suits the device. A GPU waits for launches below 256 MiB."""
-    return group["max_batch_bytes"] or (2**28 if device.type == "cuda" else 2**26)
+    """fp32 bytes of a batch: `max_batch_bytes`, or what suits the device.
+
+    On an H200 a step of GPT-2 124M takes 6.8 ms with 64 MiB, waiting for launches, and 4.5 with 128 or more
+    """
+    return group["max_batch_bytes"] or (2**27 if device.type == "cuda" else 2**26)
 
 
 def matrix_layout(p: Tensor, split: dict | None, group: dict) -> dict[str, Kept]:

@@ -26,7 +26,7 @@ Blocks   2-D: one matrix · 3-D (E, A, B): E matrices · 4-D and above (convolut
          weight_decay=...). Blocks of equal shape share one batched Newton-Schulz, within `max_batch_bytes`.
 Memory   a step needs, beyond the state, about 4 x max_batch_bytes (8 x with 16-bit weights or momentum, which are
          widened as many at a time), or as many fp32 copies of the largest parameter, if that is more. It is 64 MiB
-         unless given, on a GPU 256 MiB
+         unless given, on a GPU 128 MiB
 State    Muon: `momentum_buffer` (fp32, or `state_dtype`; fp64 for fp64 parameters), variants `second_momentum`; bf16
          parameters `mantissa`, the 16 bits that make them as exact as fp32 ones (param_dtype_comp=False: rounded each
          step instead). AdamW: `exp_avg`, `exp_avg_sq`, `step`. In the group: `step`, `ns_chosen` {"128x512": "hybrid
