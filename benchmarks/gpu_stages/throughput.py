@@ -14,6 +14,7 @@ one after another: none shares the device while another is timed.
                 stage `ceilings` measured
     busy        share of a step in which kernels run, and the kernels that take most of it, by torch.profiler
     largest     the micro-batch that memory allows: predicted from the peaks of two sizes, then tried
+MUONLM_CASES=keller/gpt,minimind measures these alone, in less time.
 Planted    MUONLM_PLANT=exception raises in the process of one recipe, nan spoils a weight of another: FAILED rows
 """
 
@@ -48,16 +49,16 @@ from .timing import median_ms
 
 CASES = {  # name in the table: recipe, what is changed of it
     "keller/gpt": ("keller/gpt", {}),
-    "keller/gpt, 32 rows": ("keller/gpt", {"train.micro_batch": 32}),
+    "keller/gpt 32 rows": ("keller/gpt", {"train.micro_batch": 32}),
     "minimind": ("minimind/pretrain", {}),
     "muonlonghorn-97m": ("muonssm/muonlonghorn-97m", {}),
     "mamba_slm": ("mamba_slm/pretrain", {}),
     "gdn-170m": ("muonssm/gdn-170m", {}),
     "hybrid-small-std": ("mamba_trainer/hybrid-small-standard", {}),
 }
-VARIANTS = ("keller/gpt, 32 rows",)  # of which no largest micro-batch is sought
+VARIANTS = ("keller/gpt 32 rows",)  # of which no largest micro-batch is sought
 MICRO_BATCHES = 8  # of a measured step, at most
-TARGETS = {"keller/gpt": 50.0, "keller/gpt, 32 rows": 50.0}  # % MFU, compiled
+TARGETS = {"keller/gpt": 50.0, "keller/gpt 32 rows": 50.0}  # % MFU, compiled
 TOKENS = 1 << 22  # synthetic ones
 KERNELS = 15  # in the JSON
 PARTS = ("forward", "backward", "optimizer", "data", "rest")
@@ -69,7 +70,7 @@ def run(stage: Stage) -> None:
     """Figures of all compiled, then eager ones, then the largest micro-batches, as time allows."""
     if not stage.figures:
         return
-    benches = {name: Process(name, stage) for name in CASES if not (stage.rehearse and name in VARIANTS)}
+    benches = {name: Process(name, stage) for name in chosen(stage)}
     try:
         prepare(stage, benches)
         stage.part("attention of keller/gpt", partial(attention, stage))
@@ -91,13 +92,20 @@ def run(stage: Stage) -> None:
             bench.end()
 
 
+def chosen(stage: Stage) -> list[str]:
+    names = os.environ.get("MUONLM_CASES", "").split(",")
+    if unknown := set(names) - {"", *CASES}:
+        raise ValueError(f"MUONLM_CASES: {', '.join(sorted(unknown))} is none of {', '.join(CASES)}")
+    return [name for name in CASES if names == [""] or name in names if not (stage.rehearse and name in VARIANTS)]
+
+
 def alive(benches: dict[str, "Process"]) -> list[tuple[str, "Process"]]:
     return [(name, bench) for name, bench in benches.items() if bench.process.is_alive()]
 
 
 def prepare(stage: Stage, benches: dict[str, "Process"]) -> None:
     """Start and compile all side by side. Nothing is timed before the last is ready: who is late is ended."""
-    until = time.monotonic() + min(120.0, 0.6 * stage.left())
+    until = time.monotonic() + min(120.0, 0.65 * stage.left())
     for name, bench in benches.items():
         if not stage.part(f"{name}: start", partial(bench.answer, stage, until)):
             bench.end()
