@@ -20,10 +20,12 @@ Planted    MUONLM_PLANT=exception raises in the process of one recipe, nan spoil
 
 import contextlib
 import dataclasses
+import faulthandler
 import gc
 import math
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections import defaultdict
@@ -290,8 +292,12 @@ class Bench:
         return True
 
     def compile(self) -> float:
-        """Seconds of a first compiled step. What does not fit into memory beside the others is tried again later."""
+        """Seconds of a first compiled step. What does not fit into memory beside the others is tried again later.
+
+        The stage's log says where they go: torch's own account, and every 15 s what is being done.
+        """
         began = time.monotonic()
+        faulthandler.dump_traceback_later(15, repeat=True)
         model = self.job.model
         eager = model.run_block, model.chunk_loss
         model.compile()
@@ -299,6 +305,8 @@ class Bench:
         micro_batch = self.job.cfg.train.micro_batch
         with contextlib.suppress(torch.OutOfMemoryError):
             steps(self.sized(micro_batch, micro_batch), 1)
+        faulthandler.cancel_dump_traceback_later()
+        print(self.name, torch._dynamo.utils.compile_times(), file=sys.stderr, flush=True)
         return time.monotonic() - began
 
     def take(self, how: str) -> None:
