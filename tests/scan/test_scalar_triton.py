@@ -13,7 +13,8 @@ import torch
 from muonlm.scan import reference, scalar_scan
 from muonlm.scan import scalar_triton as gpu
 
-DEVICE = "cpu" if os.environ.get("MUONLM_REHEARSE") == "1" else "cuda"
+REHEARSAL = os.environ.get("MUONLM_REHEARSE") == "1"
+DEVICE = "cpu" if REHEARSAL else "cuda"
 NEEDS_TRITON = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="the package triton is not installed")
 
 
@@ -63,7 +64,7 @@ momenta = pytest.mark.parametrize("gamma", [0.0, 0.9])
 
 @kernels
 @momenta
-@pytest.mark.parametrize("N, P", [(6, 5), (16, 32), (37, 33), (130, 16)])
+@pytest.mark.parametrize("N, P", [(37, 33), (130, 16)] if REHEARSAL else [(6, 5), (16, 32), (37, 33), (130, 16)])
 def test_keys_and_values_of_several_tiles_equal_the_loop(gamma, N, P):
     agree(problem(19, B=1, H=2, G=1, N=N, P=P), gamma)
 
@@ -73,9 +74,9 @@ def test_keys_and_values_of_several_tiles_equal_the_loop(gamma, N, P):
 @pytest.mark.parametrize("rounded", ["wkq", "w"])
 def test_bf16_values_ask_for_bf16_factors_whatever_the_keys_are(gamma, rounded):
     """Two chunks, two blocks of keys, two pieces of values. 4e-3 was seen; without rounding it would be 1e-7."""
-    given = problem(70, B=1, H=2, G=1, N=70, P=68)
+    given = problem(19 if REHEARSAL else 70, B=1, H=2, G=1, N=70, P=68)
     given |= {name: given[name].bfloat16() for name in rounded}
-    got = agree(given, gamma, chunk=0, tolerances=(1e-2, 2e-2))
+    got = agree(given, gamma, chunk=16 if REHEARSAL else 0, tolerances=(1e-2, 2e-2))
     assert all(got[f"d_{name}"].dtype == x.dtype for name, x in given.items() if gamma or name != "M0")
     exact = run({name: x.float() for name, x in given.items()}, gamma, backend="triton")
     assert (got["y"] - exact["y"]).norm() > 1e-4 * exact["y"].norm()
@@ -83,14 +84,14 @@ def test_bf16_values_ask_for_bf16_factors_whatever_the_keys_are(gamma, rounded):
 
 @kernels
 @momenta
-@pytest.mark.parametrize("chunk", [1, 16, 24, 0, 100])
+@pytest.mark.parametrize("chunk", [16, 0] if REHEARSAL else [1, 16, 24, 0, 100])
 def test_no_chunk_length_changes_the_result(gamma, chunk):
     agree(problem(27), gamma, chunk=chunk, lengths=torch.tensor([27, 18], device=DEVICE))
 
 
 @kernels
 @momenta
-@pytest.mark.parametrize("strength", [5.0, 13.7, 20.0, 79.0])
+@pytest.mark.parametrize("strength", [20.0] if REHEARSAL else [5.0, 13.7, 20.0, 79.0])
 def test_the_gradient_of_nearly_closed_gates_is_not_lost(gamma, strength):
     """It is e⁻²⁰ of what a token's own write, which passes no gate, contributes to y."""
     given = problem(33, B=1)
