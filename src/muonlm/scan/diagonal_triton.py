@@ -21,7 +21,8 @@ runs the chunk forward, writing the states before every fourth token (a "rung") 
 rung, redo its four tokens in registers, apply (2). Scratch is C/4 tiles a program, never B·L·N·D. No atomics: dk, dq
 are partial sums by channel block and dA by program, which torch adds, so results repeat bit for bit.
 
-Memory traffic a token and channel; fp32, N = 16, BLOCK_D = 32, C = 64. Counted, not measured: written without a GPU.
+Memory traffic a token and channel; fp32, N = 16, BLOCK_D = 32, C = 64. Counted. It does not set the time: on an H200 a
+copy of it would take a tenth (LOG 2026-11-26); a token waits for the one before, and for sums across lanes and warps.
     forward      Δ, w in, y out 12 B; k, q 4 B (32 channels share them); Sc, Mc 2 B. Three-pass: + 10 B, summaries 13 B
     backward     Δ, w, g in, dΔ, dw out 20 B; k, q 4 B; Sc, Mc 2 B; partials of dk, dq 8 B written, 8 B read again. From
                  cache come a chunk's second reading and the rungs (64 B, in 64 KB that a program overwrites at every
