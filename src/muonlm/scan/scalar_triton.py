@@ -22,11 +22,13 @@ No atomics: sums over heads are loops, or partial sums that torch adds, so resul
 
 Decay    exp of differences of sums of log gates. The sums over a chunk are fp64 (they reach 80 C, where fp32 has steps
          of 5e-4) and kept as two fp32 numbers: a small difference of large sums is exact to fp32. Nothing is divided.
-Dtypes   w in bf16 says that bf16 is enough for factors of products: all are rounded to it, as are S, M at chunk starts
-         once the walk has used them. Otherwise products are fp32 to rounding. Sums, gates, the walk's S, M and y are
-         fp32 always; gradients have their tensor's dtype. Any strides whose last is 1 (others are copied).
+Dtypes   w in bf16 says that bf16 is enough for factors of products: with more than 32 keys and values all are rounded
+         to it, as are S, M at chunk starts once the walk has used them. Otherwise products are fp32 to rounding. Sums,
+         gates, the walk's S, M and y are fp32 always; gradients have their tensor's dtype. Any strides whose last is 1
+         (others are copied).
 Padding  is loaded as zeros, and y and gradients are 0 there.
-Memory   S₀, M₀ of each chunk and, in backward, S̄₁, M̄₁: N P / C numbers each a token and head; Ȳ Wᵀ ⊙ Res: C
+Memory   S₀, M₀ of each chunk and, in backward, S̄₁, M̄₁: N P / C numbers each a token and head; Res ⊙ Q Kᵀ and
+         Ȳ Wᵀ ⊙ Res: C each
 Chunk    at most 64 tokens in bf16, 32 in fp32; a power of two. L is not compiled in
 Source   Mamba-2 2405.21060 (the chunk form), MuonSSM 2606.30461 (the velocity); the kernels follow from (1) to (7)
 """
@@ -35,7 +37,7 @@ Source   Mamba-2 2405.21060 (the chunk form), MuonSSM 2606.30461 (the velocity);
 # pyright: reportIncompatibleMethodOverride=false
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -46,7 +48,7 @@ from . import heads
 from .diagonal_triton import available as available
 from .diagonal_triton import on_device
 from .reference import MIN_LOG_GATE
-from .scalar_triton_kernels import gate_rows, key_gradients, outputs, token_gradients, triton, walk
+from .scalar_triton_kernels import gate_gradients, gate_rows, key_gradients, outputs, triton, walk, write_gradients
 
 
 class Blocks(NamedTuple):
@@ -69,12 +71,13 @@ class Plan:
     """Of one precision: what is stored between kernels, tokens of a chunk, blocks that 255 registers of sm_90 hold."""
 
     precision: str
-    kept: torch.dtype  # states at chunk starts, their gradients, and Ȳ Wᵀ ⊙ Res
+    kept: torch.dtype  # states at chunk starts, their gradients, Res ⊙ Q Kᵀ and Ȳ Wᵀ ⊙ Res
     C: int
     walk: Blocks
     outputs: Blocks
-    tokens: Blocks
-    keys: Blocks  # the values of `tokens`
+    gates: Blocks
+    writes: Blocks
+    keys: Blocks  # the values of `gates`
 
     def chunk(self, wanted: int) -> int:
         return min(self.C, max(16, triton.next_power_of_2(wanted or self.C)))
@@ -82,18 +85,32 @@ class Plan:
 
 # No tensor core multiplies fp32: three products of TF32 tiles are fp32 to rounding, their factors held twice.
 EXACT = Plan(
-    "tf32x3", torch.float32, 32, Blocks(64, 32, 4, 2), Blocks(16, 64, 2, 1), Blocks(16, 32, 2, 1), Blocks(64, 32, 4, 1)
+    "tf32x3",
+    torch.float32,
+    32,
+    walk=Blocks(64, 32, 4, 2),
+    outputs=Blocks(16, 64, 2, 1),
+    gates=Blocks(16, 32, 2, 1),
+    writes=Blocks(32, 32, 2, 1),
+    keys=Blocks(64, 32, 4, 1),
 )
 ROUNDED = Plan(
-    "bf16", torch.bfloat16, 64, Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1), Blocks(64, 64, 4, 1)
+    "bf16",
+    torch.bfloat16,
+    64,
+    walk=Blocks(64, 64, 4, 2),
+    outputs=Blocks(64, 64, 4, 2),
+    gates=Blocks(64, 64, 4, 1),
+    writes=Blocks(64, 64, 4, 2),
+    keys=Blocks(64, 64, 4, 1),
 )
-ROUNDED_WITH_VELOCITY = replace(ROUNDED, tokens=Blocks(64, 64, 8, 1))
 
 
-def plan(w: Tensor, velocity: bool) -> Plan:
-    if w.dtype != torch.bfloat16:
-        return EXACT
-    return ROUNDED_WITH_VELOCITY if velocity else ROUNDED
+def plan(w: Tensor, k: Tensor) -> Plan:
+    """Rounded if w is and if blocks are whole: of fewer than 33 keys Triton 3.6 has compiled a wrong bf16 kernel
+    (delta_triton.py), and models that small wait for launches anyway.
+    """
+    return ROUNDED if w.dtype == torch.bfloat16 and min(k.shape[-1], w.shape[-1]) > 32 else EXACT
 
 
 def pieces_each(programs: int, pieces: int, device: torch.device) -> int:
@@ -125,7 +142,7 @@ def forward(lg, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
     S = torch.empty(B, H, N, P, device=device, dtype=torch.float32)
     M = torch.empty_like(S) if velocity else None
     S0, M0 = _state(S0, S), _state(M0, S) if velocity else None
-    how = plan(w, velocity)
+    how = plan(w, k)
     C = how.chunk(chunk)
     chunks = triton.cdiv(L, C)
     Sc = S.new_empty(B, H, chunks, N, P, dtype=how.kept)
@@ -157,34 +174,38 @@ def backward(lg, w, k, q, rows, Sc, Mc, gamma, alpha, lengths, chunk, dy, dS, dM
     dS0 = torch.empty(B, H, N, P, device=device, dtype=torch.float32)
     dM0 = torch.empty_like(dS0) if velocity else None
     dS, dM = _state(dS, dS0), _state(dM, dS0) if velocity else None
-    how = plan(w, velocity)
+    how = plan(w, k)
     C, chunks, r = how.chunk(chunk), Sc.shape[2], H // G
-    by_token, pieces, _ = how.tokens.over(N, P)
+    by_gate, pieces, _ = how.gates.over(N, P)
     by_key, same, wide = how.keys.over(N, P)
     assert pieces == same, how
     dSc = torch.empty_like(Sc)
     dMc = torch.empty_like(Sc) if velocity else None
     each = pieces_each(B * G * chunks * wide, r * pieces, device)
     blocks = triton.cdiv(r * pieces, each)
-    dQKs = Sc.new_empty(B, H, chunks, pieces, C, C)
+    Ps, dQKs = Sc.new_empty(B, H, chunks, C, C), Sc.new_empty(B, H, chunks, pieces, C, C)
     dlg, dw = dS0.new_empty(pieces, B, L, H), torch.empty(B, L, H, P, device=device, dtype=w.dtype)
     dk, dq = (dS0.new_empty(blocks, B, L, G, N) for _ in range(2))
     log2_gamma = math.log2(gamma) if velocity else 0.0
     sizes, common = (L, H, N, P, r, chunks), dict(VELOCITY=velocity, PRECISION=how.precision, C=C)
-    kept = (rows, Sc, Mc, dSc, dMc, dQKs)
     with on_device(device):
         block, across, down = how.walk.over(N, P)
         walk[B * H * across, down](
             dy, q, rows, dS, dM, dSc, dMc, dS0, dM0, lengths, log2_gamma, 1.0, *sizes, across, *_strides(dy, q),
             REVERSE=True, **common, **block,
         )  # fmt: skip
-        token_gradients[B * H * pieces, chunks](
-            lg, w, k, q, dy, *kept, dlg, dw, lengths, log2_gamma, alpha, B, *sizes, pieces,
-            *_strides(lg, w, k, q, dy), LOWEST=MIN_LOG_GATE, **common, **by_token,
+        gate_gradients[B * H * pieces, chunks](
+            lg, w, k, q, dy, rows, Sc, Mc, dSc, Ps, dQKs, dlg, lengths, log2_gamma, alpha, B, *sizes, pieces,
+            *_strides(lg, w, k, q, dy), LOWEST=MIN_LOG_GATE, **common, **by_gate,
+        )  # fmt: skip
+        block, across, _ = how.writes.over(N, P)
+        write_gradients[B * H * across, chunks](
+            k, dy, rows, dSc, dMc, Ps, dw, lengths, log2_gamma, alpha, *sizes, across, *_strides(k, dy),
+            **common, **block,
         )  # fmt: skip
         key_gradients[B * G * blocks, chunks, wide](
-            w, k, q, dy, *kept, dk, dq, lengths, log2_gamma, alpha, B, *sizes, pieces, each, *_strides(w, k, q, dy),
-            **common, **by_key,
+            w, k, q, dy, rows, Sc, Mc, dSc, dMc, dQKs, dk, dq, lengths, log2_gamma, alpha, B, *sizes, pieces, each,
+            *_strides(w, k, q, dy), **common, **by_key,
         )  # fmt: skip
     dlg, dk, dq = (x[0] if len(x) == 1 else x.sum(0) for x in (dlg, dk, dq))
     return dlg.to(lg.dtype), dw, dk, dq, dS0, dM0
@@ -194,7 +215,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, lg, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
         ctx.dtypes = k.dtype, q.dtype
-        if w.dtype == torch.bfloat16:  # once, rather than by each head
+        if plan(w, k) is ROUNDED:  # once, rather than by each head
             k, q = k.to(w.dtype), q.to(w.dtype)
         y, S, M, rows, Sc, Mc = forward(lg, w, k, q, S0, M0, gamma, alpha, lengths, chunk)
         ctx.save_for_backward(lg, w, k, q, rows, Sc, Mc, lengths)

@@ -45,15 +45,24 @@ def _put(base, row, stride, col, rows, cols, value):
 
 
 @jit
+def _factor(x, PRECISION: tl.constexpr):
+    """x as a factor of products, rounded once where they are."""
+    if PRECISION == "bf16":
+        return x.to(tl.bfloat16)
+    else:
+        return x.to(tl.float32)
+
+
+@jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, in fp32; the factors are rounded to bf16 where that is the precision."""
+    a, b = _factor(a, PRECISION), _factor(b, PRECISION)
     if PRECISION == "bf16":
-        a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
         return tl.dot(a, b, acc)
     else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @jit
@@ -204,107 +213,114 @@ def outputs(
 
 
 @jit
-def _entering(
-    dY, q, k, S, M, dS, real, N, P, p, q_st, k_st,
+def _beside_keys(
+    dY, W, q, k, S, M, dS, real, N, P, p, q_st, k_st,
     VELOCITY: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Q Kᵀ; ⟨Ȳ, Q S₀⟩ and ⟨Ȳ, Q M₀⟩ of each row, as ⟨Q, Ȳ S₀ᵀ⟩; ⟨S̄₁, S₀⟩ and ⟨S̄₁, M₀⟩ by column."""
+    """Q Kᵀ; ⟨Ȳ, Q S₀⟩, ⟨Ȳ, Q M₀⟩ and ⟨W, K S̄₁⟩ of each row, as ⟨Q, Ȳ S₀ᵀ⟩ and so on; ⟨S̄₁, S₀⟩ and ⟨S̄₁, M₀⟩."""
     row = tl.arange(0, C)
+    none = tl.zeros((C, BN), tl.float32)
     QK = tl.zeros((C, C), tl.float32)
     of_F = tl.zeros((C,), tl.float32)
     of_g = tl.zeros((C,), tl.float32)
+    of_last = tl.zeros((C,), tl.float32)
     S_through = tl.zeros((BP,), tl.float32)
     M_through = tl.zeros((BP,), tl.float32)
     for first in range(0, N, BN):
         n = first + tl.arange(0, BN)
-        Q, S0, dS1 = _tile(q, row, q_st, n, real, N), _tile(S, n, P, p, N, P), _tile(dS, n, P, p, N, P).to(tl.float32)
-        QK = _dot(Q, tl.trans(_tile(k, row, k_st, n, real, N)), QK, PRECISION)
-        of_F += tl.sum(Q * _dot(dY, tl.trans(S0), tl.zeros((C, BN), tl.float32), PRECISION), 1)
-        S_through += tl.sum(S0 * dS1, 0)
+        Q, K = _tile(q, row, q_st, n, real, N), _tile(k, row, k_st, n, real, N)
+        S0, dS1 = _tile(S, n, P, p, N, P), _tile(dS, n, P, p, N, P)
+        QK = _dot(Q, tl.trans(K), QK, PRECISION)
+        of_F += tl.sum(Q * _dot(dY, tl.trans(S0), none, PRECISION), 1)
+        of_last += tl.sum(K * _dot(W, tl.trans(dS1), none, PRECISION), 1)
+        S_through += tl.sum(S0 * dS1.to(tl.float32), 0)
         if VELOCITY:
             M0 = _tile(M, n, P, p, N, P)
-            of_g += tl.sum(Q * _dot(dY, tl.trans(M0), tl.zeros((C, BN), tl.float32), PRECISION), 1)
-            M_through += tl.sum(M0 * dS1, 0)
-    return QK, of_F, of_g, tl.sum(S_through, 0), tl.sum(M_through, 0)
-
-
-@jit
-def _leaving(
-    dW, k, dS, dM, of_M, real, N, P, p, k_st,
-    VELOCITY: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
-    """K S̄₁, and dW with of_M ⊙ (K M̄₁) added."""
-    row = tl.arange(0, C)
-    to_S = tl.zeros((C, BP), tl.float32)
-    for first in range(0, N, BN):
-        n = first + tl.arange(0, BN)
-        K = _tile(k, row, k_st, n, real, N)
-        to_S = _dot(K, _tile(dS, n, P, p, N, P), to_S, PRECISION)
-        if VELOCITY:
-            dW = _dot(of_M[:, None] * K, _tile(dM, n, P, p, N, P), dW, PRECISION)
-    return to_S, dW
+            of_g += tl.sum(Q * _dot(dY, tl.trans(M0), none, PRECISION), 1)
+            M_through += tl.sum(M0 * dS1.to(tl.float32), 0)
+    return QK, of_F, of_g, of_last, tl.sum(S_through, 0), tl.sum(M_through, 0)
 
 
 @launched
-def token_gradients(
-    lg, w, k, q, dy, rows, Sc, Mc, dSc, dMc, dQKs, dlg, dw, lengths, log2_gamma, alpha, B, L, H, N, P, r, chunks, PB,
+def gate_gradients(
+    lg, w, k, q, dy, rows, Sc, Mc, dSc, Ps, dQKs, dlg, lengths, log2_gamma, alpha, B, L, H, N, P, r, chunks, PB,
     lg_sb, lg_st, lg_sh, w_sb, w_st, w_sh, k_sb, k_st, k_sg, q_sb, q_st, q_sg, y_sb, y_st, y_sh,
     VELOCITY: tl.constexpr, PRECISION: tl.constexpr, LOWEST: tl.constexpr,
     C: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """(5), (6): the gradients of w, and those of lg by each piece of values; and dQKs = Ȳ Wᵀ ⊙ Res for (7)."""
+    """(6): the gradients of lg by each piece of values; Ps = Res ⊙ Q Kᵀ for (5), and dQKs = Ȳ Wᵀ ⊙ Res for (7)."""
     piece = tl.program_id(0)
     h, j = ((piece // PB) % H).to(tl.int64), tl.program_id(1).to(tl.int64)
     b = (piece // (PB * H)).to(tl.int64)
     row, p = tl.arange(0, C), (piece % PB) * BP + tl.arange(0, BP)
     real, here = _real(lengths, b, j, L, C), (b * H + h) * chunks + j
-    w += b * w_sb + j * C * w_st + h * w_sh
     k += b * k_sb + j * C * k_st + (h // r) * k_sg
     q += b * q_sb + j * C * q_st + (h // r) * q_sg
     rows += here * 5 * C
-    dY = _tile(dy + b * y_sb + j * C * y_st + h * y_sh, row, y_st, p, real, P)
-    S, M, dS, dM = Sc + here * N * P, Mc, dSc + here * N * P, dMc
+    dY = _factor(_tile(dy + b * y_sb + j * C * y_st + h * y_sh, row, y_st, p, real, P), PRECISION)
+    W = _factor(_tile(w + b * w_sb + j * C * w_st + h * w_sh, row, w_st, p, real, P), PRECISION)
+    M = Mc
     if VELOCITY:
-        M, dM = Mc + here * N * P, dMc + here * N * P
-    QK, of_F, of_g, S_through, M_through = _entering(
-        dY, q, k, S, M, dS, real, N, P, p, q_st, k_st, VELOCITY, PRECISION, C, BN, BP
-    )
+        M = Mc + here * N * P
+    QK, of_F, of_g, of_last, S_through, M_through = _beside_keys(
+        dY, W, q, k, Sc + here * N * P, M, dSc + here * N * P, real, N, P, p, q_st, k_st,
+        VELOCITY, PRECISION, C, BN, BP,
+    )  # fmt: skip
 
-    high, low = tl.load(rows + row), tl.load(rows + C + row)
-    Dec = _decay(high, low, row)
     none = tl.zeros((C, C), tl.float32)
-    dP = alpha * _dot(dY, tl.trans(_tile(w, row, w_st, p, real, P)), none, PRECISION)
-    dDec = dP * QK  # with velocity of Res, which comes first
-    Res = Dec
+    Res = _decay(tl.load(rows + row), tl.load(rows + C + row), row)
+    if VELOCITY:
+        Res = _dot(Res, _pMom(row, real, log2_gamma), none, PRECISION)
+    dP = alpha * _dot(dY, tl.trans(W), none, PRECISION)
+    _put(dQKs + (here * PB + piece % PB) * C * C, row, C, row, C, C, dP * Res)
+    if piece % PB == 0:
+        _put(Ps + here * C * C, row, C, row, C, C, Res * QK)
+
+    # The rows are read again: what was made of them would fill the registers meanwhile.
+    high, low, real = tl.load(rows + row), tl.load(rows + C + row), _real(lengths, b, j, L, C)
+    dDec = dP * QK  # with velocity of Res, which comes first; X reads the lower half, and that of it alone
+    of_last = alpha * of_last  # c of (6), then d
     if VELOCITY:
         pMom, pMc = _pMom(row, real, log2_gamma), _pMc(row, real, log2_gamma)
-        dRes = tl.where(row[:, None] >= row[None, :], dDec, 0.0)
-        dDec = _dot(dRes, tl.trans(pMom), of_g[:, None] * pMc[None, :], PRECISION)
-        Res = _dot(Dec, pMom, none, PRECISION)
+        dDec = _dot(dDec, tl.trans(pMom), of_g[:, None] * pMc[None, :], PRECISION)
+        of_last = tl.sum(pMom * of_last[None, :], 1) + M_through * pMc
     across = row[:, None] > row[None, :]
-    X = tl.where(across, Dec * dDec, 0.0)
+    X = tl.where(across, _decay(high, low, row) * dDec, 0.0)
     passing = tl.sum(X, 1) - tl.sum(X, 0) + tl.load(rows + 2 * C + row) * of_F
     passing = tl.cumsum(passing, 0, reverse=True)
-    here = (here * PB + piece % PB) * C * C
-    _put(dQKs + here, row, C, row, C, C, dP * Res)
-    dW = _dot(tl.trans(Res * QK), dY, tl.zeros((C, BP), tl.float32), PRECISION)
-
-    of_M = _last_Mom(row, real, log2_gamma)
-    to_S, dW = _leaving(dW, k, dS, dM, of_M, real, N, P, p, k_st, VELOCITY, PRECISION, C, BN, BP)
-    d_last = alpha * tl.sum(_tile(w, row, w_st, p, real, P) * to_S, 1)  # c of (6), then d
-    if VELOCITY:
-        d_last = tl.sum(_pMom(row, real, log2_gamma) * d_last[None, :], 1)
-        d_last += M_through * _pMc(row, real, log2_gamma)
-    dW += tl.load(rows + 4 * C + row)[:, None] * to_S
-    _put(dw + ((b * L + j * C) * H + h) * P, row, H * P, p, L - j * C, P, alpha * dW)
-
     to_end = tl.exp((tl.load(rows + C - 1) - high) + (tl.load(rows + 2 * C - 1) - low))  # Dec[C,:]
-    passing += tl.sum(tl.where(across, (to_end * d_last)[None, :], 0.0), 1)
+    passing += tl.sum(tl.where(across, (to_end * of_last)[None, :], 0.0), 1)
     passing += tl.load(rows + 3 * C - 1) * S_through
     given = tl.load(lg + b * lg_sb + (j * C + row) * lg_st + h * lg_sh, mask=row < real, other=0.0).to(tl.float32)
     passing = tl.where((row < real) & ~(given < LOWEST), passing, 0.0)
     here = dlg + (((piece % PB) * B + b) * L + j * C) * H + h
     tl.store(here + row * H, passing.to(dlg.dtype.element_ty), mask=row < L - j * C)
+
+
+@launched
+def write_gradients(
+    k, dy, rows, dSc, dMc, Ps, dw, lengths, log2_gamma, alpha, L, H, N, P, r, chunks, PB,
+    k_sb, k_st, k_sg, y_sb, y_st, y_sh,
+    VELOCITY: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """(5), as W̄ = (Res ⊙ Q Kᵀ)ᵀ Ȳ + (Res[C,:] ⊙ K) S̄₁ + (Mom[C,:] ⊙ K) M̄₁: one sum."""
+    piece = tl.program_id(0)
+    h, j = ((piece // PB) % H).to(tl.int64), tl.program_id(1).to(tl.int64)
+    b = (piece // (PB * H)).to(tl.int64)
+    row, p = tl.arange(0, C), (piece % PB) * BP + tl.arange(0, BP)
+    real, here = _real(lengths, b, j, L, C), (b * H + h) * chunks + j
+    k += b * k_sb + j * C * k_st + (h // r) * k_sg
+    of_S, of_M = tl.load(rows + (here * 5 + 4) * C + row), _last_Mom(row, real, log2_gamma)
+    dY = _tile(dy + b * y_sb + j * C * y_st + h * y_sh, row, y_st, p, real, P)
+    Pt = tl.trans(_tile(Ps + here * C * C, row, C, row, C, C))
+    dW = _dot(Pt, dY, tl.zeros((C, BP), tl.float32), PRECISION)
+    for first in range(0, N, BN):
+        n = first + tl.arange(0, BN)
+        K = _tile(k, row, k_st, n, real, N)
+        dW = _dot(of_S[:, None] * K, _tile(dSc + here * N * P, n, P, p, N, P), dW, PRECISION)
+        if VELOCITY:
+            dW = _dot(of_M[:, None] * K, _tile(dMc + here * N * P, n, P, p, N, P), dW, PRECISION)
+    _put(dw + ((b * L + j * C) * H + h) * P, row, H * P, p, L - j * C, P, alpha * dW)
 
 
 @launched
