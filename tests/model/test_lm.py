@@ -266,6 +266,22 @@ def test_a_compiled_model_trains_as_before_with_one_graph_for_all_blocks(device,
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
 
 
+@pytest.mark.parametrize("pattern", ["A", "W"])
+def test_a_compiled_block_of_attention_makes_nothing_on_the_cpu(pattern):
+    """Its count of tokens would: on a GPU a graph with a tensor of the CPU waits a minute for a C++ compiler."""
+    torch._dynamo.reset()
+    made = []
+
+    def keep(graph, inputs):
+        made.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    model, x = small(pattern=pattern), tokens()
+    model.compile(backend=torch._dynamo.backends.common.aot_autograd(fw_compiler=keep))
+    gradients(model, x, x)
+    assert any("softmax" in name for name in made) and not any("aten.full." in name for name in made)
+
+
 def test_a_scan_breaks_the_graph_of_a_block_once_whatever_the_depth():
     counters, found = torch._dynamo.utils.counters, []
     for depth in (1, 5):

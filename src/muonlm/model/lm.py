@@ -35,9 +35,12 @@ from .packing import Segments, compact
 LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of fp32 logits at a time
 
 
-def run_block(block: Block, x: Tensor, state, mask: Tensor | None, rows: Segments | None) -> tuple:
-    """What `LM.compile` compiles: given the block, not bound to it, one graph serves all blocks of a kind."""
-    return block(x, state, mask, rows)
+def run_block(block: Block, x: Tensor) -> Tensor:
+    """x after a block in training. What `LM.compile` compiles: given the block, not bound to it, one graph serves all
+    blocks of a kind. No state leaves it: that of attention counts tokens on the CPU, and on a GPU the graph would wait
+    for a C++ compiler.
+    """
+    return block(x, None, None, None)[0]
 
 
 class LM(nn.Module):
@@ -107,15 +110,19 @@ class LM(nn.Module):
             x = F.dropout(x, self.cfg.dropout, self.training)
         first, entering, states = self.cfg.looped.start, None, []
         training = targets is not None and torch.is_grad_enabled()
-        run = self.run_block if training and rows is None else run_block
+        plain = training and mask is None and rows is None and state is None
         for i, layer in zip(self.schedule, layers):
             if i == first and self.cfg.inject:  # once for each pass over the looped blocks
                 x = x if entering is None else x + entering
                 entering = x if entering is None else entering
-            if self.recompute and training:
-                x, layer = checkpoint(run, self.blocks[i], x, layer, mask, rows, use_reentrant=False)
+            if plain and self.recompute:
+                x = checkpoint(self.run_block, self.blocks[i], x, use_reentrant=False)
+            elif plain:
+                x = self.run_block(self.blocks[i], x)
+            elif training and self.recompute:
+                x, layer = checkpoint(self.blocks[i], x, layer, mask, rows, use_reentrant=False)
             else:
-                x, layer = run(self.blocks[i], x, layer, mask, rows)
+                x, layer = self.blocks[i](x, layer, mask, rows)
             if targets is None:
                 states.append(layer)
         x = self.norm(x if undo is None else undo(x))
