@@ -218,7 +218,7 @@ class TrainConfig(Section):
     third more time."""
     repeatable: bool = False
     """On a GPU: sums of attention's backward pass in one order, so that a resumed run repeats the unbroken one bit for
-    bit whatever the length of its rows; attention takes longer. A CPU always does so."""
+    bit whatever the length of its rows; attention takes longer. Not tried on a GPU yet. A CPU always does so."""
     save_every: Annotated[int, Ge(0)] = 0
     """Steps between checkpoints. 0 = only at the end (and when interrupted)."""
     keep: Annotated[int, Ge(1)] = 2

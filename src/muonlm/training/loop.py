@@ -3,8 +3,8 @@
     step n:  g = ∇ Σ_{tokens of batch n} loss / their global count;  clip;  lr ← base_lr · schedule(n);  optimizer step
 
 Batch n is a pure function of (seed, n), dropout of (seed, n, rank), rates of n, and the optimizer's state is saved
-whole: a resumed run repeats the unbroken one bit for bit on the same device and number of ranks. On a GPU attention of
-long rows does so only with train.repeatable: its fastest backward pass adds in any order.
+whole: a resumed run repeats the unbroken one bit for bit on the same device and number of ranks. On a GPU this was seen
+with rows of 160 tokens; attention of long rows, whose fastest backward pass adds in any order, needs train.repeatable.
 
 Raises   UserError before anything is trained (setup.py); RunFailed when the loss is no longer finite (then nothing was
          updated), memory does not suffice (memory.py), or the optimizer turns out not to train (optim/watch).
