@@ -99,22 +99,26 @@ def warm(name: str) -> None:
 
 def compiled(stage: Stage, children: list) -> None:
     """One row for all kernels, and one for each that spills."""
-    found, wrong = [], []
+    found, wrong, late = [], [], []
     for name, path, process in children:
         try:
             process.wait(timeout=max(1.0, stage.left() - (0 if stage.rehearse else FOR_TIMES - 10)))
         except subprocess.TimeoutExpired:  # it would disturb the times
             process.kill()
             process.wait()
-        if process.returncode:
+            late.append(name)
+        if process.returncode and name not in late:
             lines = path.with_suffix(".err").read_text().strip().splitlines() or ["nothing said"]
             wrong.append(f"{name}: exit code {process.returncode}, {lines[-1]}")
         if name.startswith("ahead"):
             found += [json.loads(line) for line in path.read_text().splitlines()]
     for text in wrong:
         stage.row("  compiling", ok=False, note=text[:160])
+    if late:
+        stage.not_run("  compiling", f"not ready in time: {', '.join(late)}")
     if not found:
-        return stage.not_run("kernels compiled ahead", "triton is not installed, or no scan has kernels")
+        why = "none was ready in time" if late else "triton is not installed, or no scan has kernels"
+        return stage.not_run("kernels compiled ahead", why)
     most = max(found, key=lambda kernel: kernel["registers"])
     note = f"most registers {most['registers']} ({most['form']}, {most['kernel']}), most shared memory "
     note += (

@@ -20,7 +20,6 @@ Planted    MUONLM_PLANT=exception raises in the process of one recipe, nan spoil
 
 import contextlib
 import dataclasses
-import faulthandler
 import gc
 import math
 import multiprocessing
@@ -292,12 +291,9 @@ class Bench:
         return True
 
     def compile(self) -> float:
-        """Seconds of a first compiled step. What does not fit into memory beside the others is tried again later.
-
-        The stage's log says where they go: torch's own account, and every 15 s what is being done.
-        """
+        """Seconds of a first compiled step, of which the stage's log has torch's own account. What does not fit into
+        memory beside the others is tried again later."""
         began = time.monotonic()
-        faulthandler.dump_traceback_later(15, repeat=True)
         model = self.job.model
         eager = model.run_block, model.chunk_loss
         model.compile()
@@ -305,7 +301,6 @@ class Bench:
         micro_batch = self.job.cfg.train.micro_batch
         with contextlib.suppress(torch.OutOfMemoryError):
             steps(self.sized(micro_batch, micro_batch), 1)
-        faulthandler.cancel_dump_traceback_later()
         print(self.name, torch._dynamo.utils.compile_times(), file=sys.stderr, flush=True)
         return time.monotonic() - began
 

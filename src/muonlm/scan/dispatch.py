@@ -70,7 +70,7 @@ def keep_out_of_graphs() -> None:
     the choice of a backend imports modules, which it cannot follow."""
     global _run
     if not hasattr(_run, "_torchdynamo_disable"):
-        _run = torch.compiler.disable(_run)
+        _run = torch.compiler.disable(_run)  # pyright: ignore[reportAssignmentType]
 
 
 def _run(scan: str, backend: str, value: Tensor, k: Tensor, *tensors, chunk: int, **options):
