@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,24 @@ def test_tests_that_cannot_be_collected_are_an_error_with_its_reason(stage, tmp_
     (tmp_path / "test_broken.py").write_text("import nothing_of_that_name")
     with pytest.raises(RuntimeError, match="nothing_of_that_name"):
         run_tests(stage, [str(tmp_path)], workers=1, seconds=60)
+
+
+FAULTS = {  # MUONLM_PLANT: the tests of a stage that must see it, and what they say
+    "gradient": ("scan/test_device.py", "strided and delta and chunked and not muon and not open", "d_k"),
+    "nan": ("training/test_device.py", "trains_as_the_cpu and hybrid", "gradient norm nan at step 1"),
+    "sync": ("optim/test_device.py", "matrices_never_waits and default-float32-number", "the host waits for it"),
+    "exception": ("training/test_device.py", "trains_as_the_cpu and hybrid", "a planted exception"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_fails_the_checks_that_it_concerns(fault):
+    file, chosen, why = FAULTS[fault]
+    tests = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "cuda", "-k", chosen, str(tests / file)]
+    env = os.environ | {"MUONLM_PLANT": fault, "MUONLM_REHEARSE": "1", "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 1 and "1 failed" in done.stdout and why in done.stdout, done.stdout[-2000:]
 
 
 # ---- the whole
