@@ -14,7 +14,7 @@ that is left; what one does not use goes to the next:
     throughput   training steps of the recipes at their own sizes: tokens/s, MFU, memory, where the time goes
     quality      `shakespeare` to nanoGPT's published validation loss
 The checks are the tests marked `cuda`. Needs torch and what muonlm needs, pytest, and for the kernels triton; fla is
-measured too where it is there. No installation, no network.
+measured too where it is there. No installation, no network. To choose block sizes: gpu_stages/blocks.py and tiles.py.
 
 DIR (default: build/gpu) gets STAGE.jsonl row by row, STAGE.log, gpu.json and gpu.md, a page for LOG.md. The table
 goes to stdout.

@@ -54,6 +54,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from gpu_stages import timing
+from gpu_stages.timing import one_call
 from torch import Tensor, nn
 
 from muonlm.config.recipes import load_recipe
@@ -291,21 +293,6 @@ class Workload:
         return arm.build(self.params[arm.splits], self.splits, LR, WD)
 
 
-def timed(step: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call."""
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end)
-    began = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - began)
-
-
 def tensors(value) -> Iterable[Tensor]:
     if isinstance(value, Tensor):
         yield value
@@ -326,12 +313,7 @@ def state_bytes(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) ->
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """Most bytes that torch had allocated at once during work(), above what it had before."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return timing.peak_bytes(work, device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     with tempfile.TemporaryDirectory() as folder:
@@ -400,7 +382,7 @@ def measure(
         due = [name for name in running if ARMS[name].main or turn % every == 0]
         for name in due[turn % len(due) :] + due[: turn % len(due)]:
             workload.load(turn, ARMS[name].splits)
-            times[name][turn] = timed(running[name][0].step, device)
+            times[name][turn] = one_call(running[name][0].step, device)
         if turn >= 2 and time.perf_counter() - began > budget:
             break
     rows = []
@@ -486,7 +468,7 @@ def share(key: str, spec: Set, repeats: int, device: torch.device) -> dict:
         if turn > 3 and time.perf_counter() - began > SHARE_BUDGET:
             break
         model.zero_grad()
-        ms = timed(forward_backward, device), timed(optimizer.step, device)
+        ms = one_call(forward_backward, device), one_call(optimizer.step, device)
         if turn:
             passes.append(ms[0])
             steps.append(ms[1])

@@ -1,4 +1,4 @@
-"""How long each kernel of the delta rule takes at other block sizes, warps, stages: where delta_triton.blocks is from.
+"""How long each kernel of the delta rule takes at other block sizes, warps, stages: for delta_triton.blocks.
 
     PYTHONPATH=src python benchmarks/gpu_stages/blocks.py [--dtype bfloat16] [--keys 56] [--values 112] [--workers 14]
 
@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # run as a script
+from gpu_stages.timing import graph_ms  # noqa: E402
+
 KERNELS = ("squares", "walk", "outputs", "walk_back", "gradients")
 ROWS, TOKENS, HEADS, CALLS = 8, 2048, 9, 20
 
@@ -88,23 +90,6 @@ def launcher(name: str, launch: tuple, variant: dict, keys: int, values: int):
     return lambda: kernel[grid](*args, **named)
 
 
-def timed(work) -> float:
-    """Microseconds a call, of many in a graph: a launch takes the host longer than some of these kernels."""
-    work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            work()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph.replay()
-    torch.cuda.synchronize()
-    begin.record()
-    graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return 1e3 * begin.elapsed_time(end) / CALLS
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16")
@@ -126,7 +111,7 @@ def main() -> None:
     for name, variant in every:
         try:
             work = launcher(name, launches[name], variant, args.keys, args.values)
-            work() if args.compile >= 0 else found[name].append((timed(work), variant))
+            work() if args.compile >= 0 else found[name].append((1e3 * graph_ms(work, CALLS), variant))
         except Exception as error:  # too much shared memory, say
             found[name].append((float("inf"), variant | {"error": str(error)[:60]}))
     if args.compile >= 0:

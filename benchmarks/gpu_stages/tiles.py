@@ -1,5 +1,5 @@
-"""How long the diagonal scan takes at other tiles and with other numbers of programs a row.
-Where diagonal_triton.tile and workers are from.
+"""How long the diagonal scan takes at other tiles and with other numbers of programs a row:
+for diagonal_triton.tile and workers.
 
     PYTHONPATH=src python benchmarks/gpu_stages/tiles.py [--forms "muon longhorn,mamba"] [--processes 14]
 
@@ -20,6 +20,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # run as a script
 from gpu_stages.scans import FORMS, tensors  # noqa: E402
+from gpu_stages.timing import graph_ms  # noqa: E402
 
 TILES = {  # BLOCK_D, warps; the first is in use
     "forward": [(32, 1), (16, 1), (32, 2), (64, 1), (64, 2), (64, 4), (128, 4)],
@@ -52,23 +53,6 @@ def fixed(direction: str, block: int, warps: int, parts: int):
     return mock.patch.multiple(gpu, tile=lambda N: tile, workers=lambda *_, **__: parts)
 
 
-def timed(work) -> float:
-    """Milliseconds a call, of CALLS in a graph."""
-    work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            work()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph.replay()
-    torch.cuda.synchronize()
-    begin.record()
-    graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / CALLS
-
-
 def profiled(name: str, works: dict) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         for _ in range(CALLS):
@@ -99,10 +83,11 @@ def main() -> None:
         for parts in PARTS[way][:2] if args.compile >= 0 else PARTS[way]:
             with fixed(way, *tile, parts):
                 try:
-                    works[name][way]() if args.compile >= 0 else print(
-                        f"{name:14} {way:8} tile {tile} programs a row {parts:2} {timed(works[name][way]):8.3f} ms",
-                        flush=True,
-                    )
+                    if args.compile >= 0:
+                        works[name][way]()
+                        continue
+                    ms = graph_ms(works[name][way], CALLS)
+                    print(f"{name:14} {way:8} tile {tile} programs a row {parts:2} {ms:8.3f} ms", flush=True)
                 except Exception as error:  # a tile that does not fit, say
                     print(f"{name:14} {way:8} tile {tile} programs a row {parts:2} {str(error)[:80]}", flush=True)
 

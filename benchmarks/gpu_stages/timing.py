@@ -60,3 +60,14 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     work()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def graph_ms(work: Callable[[], object], calls: int) -> float:
+    """Milliseconds a call of `calls` in a CUDA graph: a launch takes the host longer than some kernels take."""
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            work()
+    graph.replay()
+    return one_call(graph.replay, torch.device("cuda")) / calls
