@@ -16,8 +16,8 @@ that is left; what one does not use goes to the next:
 The checks are the tests marked `cuda`. Needs torch and what muonlm needs, pytest, and for the kernels triton; fla is
 measured too where it is there. No installation, no network. To choose block sizes: gpu_stages/blocks.py and tiles.py.
 
-DIR (default: build/gpu) gets STAGE.jsonl row by row, STAGE.log, gpu.json and gpu.md, a page for LOG.md. The table
-goes to stdout.
+DIR (default: build/gpu) gets STAGE.jsonl row by row, STAGE.log, gpu.json and gpu.md, a page for LOG.md, of all that
+DIR holds. A stage that is run again replaces its rows there; with --only it adds to them. The table goes to stdout.
 Verdicts   ok, FAILED: a check · met, missed: a target · not run: with the reason
 Exit code  0; 1 if a row is FAILED; 2 for wrong arguments
 """
@@ -36,6 +36,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = {"ceilings": 2, "kernels": 26, "training": 14, "optimizer": 12, "throughput": 31, "quality": 15}  # of 100
+CHECKED = ("kernels", "training", "optimizer")  # the stages that have checks
 GRACE = 5.0  # seconds that a stage may be late
 FAULTS = ("gradient", "nan", "sync", "exception")
 TEXT = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -56,6 +57,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--one", help=argparse.SUPPRESS)  # this process is a stage
     args = parser.parse_args()
     args.stages = [name for name in SHARES if name in args.stages.split(",")]
+    args.out, args.text = args.out.resolve(), args.text.resolve()
+    if args.only == "checks":
+        args.stages = [name for name in args.stages if name in CHECKED]
     args.minutes = args.minutes or (40.0 if args.rehearse else 9.0)
     if unknown := set(parser.parse_args().stages.split(",")) - SHARES.keys():
         parser.error(f"unknown stage {', '.join(map(repr, sorted(unknown)))}; choose from {', '.join(SHARES)}")
@@ -74,18 +78,26 @@ def main() -> int:
             f"torch {torch.__version__} sees no CUDA device; --rehearse tries everything at toy size", file=sys.stderr
         )
         return 2
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends its stage, and the rows are told
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.stages:
+        if not args.only:
+            (args.out / f"{name}.jsonl").unlink(missing_ok=True)
+        for kept in args.out.glob(f"{name}-*.tests.jsonl"):  # what an earlier run's workers wrote
+            kept.unlink()
     if args.rehearse:
         args.text = args.out / "text.txt"
         args.text.write_text(MADE_UP * 400)  # 38 kB
     os.environ |= surroundings(args)
     began = time.monotonic()
-    for i, name in enumerate(args.stages):
-        left = 60 * args.minutes - (time.monotonic() - began)
-        shares = [SHARES[later] for later in args.stages[i:]]
-        start(args, name, left * shares[0] / sum(shares))
-    return tell(args, time.monotonic() - began)
+    try:
+        for i, name in enumerate(args.stages):
+            left = 60 * args.minutes - (time.monotonic() - began)
+            shares = [SHARES[later] for later in args.stages[i:]]
+            start(args, name, left * shares[0] / sum(shares))
+    finally:
+        failed = tell(args, time.monotonic() - began)
+    return 1 if failed else 0
 
 
 def surroundings(args: argparse.Namespace) -> dict[str, str]:
@@ -152,21 +164,19 @@ def run_stage(args: argparse.Namespace) -> None:
 
 
 def tell(args: argparse.Namespace, seconds: float) -> int:
-    from gpu_stages.report import FAILED, line
+    """Print and write what is known; how many rows are FAILED."""
+    from gpu_stages.report import FAILED, NOT_RUN, line, records
 
-    rows = []
-    for name in args.stages:
-        text = (args.out / f"{name}.jsonl").read_text("utf-8")
-        rows += [json.loads(part) for part in text.splitlines()]
+    rows = [row for name in SHARES for row in records(args.out / f"{name}.jsonl")]
     machine = described(args) | {"seconds": round(seconds)}
     (args.out / "gpu.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
     (args.out / "gpu.md").write_text(page(machine, rows), "utf-8")
     print(f"{'stage':10} {'what':52} {'figure':>18} {'target':>8} verdict")
     for row in rows:
         print(line(row))
-    failed = sum(row["verdict"] == FAILED for row in rows)
-    print(f"{len(rows)} rows, {failed} failed, {seconds:.0f} s; {args.out / 'gpu.md'}")
-    return 1 if failed else 0
+    failed, lost = (sum(row["verdict"] == verdict for row in rows) for verdict in (FAILED, NOT_RUN))
+    print(f"{len(rows)} rows, {failed} failed, {lost} not run, {seconds:.0f} s; {args.out / 'gpu.md'}")
+    return failed
 
 
 def described(args: argparse.Namespace) -> dict[str, str]:
@@ -180,10 +190,13 @@ def described(args: argparse.Namespace) -> dict[str, str]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             pass
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    commit = args.commit
+    if not commit and shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip()
     return {
         "device": "a rehearsal on a CPU" if args.rehearse else torch.cuda.get_device_name(),
-        "commit": args.commit or git.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "python": platform.python_version(),
         "cores": str(os.cpu_count()),
         **versions,

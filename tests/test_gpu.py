@@ -134,6 +134,8 @@ def test_a_planted_fault_fails_the_checks_that_it_concerns(fault):
 
 # ---- the whole
 
+NOT_REHEARSED = ("fla", "compiled: the other", "busy", "kernels of a step", "shares a row", "programs a row")
+
 
 def run(out: Path, *flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(out), *flags]
@@ -145,10 +147,27 @@ def test_an_unknown_stage_is_refused_with_the_names_that_exist(tmp_path):
     assert done.returncode == 2 and "unknown stage 'kernel'" in done.stderr and "throughput" in done.stderr
 
 
+def test_a_planted_exception_ends_a_part_and_no_stage(tmp_path):
+    done = run(tmp_path, "--rehearse", "--stages", "ceilings,quality", "--plant", "exception", "--minutes", "5")
+    found = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    failed = [(row["stage"], row["what"]) for row in found if row["verdict"] == "FAILED"]
+    assert done.returncode == 1 and failed == [("ceilings", "launch"), ("quality", "shakespeare to 1.4697")], failed
+    assert [row["verdict"] for row in found if row["what"] == "stage"] == ["ok", "ok"]
+
+
+def test_a_stage_alone_adds_to_what_the_folder_holds(tmp_path):
+    for flags in ("--stages", "ceilings"), ("--stages", "kernels", "--only", "checks", "--minutes", "0.001"):
+        run(tmp_path, "--rehearse", *flags)
+    found = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert {row["stage"] for row in found} == {"ceilings", "kernels"}
+
+
 def test_the_whole_examination_can_be_rehearsed_on_a_cpu(gpu, tmp_path):
-    done = run(tmp_path / "out", "--rehearse")
+    done = run(tmp_path / "out", "--rehearse", "--minutes", "14")
     assert done.returncode == 0, done.stdout
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())["rows"]
     assert {row["stage"] for row in found} == set(gpu.SHARES)
+    lost = [row["what"] for row in found if row["verdict"] == "not run"]
+    assert all(any(part in what for part in NOT_REHEARSED) for what in lost), lost
     assert len(found) < 100
     assert (tmp_path / "out" / "gpu.md").read_text("utf-8").count("\n") > len(found)

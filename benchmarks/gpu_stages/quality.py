@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from .report import Stage
+from .report import Stage, plant
 
 RECIPE, TARGET, SECONDS = "shakespeare", 1.4697, 60.0
 DATA = "tiny Shakespeare, whole last 10 %"
@@ -32,8 +32,6 @@ VARIANTS: dict[str, dict[str, object]] = {  # what each changes of the recipe
 
 
 def run(stage: Stage) -> None:
-    if not stage.figures:
-        return
     flags = {}
     if os.environ.get("MUONLM_EXPLORE") == "1":
         flags = stage.part("variants", lambda: explore(stage)) or {}
@@ -41,8 +39,7 @@ def run(stage: Stage) -> None:
 
 
 def to_target(stage: Stage, flags: dict[str, object]) -> None:
-    if os.environ.get("MUONLM_PLANT") == "exception":
-        raise RuntimeError("a planted exception")
+    plant("exception")
     target = 4.0 if stage.rehearse else TARGET
     training = Training(stage, "alone", flags | {"eval.target": target})
     found = training.finish(stage)

@@ -1,6 +1,7 @@
 """What a stage is given, and how it reports: one row a figure, on disk the moment it is known."""
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -75,8 +76,8 @@ class Stage:
             }
         )
 
-    def not_run(self, what: str, why: str) -> None:
-        self.write({"stage": self.name, "what": what, "verdict": NOT_RUN, "note": why})
+    def not_run(self, what: str, why: str, **details) -> None:
+        self.write({"stage": self.name, "what": what, "verdict": NOT_RUN, "note": why, **details})
 
     def write(self, row: dict) -> None:
         with open(self.out / f"{self.name}.jsonl", "a", encoding="utf-8") as file:
@@ -94,6 +95,23 @@ class Stage:
             traceback.print_exception(error)
             self.row(what, ok=False, note=reason(error))
             return None
+
+
+def plant(fault: str) -> None:
+    """With gpu.py --plant FAULT this raises: the part that calls it must become a FAILED row."""
+    if os.environ.get("MUONLM_PLANT") == fault:
+        raise RuntimeError(f"a planted {fault}")
+
+
+def records(path: Path) -> list[dict]:
+    """Lines of JSON; the last may be cut off, where its process was killed."""
+    found = []
+    for text in path.read_text("utf-8").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            continue
+    return found
 
 
 def reason(error: Exception) -> str:

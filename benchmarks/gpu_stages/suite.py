@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import interpreter
-from .report import Stage
+from .report import Stage, records
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTEST = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
@@ -77,6 +77,7 @@ class Worker:
     paths: list[str]
     results: dict[str, dict] = field(default_factory=dict)
     process: subprocess.Popen | None = None
+    begun: str = ""  # the test that runs, or ran when its time was over
 
     def start(self) -> None:
         left = [test for test in self.tests if test not in self.results]
@@ -90,16 +91,16 @@ class Worker:
 
     def read(self) -> None:
         """Take up what the log says; a test that began and never ended crashed its process."""
-        lines = self.log.read_text("utf-8").splitlines() if self.log.exists() else []
         begun = ""
-        for line in map(json.loads, lines):
+        for line in records(self.log):
             if line["outcome"] == "begun":
                 begun = line["test"]
                 continue
             kept = self.results.get(line["test"], {})
             if kept.get("outcome") != "failed":  # a failed call is not forgotten for its teardown
                 self.results[line["test"]] = line
-        if self.process and self.process.poll() is not None and begun and begun not in self.results:
+        self.begun = "" if begun in self.results else begun
+        if self.begun and self.process and self.process.poll() is not None:
             self.fail(begun)
 
     def fail(self, test: str) -> None:
@@ -173,6 +174,8 @@ def run_tests(stage: Stage, paths: list[str], *, workers: int, seconds: float) -
         one.read()
         results |= one.results
     told(stage, tests, results)
+    if begun := [one.begun.split("::test_")[-1] for one in team if one.begun]:
+        stage.not_run("  begun when the time was over", "; ".join(begun)[:300])
 
 
 def told(stage: Stage, tests: list[str], results: dict[str, dict]) -> None:
@@ -198,8 +201,11 @@ def told(stage: Stage, tests: list[str], results: dict[str, dict]) -> None:
             continue
         if lost := len(cases) - len(found):
             note = f"{lost} not run; {note}"
-        ok = not failed if failed or not lost else None
-        stage.row(name, f"{len(passed)}/{len(cases)}", ok=ok, note=note, seconds=sum(r["seconds"] for r in found))
+        row = {"figure": f"{len(passed)}/{len(cases)}", "seconds": sum(r["seconds"] for r in found)}
+        if failed or passed and not lost:
+            stage.row(name, ok=not failed, note=note, **row)
+        else:
+            stage.not_run(name, note, **row)
         for r in failed:
             lines = [text for text in r["text"].splitlines() if text.startswith("E ")] or r["text"].splitlines()
             why = lines[0][:160] if lines else "no reason given"

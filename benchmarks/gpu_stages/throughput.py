@@ -69,8 +69,6 @@ FAULTY = {"exception": "minimind", "nan": "mamba_slm"}  # planted fault: the rec
 
 def run(stage: Stage) -> None:
     """Figures of all compiled, then eager ones, then the largest micro-batches, as time allows."""
-    if not stage.figures:
-        return
     benches = {name: Process(name, stage) for name in chosen(stage)}
     try:
         prepare(stage, benches)
@@ -176,7 +174,8 @@ def tell_largest(stage: Stage, bench: "Process", name: str) -> None:
 
 def compared(stage: Stage, flops_per_s: float) -> dict[str, float]:
     """Fractions of the card's peak, and of what was measured on it."""
-    fractions = {"mfu": flops_per_s / (parallel.peak_flops(stage.device) or float("inf"))}
+    peak = parallel.peak_flops(stage.device) or (float("inf") if stage.rehearse else float("nan"))  # an unknown card
+    fractions = {"mfu": flops_per_s / peak}
     if stage.ceilings.get("bf16_flops"):
         fractions["of_ceiling"] = flops_per_s / stage.ceilings["bf16_flops"]
     return fractions

@@ -38,12 +38,18 @@ class Verbs:
 
     def ended(self) -> dict[str, str]:
         """What each said; a failure or a warning of any is one of the test."""
-        for name, process in self.running.items():
-            code = process.wait(240)
-            self.said[name], errors = ((self.folder / f"{name}.{kind}").read_text() for kind in ("stdout", "stderr"))
-            assert code == 0, f"{name}: exit code {code}: {errors[-2000:]}"
-            loud = [line for line in errors.splitlines() if "warn" in line.lower() or "Traceback" in line]
-            assert not loud, f"{name}: {loud}"
+        try:
+            for name, process in self.running.items():
+                code = process.wait(240)
+                self.said[name], errors = (
+                    (self.folder / f"{name}.{kind}").read_text() for kind in ("stdout", "stderr")
+                )
+                assert code == 0, f"{name}: exit code {code}: {errors[-2000:]}"
+                loud = [line for line in errors.splitlines() if "warn" in line.lower() or "Traceback" in line]
+                assert not loud, f"{name}: {loud}"
+        finally:
+            for process in self.running.values():
+                process.kill()
         self.running = {}
         return self.said
 

@@ -116,6 +116,15 @@ def test_bf16_values_make_bf16_factors_enough(size):
 
 
 @kernels
+def test_a_nan_among_the_gates_is_seen():
+    given = problem(L=37, B=1)
+    given["lg"][0, 4, 1] = torch.nan
+    got = by_kernels(given, chunk=16)
+    assert got["y"][0, 4:, 1].isnan().all() and got["y"][0, :, 0].isfinite().all()
+    assert got["d_lg"][0, 4, 1].isnan() and got["d_lg"][0, :, 0].isfinite().all()
+
+
+@kernels
 @pytest.mark.parametrize("N, P", [(1, 1), (24, 40), (40, 24)])
 def test_strong_gates_in_bf16_leave_no_noise_in_their_gradients(N, P):
     """What a chunk adds and forgets again cancels in the gradient of lg only if both are rounded alike. The widths are

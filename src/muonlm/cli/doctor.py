@@ -51,7 +51,7 @@ def versions() -> str:
 def device() -> str:
     import torch
 
-    from muonlm.training.parallel import pick_device
+    from muonlm.training.parallel import has_bf16, pick_device
 
     place = pick_device("auto")
     found = f"{place}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
@@ -60,7 +60,7 @@ def device() -> str:
     card, triton = torch.cuda.get_device_properties(place), importlib.util.find_spec("triton")
     return (
         f"{found}; {card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}, "
-        f"{'bf16' if torch.cuda.is_bf16_supported() else 'no bf16: trains in fp32'}, "
+        f"{'bf16' if has_bf16() else 'no bf16: trains in fp32'}, "
         f"{'Triton kernels' if triton else 'no package triton: the scans of recurrent layers run in plain PyTorch'}"
     )
 

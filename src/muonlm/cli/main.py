@@ -86,7 +86,7 @@ def told(error: BaseException, parser) -> tuple[str, int]:
             "place; a run that was stopped goes on with: muonlm train --resume RUN"
         ), 2
     if out_of_memory(error):  # of training: training/memory.py, which knows what was tried
-        return f"out of memory: {error} Ask for less at a time, or use --device cpu or a smaller model.", 1
+        return f"out of memory: {error} Ask for less at a time, or use the CPU or a smaller model.", 1
     raise error
 
 

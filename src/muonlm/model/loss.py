@@ -44,10 +44,10 @@ def unused_logits(vocab_size: int, device: torch.device) -> int:
 
 
 def padded(weight: Tensor, unused: int) -> tuple[Tensor, Tensor | None]:
-    """W with so many rows more, and the bias that makes their logits exp(−1e9) = 0 in every sum."""
+    """W with so many rows more, and the bias that makes their logits exp(−1e9) = 0 (fp16: −65504) in every sum."""
     if not unused:
         return weight, None
-    bias = F.pad(weight.new_zeros(len(weight)), (0, unused), value=-1e9)
+    bias = F.pad(weight.new_zeros(len(weight)), (0, unused), value=max(-1e9, torch.finfo(weight.dtype).min))
     return F.pad(weight, (0, 0, 0, unused)), bias
 
 

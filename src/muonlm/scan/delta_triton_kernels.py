@@ -82,7 +82,9 @@ def _log_sums(lg, c, left, H, C: tl.constexpr, MIN_LOG_GATE: tl.constexpr):
     It may reach 80 C, where one fp32 is off by 2e-4. Differences of the high parts of near sums are exact, so that a
     difference is off by 2⁻²⁴ of itself: nothing, where its exponential is not 0.
     """
-    total = tl.cumsum(tl.maximum(_numbers(lg, H, c, left), MIN_LOG_GATE).to(tl.float64), 0)
+    x = _numbers(lg, H, c, left)
+    x = tl.where(x < MIN_LOG_GATE, MIN_LOG_GATE, x)  # not a maximum, which would drop a NaN
+    total = tl.cumsum(x.to(tl.float64), 0)
     high = total.to(tl.float32)
     return high, (total - high.to(tl.float64)).to(tl.float32)
 
@@ -326,6 +328,7 @@ def gradients(
         net += tl.where(c == C - 1, tl.sum(leaving, 0), 0.0)
         tl.store(db + token + c * H, tl.sum(tl.where(c[:, None] == c[None, :], RV, 0.0), 1), mask=c < L - j * C)
     d_lg = tl.sum(tl.where(c[:, None] >= c[None, :], net[:, None], 0.0), 0)
-    free = (c < left) & (_numbers(lg + token, H, c, left) >= MIN_LOG_GATE)
+    clamped = _numbers(lg + token, H, c, left) < MIN_LOG_GATE
+    free = (c < left) & (clamped == 0)  # a NaN is not clamped
     dlg += part.to(tl.int64) * (tl.num_programs(1) // H) * L * H + token
     tl.store(dlg + c * H, tl.where(free, d_lg, 0.0), mask=c < L - j * C)

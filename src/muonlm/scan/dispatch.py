@@ -82,6 +82,15 @@ def _run(scan: str, backend: str, value: Tensor, k: Tensor, *tensors, chunk: int
         return getattr(_module(row.module), scan)(*tensors, **options)
 
 
+def _fit(w: Tensor, k: Tensor, q: Tensor, lengths: Tensor | None, gates: tuple, states: tuple) -> None:
+    """The kernels read addresses: what does not fit may not reach them. Shapes of scans with heads: reference.py."""
+    (B, L, H, P), (G, N) = w.shape, k.shape[2:]
+    assert L > 0 and k.shape == q.shape == (B, L, G, N) and H % G == 0, (w.shape, k.shape, q.shape)
+    assert all(gate.shape == (B, L, H) for gate in gates), [gate.shape for gate in gates]
+    assert lengths is None or lengths.shape == (B,), (lengths.shape, B)
+    assert all(x is None or x.shape == (B, H, N, P) for x in states), (B, H, N, P)
+
+
 def diag_scan(
     gate: tuple,
     w: Tensor,
@@ -123,6 +132,7 @@ def scalar_scan(
     chunk: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """-> y (B,L,H,P), S (B,H,N,P), M (B,H,N,P) or None where γ = 0."""
+    _fit(w, k, q, lengths, (lg,), (S0, M0))
     options = {"gamma": gamma, "alpha": alpha, "lengths": lengths, "chunk": chunk}
     return _run("scalar_scan", backend, w, k, lg, w, k, q, S0, M0, **options)
 
@@ -140,6 +150,7 @@ def delta_scan(
     chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """-> y (B,L,H,P), S (B,H,N,P). Decay first, then the error on the decayed state; q comes scaled."""
+    _fit(u, k, q, lengths, (lg, b), (S0,))
     return _run("delta_scan", backend, u, k, lg, b, u, k, q, S0, lengths=lengths, chunk=chunk)
 
 

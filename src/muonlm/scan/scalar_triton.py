@@ -249,5 +249,5 @@ def scalar_scan(lg, w, k, q, S0=None, M0=None, *, gamma=0.0, alpha=1.0, lengths=
         lengths = torch.full((B,), L, device=w.device, dtype=torch.int32)
     run: Any = _uncompiled() if torch.compiler.is_compiling() else _Scan.apply
     M0 = M0 if gamma else None  # not read
-    lengths = lengths.to(w.device, torch.int32)
+    lengths = lengths.to(w.device, torch.int32).contiguous()
     return run(lg, w, k, q, S0, M0, float(gamma), float(alpha), lengths, chunk)

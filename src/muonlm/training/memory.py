@@ -7,6 +7,7 @@ Whether a size fits is known only by trying it: nothing is refused beforehand.
 
 import contextlib
 import os
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +75,8 @@ def told(device: torch.device, run: Path | None, work: Work):
             f"out of memory: {work.what} did not fit on {device}, {size(device)}. "
             f"Try {f'{work.flag} {work.more}'.strip()}. {kept}{on}."
         )
-    if message:  # outside of `except`, or the error would keep all tensors of its frames alive
+        traceback.clear_frames(error.__traceback__)  # the tensors of its frames: a process may go on
+    if message:
         raise RunFailed(message)
 
 

@@ -122,13 +122,18 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
 
+def has_bf16() -> bool:
+    """Whether the GPU multiplies bf16 itself; older ones emulate it, slower than fp32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def choose_dtype(step, device: torch.device) -> tuple[str, str]:
     """(dtype, reason). GPU: bfloat16 where supported. CPU: time `step()`, forward and backward of the model, both ways.
 
     bf16 must win by 10 %: below that the noise of a shared machine decides, and fp32 is the more exact.
     """
     if device.type == "cuda":
-        return ("bfloat16", "GPU supports it") if torch.cuda.is_bf16_supported() else ("float32", "GPU lacks bf16")
+        return ("bfloat16", "GPU supports it") if has_bf16() else ("float32", "GPU lacks bf16")
     if device.type != "cpu":
         return "float32", f"no probe for {device.type}"
     times = {"float32": [], "bfloat16": []}

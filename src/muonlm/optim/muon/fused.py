@@ -20,6 +20,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from ..tensors import on_device
+
 try:
     import triton
     import triton.language as tl
@@ -85,7 +87,8 @@ def works(device: torch.device) -> bool:
     if triton is None or device.type != "cuda" and not INTERPRETED:
         return False
     try:
-        divide(torch.ones(1, 1, 1, device=device), torch.ones(1, device=device), 1.0)
+        with on_device(device):
+            divide(torch.ones(1, 1, 1, device=device), torch.ones(1, device=device), 1.0)
     except Exception as error:  # whatever is missing, torch's own functions do the work
         warnings.warn(f"Muon goes on without its Triton kernels, more slowly: {type(error).__name__}: {error}"[:300])
         return False

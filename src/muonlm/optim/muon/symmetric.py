@@ -35,6 +35,8 @@ def symmetric_kernel(
 ):  # fmt: skip
     tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int32)  # tiles are counted row by row: 1 + 2 + ... + i before
+    i += ((i + 1) * (i + 2) // 2 <= tile).to(tl.int32)  # the root is a fast one, and may be off by its last bit
+    i -= (i * (i + 1) // 2 > tile).to(tl.int32)
     j = tile - i * (i + 1) // 2
     rows, columns, depth = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE), tl.arange(0, DEPTH)
     left = A + batch * a_batch + rows[:, None] * a_row + depth[None, :] * a_column

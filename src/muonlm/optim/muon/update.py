@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..tensors import on_device
 from . import fused
 from .memory import batch_bytes
 from .newton_schulz import iterate, orthogonalise, triples
@@ -63,26 +64,32 @@ def update(group: dict, pieces: list[Piece], observe: Observer | None = None) ->
         key = (*piece.weight.shape, piece.factor, piece.transposed, piece.momentum.dtype, piece.momentum.device)
         buckets[key if group["batch_by_shape"] else len(buckets)].append(piece)
     for bucket in buckets.values():
-        entries = bucket[0].weight.numel() * bucket[0].momentum.element_size()
-        per_batch = max(1, batch_bytes(group, bucket[0].momentum.device) // entries)
-        for i in range(0, len(bucket), per_batch):
-            batch = bucket[i : i + per_batch]
-            way = None if group["compat"] else _choice(batch, group, len(bucket))
-            at_once = way is not None and _at_once(batch, group, way[1], decay)
-            if decays(decay) and not group["cautious"] and not at_once:
-                torch._foreach_mul_([piece.weight for piece in batch], 1.0 - _rate(group) * decay)
-            if way is None:
-                O = _torch_orthogonalise(batch, group)
-            else:
-                O = _direction(batch, group, way, at_once, observe)
-            if at_once and not isinstance(decay, Tensor):
-                weights = [piece.weight for piece in batch]
-                factor = 1.0 if group["variant"] == "adamuon" else batch[0].factor
-                fused.change(weights, O, group["lr"], decay, factor, group["cautious"])
-            else:
-                _move(batch, group, O, decay if group["cautious"] else 0.0)
-            del O  # before the next batch needs its memory
+        with on_device(bucket[0].momentum.device):
+            _update_bucket(bucket, group, decay, observe)
     return len(pieces)
+
+
+def _update_bucket(bucket: list[Piece], group: dict, decay: float | Tensor, observe: Observer | None) -> None:
+    """As many pieces of one shape at a time as `max_batch_bytes` holds."""
+    entries = bucket[0].weight.numel() * bucket[0].momentum.element_size()
+    per_batch = max(1, batch_bytes(group, bucket[0].momentum.device) // entries)
+    for i in range(0, len(bucket), per_batch):
+        batch = bucket[i : i + per_batch]
+        way = None if group["compat"] else _choice(batch, group, len(bucket))
+        at_once = way is not None and _at_once(batch, group, way[1], decay)
+        if decays(decay) and not group["cautious"] and not at_once:
+            torch._foreach_mul_([piece.weight for piece in batch], 1.0 - _rate(group) * decay)
+        if way is None:
+            O = _torch_orthogonalise(batch, group)
+        else:
+            O = _direction(batch, group, way, at_once, observe)
+        if at_once and not isinstance(decay, Tensor):
+            weights = [piece.weight for piece in batch]
+            factor = 1.0 if group["variant"] == "adamuon" else batch[0].factor
+            fused.change(weights, O, group["lr"], decay, factor, group["cautious"])
+        else:
+            _move(batch, group, O, decay if group["cautious"] else 0.0)
+        del O  # before the next batch needs its memory
 
 
 def _choice(batch: list[Piece], group: dict, count: int) -> Choice:
