@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -912,3 +913,13 @@ def test_thin_slices_of_stacked_experts_are_adamws_in_every_expert():
     assert optimizer.state[stack]["exp_avg"].numel() == 3 * 4 * 8
     moved = (stack.detach() - before)[:, 16:].abs()  # AdamW's first step moves every entry by its rate
     torch.testing.assert_close(moved, torch.full_like(moved, 0.02 * 0.1), rtol=1e-3, atol=0)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a torch built for CUDA imports Triton")
+def test_without_cuda_nobody_waits_for_triton():
+    code = "import sys, muonlm.training.loop, muonlm.optim.muon.muon; print('triton' in sys.modules)"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "CUDA_VISIBLE_DEVICES": ""
+    }
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout == "False\n"

@@ -5,6 +5,7 @@ Pretence   tensors of the CPU say that they are on a device if they were asked f
            indices of the CPU, copies. Values are real, so that what depends on them (packing, prefix trees) runs.
 """
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -139,6 +140,7 @@ def pretence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: CARD)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: CARD.name)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 0)
     monkeypatch.setattr(kernels, "_kernels", lambda: None)
     engine = torch.autograd._engine_run_backward

@@ -22,14 +22,16 @@ from torch import Tensor
 
 from ..tensors import on_device
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # when the kernels below are decorated
 try:
+    if not (INTERPRETED or torch.version.cuda):
+        raise ImportError("without CUDA nobody waits for Triton")
     import triton
     import triton.language as tl
 except ImportError:  # `fits` tells
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 jit = triton.jit if triton else lambda kernel: kernel
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # when the kernels below were decorated
 BLOCK = 4096  # numbers a program
 TABLES = 64  # weights and momenta stay where they are, gradients often
 

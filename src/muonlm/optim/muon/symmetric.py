@@ -17,14 +17,16 @@ from torch import Tensor
 
 from . import fused
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # when the kernels below are decorated
 try:
+    if not (INTERPRETED or torch.version.cuda):
+        raise ImportError("without CUDA nobody waits for Triton")
     import triton
     import triton.language as tl
 except ImportError:  # `fits` tells
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 jit = triton.jit if triton else lambda kernel: kernel
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # when the kernel below was decorated
 TILE, DEPTH = 128, 64
 
 
