@@ -161,7 +161,7 @@ def test_newton_schulz_agrees_with_fp64(device, within, coefficients, method, dt
 @pytest.mark.parametrize("kind", ["wide", "tall", "square"])
 def test_half_of_a_symmetric_product_is_the_whole(device, within, kind):
     """On a CPU Triton's interpreter, in fp32."""
-    if symmetric.triton is None or device.type == "cpu" and not symmetric.INTERPRETED:
+    if fused.triton is None or device.type == "cpu" and not fused.INTERPRETED:
         pytest.skip("needs Triton, and on a CPU TRITON_INTERPRET=1")
     dtype, tolerance = (torch.bfloat16, 4e-3) if device.type == "cuda" else (torch.float32, 1e-6)
     X = torch.randn(3, 256, 320 if kind == "wide" else 256, generator=torch.Generator().manual_seed(0)).to(

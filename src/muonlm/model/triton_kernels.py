@@ -11,12 +11,12 @@ Shapes   logits (n,V), targets (n,) int64 · x (B,T,H,K), cos and sin (T,K/2) ·
 Dtypes   fp32, bf16 or fp16; arithmetic in fp32
 """
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from muonlm.scan.launch import on_device
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     nats = torch.empty(n, dtype=torch.float32, device=logits.device)
     block = min(4096, max(128, triton.next_power_of_2(V)))
     if n:
-        with _on(logits):
+        with on_device(logits.device):
             _cross_entropy[(n,)](
                 logits, targets, nats, logits.stride(0), V, BLOCK=block, num_warps=max(1, block // 512)
             )
@@ -78,7 +78,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     y = torch.empty(B, T, H, K, dtype=x.dtype, device=x.device)
     heads, half = triton.next_power_of_2(H), triton.next_power_of_2(K // 2)
     if x.numel():
-        with _on(x):
+        with on_device(x.device):
             _rotate[(T, B)](
                 x, cos, sin, y, T, *x.stride()[:3], H, sign, BH=heads, HALF=K // 2, BHALF=half,
                 num_warps=min(8, max(1, heads * half // 128)),
@@ -144,14 +144,9 @@ def _launch_rows(kernel, y: Tensor, *tensors: Tensor) -> None:
     F = y.shape[-1]
     block = min(1024, triton.next_power_of_2(F))
     if y.numel():
-        with _on(y):
+        with on_device(y.device):
             kernel[(y.numel() // F, triton.cdiv(F, block))](*tensors, F, BLOCK=block, num_warps=4)
 
 
 def swiglu(x: Tensor) -> Tensor:
     return _SwiGLU.apply(x.contiguous())
-
-
-def _on(x: Tensor):
-    """Triton launches on the current device: make it x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -4,7 +4,6 @@ FSDP2 makes parameters DTensors; everything else is whole on every rank, and goe
 """
 
 import sys
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -25,11 +24,6 @@ def is_sharded(t: Tensor) -> "TypeGuard[DTensor]":
 def local(t: Tensor) -> Tensor:
     """This rank's shard of a DTensor, sharing its memory; any other tensor itself."""
     return t.to_local() if is_sharded(t) else t
-
-
-def on_device(device: torch.device):
-    """Triton launches on the current device: make it this one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def like(p: Tensor, dtype: torch.dtype) -> Tensor:

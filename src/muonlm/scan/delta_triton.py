@@ -28,7 +28,6 @@ Source   Gated DeltaNet 2412.06464 for the recurrence; the kernels follow from t
 # pyright: reportIncompatibleMethodOverride=false
 
 import math
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -36,16 +35,13 @@ import torch
 from torch import Tensor
 
 from . import delta
-from .delta_triton_kernels import INTERPRETED, gradients, outputs, squares, triton, walk, walk_back
+from .delta_triton_kernels import gradients, outputs, squares, walk, walk_back
+from .diagonal_triton import available as available
+from .launch import on_device, sequence
 from .reference import MIN_LOG_GATE
 
 EXACT = "tf32x3"  # three products of 10 bits each: an fp32 one to 2⁻²⁰
 ROUNDED = "tf32"  # what is left in fp32 beside bf16
-
-
-def available(device: torch.device) -> bool:
-    """Whether Triton is here, and a CUDA device or Triton's interpreter (TRITON_INTERPRET=1) to run the kernels."""
-    return triton is not None and (INTERPRETED or device.type == "cuda" and torch.cuda.is_available())
 
 
 def power(width: int, most: int) -> int:
@@ -95,10 +91,6 @@ def _compiled(N: int, P: int, H: int, G: int, half: bool, wide: bool, C: int) ->
     return named
 
 
-def _sequence(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()  # a warp's lanes read neighbours
-
-
 def _strides(unit: int, *sequences: Tensor) -> list[int]:
     """In batch, time and head, in units, so that the compiler sees what divides them."""
     return [x.stride(i) // unit for x in sequences for i in (0, 1, 2)]
@@ -108,15 +100,10 @@ def _unit(*sequences: Tensor) -> int:
     return math.gcd(16, *(step for x in sequences for step in x.stride()[:3]))
 
 
-def _on(device: torch.device):
-    """Triton launches on the current device: make it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def forward(lg, b, u, k, q, S0, lengths, C):
     """(1) to (3) -> y (B,L,H,P), S (B,H,N,P), and for backward k, q in u's type, Z, P, F, f, V, S₀ of each chunk."""
     (B, L, H, P), (G, N), n = u.shape, k.shape[2:], -(-u.shape[1] // C)
-    u, k, q, lg, b = _sequence(u), _sequence(k), _sequence(q), lg.contiguous(), b.contiguous()
+    u, k, q, lg, b = sequence(u), sequence(k), sequence(q), lg.contiguous(), b.contiguous()
     how = _compiled(N, P, H, G, u.dtype == torch.bfloat16, _wide(u.device), C)
     half = lambda *shape: torch.empty(B * H, *shape, device=u.device, dtype=u.dtype)  # noqa: E731
     full = lambda *shape: torch.empty(*shape, device=u.device, dtype=torch.float32)  # noqa: E731
@@ -124,7 +111,7 @@ def forward(lg, b, u, k, q, S0, lengths, C):
     F, f, y, S_end = full(B * H, n, C), full(B * H, n, C), full(B, L, H, P), full(B, H, N, P)
     k_out, q_out = (None, None) if k.dtype == u.dtype else (x.new_empty(x.shape, dtype=u.dtype) for x in (k, q))
     unit = math.gcd(_unit(q, k, u), N)
-    with _on(u.device):
+    with on_device(u.device):
         squares[n, B * H](
             q, k, lg, b, q_out, k_out, Z, QK, F, f, lengths, L, n, *_strides(unit, q, k), UNIT=unit, **how["squares"]
         )  # fmt: skip
@@ -141,7 +128,7 @@ def forward(lg, b, u, k, q, S0, lengths, C):
 def backward(lg, b, k, q, Z, QK, F, f, V, S, lengths, C, gy, gS, dtype, initial):
     """(4) and (5), given dL/dy and dL/dS or None -> dlg, db, du, dk and dq of `dtype`, and dS0 if `initial`."""
     (B, L, H, P), (G, N), n = gy.shape, k.shape[2:], V.shape[1]
-    gy, lg, b = _sequence(gy), lg.contiguous(), b.contiguous()
+    gy, lg, b = sequence(gy), lg.contiguous(), b.contiguous()
     how = _compiled(N, P, H, G, V.dtype == torch.bfloat16, _wide(gy.device), C)
     parts, ends = -(-N // how["gradients"]["BN"]), how["gradients"]["ENDS"]
     new = lambda *shape, dtype=torch.float32: torch.empty(*shape, device=gy.device, dtype=dtype)  # noqa: E731
@@ -150,7 +137,7 @@ def backward(lg, b, k, q, Z, QK, F, f, V, S, lengths, C, gy, gS, dtype, initial)
     du, db, dlg = new(B, L, H, P, dtype=V.dtype), new(B, L, H), new(parts, B, L, H)
     dq, dk = (new(B, L, H, N, dtype=torch.float32 if G < H else dtype) for _ in range(2))
     unit = _unit(q, k, gy)
-    with _on(gy.device):
+    with on_device(gy.device):
         walk_back[ends, B * H](
             q, k, b, gy, Z, QK, F, f, S, V, gS, dR, dS, du, left, dS0, lengths, L, n, *_strides(unit, q, k, gy),
             UNIT=unit, **how["walk_back"],

@@ -31,8 +31,6 @@ Limits   N ≤ 256: registers cannot hold wider tiles. The table of backends say
 Source   Longhorn 2407.14207, Mamba 2312.00752, MuonSSM 2606.30461 for the recurrence; the kernels follow from (1), (2)
 """
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
@@ -47,6 +45,7 @@ from .diagonal_triton_kernels import (
     summarize_back,
     triton,
 )
+from .launch import on_device, sequence, state
 
 
 def available(device: torch.device) -> bool:
@@ -82,16 +81,8 @@ def workers(programs: int, warps: int, chunks: int, device: torch.device, enough
     return 1 if busy >= enough * SMs else min(chunks, 48 * SMs // busy)
 
 
-def _sequence(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()  # a warp's lanes read neighbours
-
-
 def _strides(*sequences: Tensor) -> list[int]:
     return [step for x in sequences for step in x.stride()[:2]]
-
-
-def _state(x: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if x is None else x.to(torch.float32).contiguous()
 
 
 def _powers(gamma: float, chunk: int, device) -> Tensor:
@@ -99,20 +90,15 @@ def _powers(gamma: float, chunk: int, device) -> Tensor:
     return (gamma ** torch.arange(chunk + 1, dtype=torch.float64, device=device)).float()
 
 
-def on_device(device: torch.device):
-    """Triton launches on the current device: make it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def forward(delta, A, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
     """(1) -> y (B,L,D), S (B,N,D), M or None, Sc (B,chunks,N,D), Mc or None; γ = 0: no M."""
     assert w.dtype in (torch.float32, torch.bfloat16, torch.float16), w.dtype
     (B, L, D), N, velocity, device = w.shape, k.shape[-1], gamma != 0, w.device
     gamma, alpha = float(gamma), float(alpha)  # an int would compile another kernel
-    delta, w, k, q = map(_sequence, (delta, w, k, q))
+    delta, w, k, q = map(sequence, (delta, w, k, q))
     A = None if A is None else A.to(torch.float32).contiguous()
     S = torch.empty(B, N, D, device=device, dtype=torch.float32)
-    S0, M0 = _state(S0, S), _state(M0, S) if velocity else None
+    S0, M0 = state(S0, S), state(M0, S) if velocity else None
     M = torch.empty_like(S) if velocity else None
     chunks = triton.cdiv(L, chunk)
     Sc = S.new_empty(B, chunks, N, D)
@@ -147,10 +133,10 @@ def backward(delta, A, w, k, q, Sc, Mc, gamma, alpha, lengths, chunk, gy, gS, gM
     assert w.dtype in (torch.float32, torch.bfloat16, torch.float16), w.dtype
     (B, L, D), N, velocity, device = w.shape, k.shape[-1], gamma != 0, w.device
     gamma, alpha = float(gamma), float(alpha)  # an int would compile another kernel
-    delta, w, k, q, gy = map(_sequence, (delta, w, k, q, gy))
+    delta, w, k, q, gy = map(sequence, (delta, w, k, q, gy))
     A = None if A is None else A.to(torch.float32).contiguous()
     dS = torch.empty(B, N, D, device=device, dtype=torch.float32)
-    gS, gM = _state(gS, dS), _state(gM, dS) if velocity else None
+    gS, gM = state(gS, dS), state(gM, dS) if velocity else None
     dM = torch.empty_like(dS) if velocity else None
     chunks = Sc.shape[1]
 

@@ -46,7 +46,7 @@ from torch import Tensor
 
 from . import heads
 from .diagonal_triton import available as available
-from .diagonal_triton import on_device
+from .launch import on_device, sequence, state
 from .reference import MIN_LOG_GATE
 from .scalar_triton_kernels import gate_gradients, gate_rows, key_gradients, outputs, triton, walk, write_gradients
 
@@ -123,25 +123,17 @@ def pieces_each(programs: int, pieces: int, device: torch.device) -> int:
     return triton.cdiv(pieces, min(pieces, max(1, 4 * SMs // programs)))
 
 
-def _sequence(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()  # a warp's lanes read neighbours
-
-
 def _strides(*sequences: Tensor) -> list[int]:
     return [step for x in sequences for step in x.stride()[:3]]
-
-
-def _state(x: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if x is None else x.to(torch.float32).contiguous()
 
 
 def forward(lg, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
     """(2), (3) -> y (B,L,H,P), S (B,H,N,P), M or None; then rows (B,H,chunks,5,C), Sc (B,H,chunks,N,P), Mc."""
     (B, L, H, P), (G, N), velocity, device = w.shape, k.shape[2:], gamma != 0, w.device
-    w, k, q = map(_sequence, (w, k, q))
+    w, k, q = map(sequence, (w, k, q))
     S = torch.empty(B, H, N, P, device=device, dtype=torch.float32)
     M = torch.empty_like(S) if velocity else None
-    S0, M0 = _state(S0, S), _state(M0, S) if velocity else None
+    S0, M0 = state(S0, S), state(M0, S) if velocity else None
     how = plan(w, k)
     C = how.chunk(chunk)
     chunks = triton.cdiv(L, C)
@@ -170,10 +162,10 @@ def forward(lg, w, k, q, S0, M0, gamma, alpha, lengths, chunk):
 def backward(lg, w, k, q, rows, Sc, Mc, gamma, alpha, lengths, chunk, dy, dS, dM):
     """(4) to (7), given the gradients of y, S, M -> those of lg, w, k and q in fp32, S0, M0 or None (γ = 0)."""
     (B, L, H, P), (G, N), velocity, device = w.shape, k.shape[2:], gamma != 0, w.device
-    w, k, q, dy = map(_sequence, (w, k, q, dy))
+    w, k, q, dy = map(sequence, (w, k, q, dy))
     dS0 = torch.empty(B, H, N, P, device=device, dtype=torch.float32)
     dM0 = torch.empty_like(dS0) if velocity else None
-    dS, dM = _state(dS, dS0), _state(dM, dS0) if velocity else None
+    dS, dM = state(dS, dS0), state(dM, dS0) if velocity else None
     how = plan(w, k)
     C, chunks, r = how.chunk(chunk), Sc.shape[2], H // G
     by_gate, pieces, _ = how.gates.over(N, P)

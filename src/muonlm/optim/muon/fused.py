@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from ..tensors import on_device
+from muonlm.scan.launch import on_device
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # when the kernels below are decorated
 try:

@@ -9,24 +9,12 @@ Shapes   A (N, m, k) with any strides · C, OUT (N, m, m) contiguous, C symmetri
 Dtypes   bfloat16, sums in fp32
 """
 
-import os
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor
 
 from . import fused
+from .fused import jit, tl
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # when the kernels below are decorated
-try:
-    if not (INTERPRETED or torch.version.cuda):
-        raise ImportError("without CUDA nobody waits for Triton")
-    import triton
-    import triton.language as tl
-except ImportError:  # `fits` tells
-    triton, tl = None, SimpleNamespace(constexpr=None)
-
-jit = triton.jit if triton else lambda kernel: kernel
 TILE, DEPTH = 128, 64
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..tensors import on_device
+from muonlm.scan.launch import on_device
+
 from . import fused
 from .memory import batch_bytes
 from .newton_schulz import iterate, orthogonalise, triples
